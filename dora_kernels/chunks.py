@@ -1,0 +1,12 @@
+"""Walking a matrix in blocks of rows that stay in cache, so that no fp32 copy of the whole is ever made."""
+
+from collections.abc import Iterator
+
+CHUNK_ELEMENTS = 1 << 18  # 1 MiB of fp32: an L2 cache's worth
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices that cover `rows` rows, each of about `CHUNK_ELEMENTS` elements and at least one row."""
+    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))

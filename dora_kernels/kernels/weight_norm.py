@@ -1,0 +1,172 @@
+"""n = ‖W + s B A‖ per output feature and g = m / n. B A is computed tile by tile on the tensor cores, never stored."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import TRITON_DTYPES, Gpu, acc_dtype, gpu_of, precision_of, rank_block
+from .tile import adapted_tile
+
+# Squares of fp32 numbers leave fp32's range below 1e-19 and above 1e19: two more sums of squares, scaled by powers of
+# two, are used where the plain one has left [2⁻⁸⁰, 2¹²⁰]. Other features keep the plain sum, bit for bit.
+SCALE_UP = tl.constexpr(2.0**80)
+SCALE_DOWN = tl.constexpr(2.0**-80)
+PLAIN_MIN = tl.constexpr(2.0**-80)
+PLAIN_MAX = tl.constexpr(2.0**120)
+MIN_RATIO = tl.constexpr(2.0**-40)
+TINY_FP32 = tl.constexpr(torch.finfo(torch.float32).tiny)
+TINY_FP64 = tl.constexpr(torch.finfo(torch.float64).tiny)
+
+
+class WeightNormConfig(NamedTuple):
+    """Launch data. `splits` programs share an output feature's K where N alone gives too few programs."""
+
+    block_n: int
+    block_k: int
+    block_r: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+def weight_norm_config(out_features: int, in_features: int, rank: int, itemsize: int, gpu: Gpu) -> WeightNormConfig:
+    """By shape and architecture alone, so that summation order never depends on load."""
+    block_n, block_k = 16, 128 if itemsize < 8 else 32
+    programs = triton.cdiv(out_features, block_n)
+    # A split of fewer than four blocks of K would be all launch overhead.
+    wanted, most = triton.cdiv(gpu.multiprocessors, max(1, programs)), max(1, in_features // (4 * block_k))
+    splits = 1 if programs >= gpu.multiprocessors else min(wanted, most, 16)
+    return WeightNormConfig(block_n, block_k, rank_block(rank), splits, num_warps=4, num_stages=2)
+
+
+@triton.jit
+def sums_of_squares(
+    w_ptr, a_ptr, b_ptr, scaling, offs_n, k_start, k_end, N, K, R,
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Over k_start … k_end: Σ v², Σ (v 2⁻⁸⁰)², Σ (v 2⁸⁰)², each [BLOCK_N]."""
+    plain = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
+    large = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
+    small = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
+    for start in range(k_start, k_end, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        v = adapted_tile(
+            w_ptr, a_ptr, b_ptr, scaling, offs_n, offs_k, N, K, R,
+            stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+            ACC, DOT, INPUT_PRECISION, BLOCK_N, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+        plain += v * v
+        if ACC == tl.float32:
+            down, up = v * SCALE_DOWN, v * SCALE_UP
+            large += down * down
+            small += up * up
+    return tl.sum(plain, axis=1), tl.sum(large, axis=1), tl.sum(small, axis=1)
+
+
+@triton.jit
+def norm_and_scale(plain, large, small, magnitude, ACC: tl.constexpr):
+    """n and g from the sums: g = sign(m) max(|m| / n, 2⁻⁴⁰), 0 where n is subnormal; IEEE roots and quotients."""
+    if ACC == tl.float32:
+        norm = tl.where(plain > PLAIN_MAX, tl.sqrt_rn(large) * SCALE_UP, tl.sqrt_rn(plain))
+        norm = tl.where(plain < PLAIN_MIN, tl.sqrt_rn(small) * SCALE_DOWN, norm)
+        ratio = tl.div_rn(tl.abs(magnitude), norm)
+        tiny = TINY_FP32
+    else:
+        norm = tl.sqrt(plain)
+        ratio = tl.abs(magnitude) / norm
+        tiny = TINY_FP64
+    # Comparisons, not tl.maximum, which swallows NaN.
+    ratio = tl.where(ratio < MIN_RATIO, MIN_RATIO, ratio)
+    scale = tl.where(magnitude < 0, -ratio, ratio)
+    return norm, tl.where(norm < tiny, 0.0, scale)
+
+
+@triton.jit
+def _weight_norm_kernel(
+    # pointers
+    w_ptr, a_ptr, b_ptr, m_ptr, norm_ptr, scale_ptr, partial_ptr,
+    # sizes
+    scaling: tl.float64, N, K, R, k_per_split,
+    # strides
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_m,
+    # constexpr
+    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    scaling = tl.cast(scaling, ACC)
+    split = tl.program_id(1)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    plain, large, small = sums_of_squares(
+        w_ptr, a_ptr, b_ptr, scaling, offs_n, split * k_per_split, tl.minimum((split + 1) * k_per_split, K), N, K, R,
+        stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+        ACC, DOT, INPUT_PRECISION, BLOCK_N, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
+    if SPLITS == 1:
+        magnitude = tl.load(m_ptr + offs_n * stride_m, mask=mask_n, other=0.0).to(ACC)
+        norm, scale = norm_and_scale(plain, large, small, magnitude, ACC)
+        tl.store(norm_ptr + offs_n, norm, mask=mask_n)
+        tl.store(scale_ptr + offs_n, scale, mask=mask_n)
+    else:
+        tl.store(partial_ptr + split * N + offs_n, plain, mask=mask_n)
+        tl.store(partial_ptr + (SPLITS + split) * N + offs_n, large, mask=mask_n)
+        tl.store(partial_ptr + (2 * SPLITS + split) * N + offs_n, small, mask=mask_n)
+
+
+@triton.jit
+def _weight_norm_finish_kernel(
+    # pointers
+    partial_ptr, m_ptr, norm_ptr, scale_ptr,
+    # sizes
+    N,
+    # strides
+    stride_m,
+    # constexpr
+    ACC: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    plain = tl.zeros([BLOCK_N], dtype=ACC)
+    large = tl.zeros([BLOCK_N], dtype=ACC)
+    small = tl.zeros([BLOCK_N], dtype=ACC)
+    for split in range(SPLITS):
+        plain += tl.load(partial_ptr + split * N + offs_n, mask=mask_n, other=0.0)
+        large += tl.load(partial_ptr + (SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
+        small += tl.load(partial_ptr + (2 * SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
+    magnitude = tl.load(m_ptr + offs_n * stride_m, mask=mask_n, other=0.0).to(ACC)
+    norm, scale = norm_and_scale(plain, large, small, magnitude, ACC)
+    tl.store(norm_ptr + offs_n, norm, mask=mask_n)
+    tl.store(scale_ptr + offs_n, scale, mask=mask_n)
+
+
+def weight_norm(
+    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, magnitude: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """n and g of W [N, K], A [R, K], B [N, R], m [N]: two [N] tensors, fp32 (fp64 where an input is fp64)."""
+    (N, K), R = weight.shape, lora_A.shape[0]
+    dtype = acc_dtype(weight.dtype, lora_A.dtype, lora_B.dtype, magnitude.dtype)
+    norm = torch.empty(N, dtype=dtype, device=weight.device)
+    scale = torch.empty_like(norm)
+    if N == 0:
+        return norm, scale
+    config = weight_norm_config(N, K, R, dtype.itemsize, gpu_of(weight))
+    precision = precision_of(lora_A.dtype, lora_B.dtype, acc=dtype)
+    splits = config.splits
+    partial = torch.empty(3 * splits, N, dtype=dtype, device=weight.device) if splits > 1 else norm
+    k_per_split = triton.cdiv(triton.cdiv(K, config.block_k), splits) * config.block_k
+    _weight_norm_kernel[(triton.cdiv(N, config.block_n), splits)](
+        weight, lora_A, lora_B, magnitude, norm, scale, partial,
+        scaling, N, K, R, k_per_split,
+        *weight.stride(), *lora_A.stride(), *lora_B.stride(), magnitude.stride(0),
+        *precision, splits, config.block_n, config.block_k, config.block_r,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        _weight_norm_finish_kernel[(triton.cdiv(N, 128),)](
+            partial, magnitude, norm, scale, N, magnitude.stride(0), TRITON_DTYPES[dtype], splits, 128, num_warps=4
+        )
+    return norm, scale

@@ -1,0 +1,61 @@
+"""The one pass over dy: gradients of the magnitude, B and the bias, and dZ = dy ⊙ g for token space."""
+
+import torch
+
+from ..chunks import row_chunks
+from .rounding import round_to
+
+
+def rescale_bwd(
+    grad_y: torch.Tensor,
+    saved: torch.Tensor | None,
+    h: torch.Tensor | None,
+    lora_B: torch.Tensor,
+    weight_norm: torch.Tensor,
+    mag_norm_scale: torch.Tensor,
+    scaling: float,
+    *,
+    saved_is: str,
+    needs_magnitude: bool,
+    needs_B: bool,
+    needs_bias: bool,
+    needs_base: bool,
+    scale_shift: float = 0.0,
+    rounding: str,
+    salt: int,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dm [N], dB [N, R], db [N] in the accumulation dtype and dZ [M, N] in `grad_y`'s, None where not needed.
+
+    `saved` [M, N] is the output without its bias (`saved_is` "output": dm = Σ dy ⊙ y / (g n)) or z = x Wᵀ ("base":
+    dm = (Σ dy ⊙ z + s rowsum(B ⊙ dyᵀh)) / n). dZ = dy ⊙ (g − `scale_shift`), the shift being 1 under PEFT's dropout.
+    """
+    acc_dtype = mag_norm_scale.dtype
+    shape, columns = grad_y.shape, grad_y.shape[1]
+    grad_base = torch.empty(shape, dtype=grad_y.dtype, device=grad_y.device) if needs_base else None
+    options = {"dtype": acc_dtype, "device": grad_y.device}
+    from_base = needs_magnitude and saved_is == "base"
+    product = torch.zeros(columns, lora_B.shape[1], **options) if needs_B or from_base else None
+    correlation = torch.zeros(columns, **options) if needs_magnitude else None
+    grad_bias = torch.zeros(columns, **options) if needs_bias else None
+    for rows in row_chunks(*shape):
+        grad = grad_y[rows].to(acc_dtype)
+        if product is not None:
+            product.addmm_(grad.T, h[rows].to(acc_dtype))
+        if needs_magnitude:
+            correlation += (grad * saved[rows].to(acc_dtype)).sum(0)
+        if needs_bias:
+            grad_bias += grad.sum(0)
+        if needs_base:
+            scaled = grad * (mag_norm_scale - scale_shift)
+            grad_base[rows] = round_to(scaled, grad_base.dtype, rounding, salt, rows.start)
+    grad_magnitude = grad_B = None
+    if needs_magnitude:
+        if from_base:
+            correlation += scaling * (lora_B.to(acc_dtype) * product).sum(1)
+        divisor = weight_norm if from_base else mag_norm_scale * weight_norm
+        # V is zero there: the same rule as in forward, no gradient passes.
+        zero = weight_norm < torch.finfo(acc_dtype).tiny
+        grad_magnitude = torch.where(zero, torch.zeros_like(correlation), correlation / divisor)
+    if needs_B:
+        grad_B = product * (scaling * mag_norm_scale)[:, None]
+    return grad_magnitude, grad_B, grad_bias, grad_base

@@ -1,0 +1,38 @@
+"""The token-space epilogue y = g ⊙ (z + s h Bᵀ) + b."""
+
+import torch
+
+from ..chunks import row_chunks
+from .rounding import round_to
+
+
+def rescale_fwd(
+    base_out: torch.Tensor,
+    h: torch.Tensor,
+    lora_B: torch.Tensor,
+    mag_norm_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    *,
+    undropped: torch.Tensor | None = None,
+    in_place: bool,
+    rounding: str,
+    salt: int,
+) -> torch.Tensor:
+    """y [M, N] in `base_out`'s dtype from z = `base_out` [M, N], h [M, R], B [N, R], g [N], b [N].
+
+    `in_place` writes y over z. `undropped` is PEFT's dropout: z is then the product of the dropped input, and
+    y = undropped + (g − 1) ⊙ z + g ⊙ s h Bᵀ + b.
+    """
+    acc_dtype = mag_norm_scale.dtype
+    out = base_out if in_place else torch.empty_like(base_out, memory_format=torch.contiguous_format)
+    factor = lora_B.to(acc_dtype).T
+    for rows in row_chunks(*base_out.shape):
+        base = base_out[rows].to(acc_dtype)
+        product = torch.addmm(base, h[rows].to(acc_dtype), factor, alpha=scaling).mul_(mag_norm_scale)
+        if undropped is not None:
+            product += undropped[rows].to(acc_dtype) - base
+        if bias is not None:
+            product += bias.to(acc_dtype)
+        out[rows] = round_to(product, out.dtype, rounding, salt, rows.start)
+    return out

@@ -1,0 +1,46 @@
+"""Rounding an fp32 tensor to bf16 or fp16: to nearest, or dithered.
+
+Dithered rounding adds a hash of the element's index to the bits that the cast drops, and truncates: unbiased over
+elements like stochastic rounding, so that updates below half an ulp survive in the mean, yet a pure function of
+(row, column, salt), so that forward, recompute and backward see the same value.
+"""
+
+import torch
+
+_LOW32 = 0xFFFFFFFF
+
+
+def _fmix32(h: torch.Tensor) -> torch.Tensor:
+    """murmur3's 32-bit finaliser (Appleby, public domain) on int64 tensors that hold unsigned 32-bit values."""
+    h = ((h ^ (h >> 16)) * 0x85EBCA6B) & _LOW32
+    h = ((h ^ (h >> 13)) * 0xC2B2AE35) & _LOW32
+    return h ^ (h >> 16)
+
+
+def dither_hash(rows: torch.Tensor, columns: torch.Tensor, salt: int) -> torch.Tensor:
+    """fmix32(fmix32(row ^ salt) + column): [rows], [columns] int64 -> [rows, columns] in 0 … 2³² − 1."""
+    return _fmix32((_fmix32((rows & _LOW32) ^ (salt & _LOW32))[:, None] + columns[None, :]) & _LOW32)
+
+
+def round_to(x: torch.Tensor, dtype: torch.dtype, rounding: str, salt: int, first_row: int = 0) -> torch.Tensor:
+    """`x` [rows, columns] as `dtype`; `first_row` is the index of its first row in the whole tensor.
+
+    Only fp32 to bf16 or fp16 can be dithered; any other cast is exact or to nearest. Representable values, zeros,
+    infinities and NaN are never moved.
+    """
+    if rounding == "nearest" or x.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
+        return x.to(dtype)
+    rows = torch.arange(first_row, first_row + x.shape[0], device=x.device)
+    noise = dither_hash(rows, torch.arange(x.shape[1], device=x.device), salt)
+    if dtype == torch.bfloat16:
+        bits = x.view(torch.int32) + (noise & 0xFFFF).to(torch.int32)
+        dithered = (bits & ~0xFFFF).view(torch.float32)
+    else:
+        # fp16 has subnormals inside fp32's normal range: the step is its ulp, or 2⁻²⁴ where that is larger.
+        binade = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
+        step = (binade * 2.0**-10).clamp_min(2.0**-24)
+        # 13 random bits, as many as an fp32 mantissa has beyond fp16's: the sum below is exact.
+        steps = torch.floor(x.abs() / step + (noise & 0x1FFF).to(torch.float32) * 2.0**-13)
+        dithered = torch.copysign((steps * step).clamp_max(65504.0), x)
+    # The largest NaN pattern plus a hash would wrap to zero, and an infinity would become NaN.
+    return torch.where(torch.isfinite(x), dithered, x).to(dtype)
