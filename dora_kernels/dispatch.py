@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 
 from . import reference
+from .versions import require
 
 try:
+    require("triton>=3.6")
     from . import kernels
-except ImportError as error:  # Triton has no wheel for this platform: the reference runs, and says why.
+except ImportError as error:  # No Triton for this platform, or an old one: the reference runs, and says why.
     kernels, _IMPORT_ERROR = None, str(error)
 
 MIN_CAPABILITY = (8, 0)

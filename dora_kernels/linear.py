@@ -55,6 +55,7 @@ class DoraLinear(nn.Module):
         self.lora_alpha, self.use_rslora, self.fan_in_fan_out = lora_alpha, use_rslora, fan_in_fan_out
         self.lora_dropout, self.dropout_mode = lora_dropout, dropout_mode
         self.space, self.impl, self.rounding, self.salt = space, impl, rounding, salt
+        self.frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None  # set inside `frozen_adapters` alone
         self.weight, self.bias = weight, bias
         for frozen in (weight, bias):
             if frozen is not None:
@@ -145,7 +146,21 @@ class DoraLinear(nn.Module):
             dropout_mode=self.dropout_mode,
             training=self.training,
             salt=self.salt,
+            frozen_scale=self.frozen_scale,
         )
+
+    def train(self, mode: bool = True) -> "DoraLinear":
+        if mode:
+            self._refuse_if_frozen("train")
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self._refuse_if_frozen("load weights")
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _refuse_if_frozen(self, act: str) -> None:
+        if self.frozen_scale is not None:
+            raise RuntimeError(f"cannot {act} inside frozen_adapters: its norms would go stale; leave the scope first")
 
     def extra_repr(self) -> str:
         return (

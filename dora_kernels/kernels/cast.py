@@ -1,4 +1,4 @@
-"""Small factors in the compute dtype: A for h = x Aᵀ, and s g ⊙ B for dh."""
+"""Small factors in the compute dtype: A for h = x Aᵀ, and s B or s g ⊙ B for dh."""
 
 import torch
 import triton
@@ -28,10 +28,11 @@ def _scaled_cast_kernel(
     offs_j = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = (offs_i < rows)[:, None] & (offs_j < columns)[None, :]
     factor = tl.load(factor_ptr + offsets_2d(offs_i, offs_j, stride_row, stride_column), mask=mask, other=0.0)
-    product = factor.to(ACC)
     if HAS_SCALE:
         scale = tl.load(scale_ptr + offs_i, mask=offs_i < rows, other=0.0).to(ACC)
-        product = product * (scale * scaling)[:, None]
+        product = factor.to(ACC) * (scale * scaling)[:, None]
+    else:
+        product = factor.to(ACC) * scaling
     out = round_to(product, offs_i, offs_j, salt, DTYPE, DITHERED)
     tl.store(out_ptr + offsets_2d(offs_i, offs_j, columns, 1), out, mask=mask)
 
@@ -45,7 +46,7 @@ def scaled_cast(
     rounding: str,
     salt: int,
 ) -> torch.Tensor:
-    """`scaling` · `scale` ⊙ `factor` [rows, columns] as `dtype`, `scale` [rows]: one product in fp32, rounded once."""
+    """`scaling` · `scale` ⊙ `factor` [rows, columns] as `dtype`, `scale` [rows] or 1; in fp32, rounded once."""
     rows, columns = factor.shape
     out = torch.empty(rows, columns, dtype=dtype, device=factor.device)
     if out.numel() == 0:

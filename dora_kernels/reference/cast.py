@@ -1,4 +1,4 @@
-"""Small factors in the compute dtype: A for h = x Aᵀ, and s g ⊙ B for dh."""
+"""Small factors in the compute dtype: A for h = x Aᵀ, and s B or s g ⊙ B for dh."""
 
 import torch
 
@@ -14,9 +14,7 @@ def scaled_cast(
     rounding: str,
     salt: int,
 ) -> torch.Tensor:
-    """`scaling` · `scale` ⊙ `factor` [rows, columns] as `dtype`, `scale` [rows]: one product in fp32, rounded once."""
+    """`scaling` · `scale` ⊙ `factor` [rows, columns] as `dtype`, `scale` [rows] or 1; in fp32, rounded once."""
     acc_dtype = torch.float64 if torch.float64 in (factor.dtype, dtype) else torch.float32
-    product = factor.to(acc_dtype)
-    if scale is not None:
-        product = product * (scale.to(acc_dtype) * scaling)[:, None]
+    product = factor.to(acc_dtype) * (scaling if scale is None else (scale.to(acc_dtype) * scaling)[:, None])
     return round_to(product, dtype, rounding, salt)

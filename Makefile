@@ -1,0 +1,27 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint offline clean
+
+demo: $(VENV)/.installed  ## fine-tune the embedded model on the embedded data
+	$(BIN)/python -m training
+
+test: $(VENV)/.installed  ## run the tests; kernels run under Triton's interpreter where there is no GPU
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+offline: $(VENV)/.installed  ## compile every kernel for every supported GPU and compare with the golden file
+	$(BIN)/python -m bench offline --check
+
+$(VENV)/.installed: requirements.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) out

@@ -1,0 +1,164 @@
+"""`DoraLinearFunction`: forward, backward, and what is kept between them."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from . import dispatch
+from .gemm import mm_fp32
+
+
+class Call(NamedTuple):
+    """The constants of one call: what `dispatch` chose and the caller asked for."""
+
+    space: str
+    impl: str
+    scaling: float
+    rounding: str
+    salt: int
+    dropout: str | None
+    trains: bool
+
+
+class DoraLinearFunction(torch.autograd.Function):
+    """y = g ⊙ (x Wᵀ + s h Bᵀ) + b with h = x Aᵀ and the detached norm n in g = m / n. Notation: `reference`.
+
+    Forward, token space:   z = x Wᵀ [M,K]·[K,N];  h [M,K]·[K,R];  y = rescale(z, h)
+             weight space:  W' = merge(W) [N,K];   h;              y = x W'ᵀ [M,K]·[K,N]
+    Backward, both:         dh = dy (s g ⊙ B) [M,N]·[N,R];  dB = s g ⊙ (dyᵀ h) [N,M]·[M,R];  dA = dhᵀ x [R,M]·[M,K]
+             token space:   dx = dh A [M,R]·[R,K] + (dy ⊙ g) W [M,N]·[N,K]
+             weight space:  dx = dy W' [M,N]·[N,K], merged again with the saved g
+    dm comes from y, which the consumer usually keeps anyway. A bias, fp16 or PEFT's dropout would spoil y for that:
+    then the product before the bias (z in token space) is kept instead. Never both.
+
+    Under dropout `x_dropped` feeds A alone (mode "lora"), or A and the (g − 1) term (mode "peft": a second base GEMM,
+    y = x Wᵀ + b + (g − 1) ⊙ x_dropped Wᵀ + g ⊙ s h Bᵀ).
+    """
+
+    @staticmethod
+    def forward(ctx, x, x_dropped, lora_A, lora_B, magnitude, bias, weight, frozen_scale, call):
+        ops = dispatch.implementation(call.impl)
+        rounded = {"rounding": call.rounding, "salt": call.salt}
+        needs_A, needs_B, needs_magnitude = (call.trains and n for n in ctx.needs_input_grad[2:5])
+        with torch.autocast(x.device.type, enabled=False):
+            lora_x = x if x_dropped is None else x_dropped
+            A_cast = _cast(ops, lora_A, x.dtype, rounded)
+            h = lora_x @ A_cast.T if call.space == "token" or needs_B else None
+            if call.space == "token":
+                norm, scale = frozen_scale or ops.weight_norm(weight, lora_A, lora_B, magnitude, call.scaling)
+                base_weight = weight.to(x.dtype)
+                base_out = x @ base_weight.T
+                undropped = None
+                if call.dropout == "peft":
+                    undropped, base_out = base_out, x_dropped @ base_weight.T
+                # From y, dm would cancel against a large bias and underflow in fp16; PEFT's dropout is not of its form.
+                keeps_base = needs_magnitude and (bias is not None or undropped is not None or x.dtype == torch.float16)
+                y = ops.rescale_fwd(
+                    base_out, h, lora_B, scale, bias, call.scaling,
+                    undropped=undropped, in_place=not keeps_base, **rounded,
+                )  # fmt: skip
+                saved, ctx.saved_is = (base_out, "base") if keeps_base else (y, "output")
+            else:
+                merged, norm, scale = ops.merge(
+                    weight, lora_A, lora_B, magnitude, call.scaling, dtype=x.dtype, **_given(frozen_scale), **rounded
+                )
+                if needs_magnitude and bias is not None:
+                    saved = x @ merged.T
+                    y = saved + bias.to(x.dtype)
+                else:
+                    saved = y = F.linear(x, merged, None if bias is None else bias.to(x.dtype))
+                ctx.saved_is = "output"
+        ctx.call, ctx.adapter_dtypes = call, (lora_A.dtype, lora_B.dtype, magnitude.dtype)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(
+            lora_x if needs_A else None,
+            h if needs_B or needs_magnitude else None,
+            saved if needs_magnitude else None,
+            weight,
+            A_cast if call.space == "token" else lora_A,
+            lora_B,
+            norm,
+            scale,
+        )
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y):
+        call = ctx.call
+        ops = dispatch.implementation(call.impl)
+        rounded = {"rounding": call.rounding, "salt": call.salt}
+        lora_x, h, saved, weight, lora_A, lora_B, norm, scale = ctx.saved_tensors
+        needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias = ctx.needs_input_grad[:6]
+        token, peft_dropout = call.space == "token", call.dropout == "peft"
+        # s g ⊙ B is small and rounded once; in fp16 it may underflow while B is young, so there g comes in through dZ.
+        through_base = token and not peft_dropout and grad_y.dtype == torch.float16
+        grad_x = grad_dropped = grad_A = None
+        with torch.autocast(grad_y.device.type, enabled=False):
+            grad_magnitude, grad_B, grad_bias, grad_base = ops.rescale_bwd(
+                grad_y, saved, h, lora_B, norm, scale, call.scaling,
+                saved_is=ctx.saved_is,
+                needs_magnitude=needs_magnitude, needs_B=needs_B, needs_bias=needs_bias,
+                needs_base=token and (needs_dropped if peft_dropout else needs_x or through_base),
+                scale_shift=1.0 if peft_dropout else 0.0,
+                **rounded,
+            )  # fmt: skip
+            if needs_A or (token and (needs_x or needs_dropped)):
+                factor = ops.scaled_cast(
+                    lora_B, grad_y.dtype, scale=None if through_base else scale, scaling=call.scaling, **rounded
+                )
+                grad_h = (grad_base if through_base else grad_y) @ factor
+            if needs_A:
+                grad_A = mm_fp32(grad_h.T, lora_x)
+            if not token:
+                grad_x = _grad_x_weight(ops, call, grad_y, weight, lora_A, lora_B, norm, scale) if needs_x else None
+            elif call.dropout is None:
+                grad_x = _sum_of_products(grad_h, lora_A, grad_base, weight) if needs_x else None
+            else:
+                base_weight = weight.to(grad_y.dtype)
+                if needs_x:
+                    grad_x = (grad_y if peft_dropout else grad_base) @ base_weight
+                if needs_dropped:
+                    grad_dropped = (
+                        _sum_of_products(grad_h, lora_A, grad_base, weight) if peft_dropout else grad_h @ lora_A
+                    )
+        dtype_A, dtype_B, dtype_m = ctx.adapter_dtypes
+        return (
+            grad_x,
+            grad_dropped,
+            _to(grad_A, dtype_A),
+            _to(grad_B, dtype_B),
+            _to(grad_magnitude, dtype_m),
+            _to(grad_bias, ctx.bias_dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _sum_of_products(grad_h, lora_A, grad_base, weight):
+    """dh A + dZ W; the small product first, whose rounding is small beside the sum's."""
+    return (grad_h @ lora_A).addmm_(grad_base, weight.to(grad_base.dtype))
+
+
+def _grad_x_weight(ops, call, grad_y, weight, lora_A, lora_B, norm, scale):
+    """dy W', with W' merged again: nothing of its size was kept."""
+    merged, _, _ = ops.merge(
+        weight, lora_A, lora_B, None, call.scaling, dtype=grad_y.dtype,
+        weight_norm=norm, mag_norm_scale=scale, rounding=call.rounding, salt=call.salt,
+    )  # fmt: skip
+    return grad_y @ merged
+
+
+def _cast(ops, factor, dtype, rounded):
+    return factor if factor.dtype == dtype else ops.scaled_cast(factor, dtype, **rounded)
+
+
+def _given(frozen_scale):
+    return {} if frozen_scale is None else {"weight_norm": frozen_scale[0], "mag_norm_scale": frozen_scale[1]}
+
+
+def _to(grad, dtype):
+    return None if grad is None else grad.to(dtype)

@@ -1,0 +1,27 @@
+from setuptools import find_packages, setup
+
+peft = ["peft>=0.21"]
+train = [*peft, "accelerate>=1.15", "datasets>=5.2", "matplotlib>=3.10", "tqdm>=4.66"]
+bench = [*peft, "matplotlib>=3.10"]
+
+setup(
+    name="dora-kernels",
+    version="0.1.0",
+    description="Fused Triton kernels for DoRA: weight-decomposed low-rank adaptation at the cost of LoRA",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["dora_kernels", "dora_kernels.*"]),
+    install_requires=[
+        "torch>=2.11",
+        # CUDA builds of torch bring the Triton they were made for: any version they bring is right.
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.17",
+        "safetensors>=0.5",
+    ],
+    extras_require={
+        "peft": peft,
+        "train": train,
+        "bench": bench,
+        "dev": [*train, *bench, "hypothesis>=6.100", "pytest>=9.0", "pytest-xdist>=3.6", "ruff>=0.17"],
+    },
+)

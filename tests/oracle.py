@@ -1,0 +1,140 @@
+"""One DoRA layer's problem, solved three ways: by us, by an independent fp64 oracle, by the installed PEFT."""
+
+from dataclasses import dataclass
+
+import peft
+import torch
+from torch import nn
+
+import dora_kernels as dk
+
+NAMES = ("y", "dx", "dA", "dB", "dm", "db")
+
+
+@dataclass
+class Problem:
+    """Inputs of one layer and the gradient that comes back; leaves without history."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    magnitude: torch.Tensor
+    bias: torch.Tensor | None
+    grad_y: torch.Tensor
+    scaling: float = 2.0
+
+    def leaves(self, convert=lambda tensor: tensor):
+        """x, A, B, m and b (if there is one), fresh and requiring gradients."""
+        tensors = (self.x, self.lora_A, self.lora_B, self.magnitude, self.bias)
+        return [convert(t.detach()).clone().requires_grad_() for t in tensors if t is not None]
+
+
+def make_problem(M, N, K, R, dtype=torch.float32, adapter_dtype=None, bias=False, update=0.3, seed=0):
+    """Random data at the scales of a trained model: ‖s B A‖ / ‖W‖ is `update`, m is within 10 % of ‖W‖."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    adapter_dtype = adapter_dtype or dtype
+    weight = (normal(N, K) * 0.05).to(dtype)
+    lora_A, lora_B = normal(R, K), normal(N, R)
+    product = 2.0 * lora_B @ lora_A
+    lora_B *= update * weight.double().norm() / product.norm().clamp_min(1e-30)
+    magnitude = weight.double().norm(dim=1) * (1 + 0.1 * normal(N))
+    return Problem(
+        x=normal(M, K).to(dtype),
+        weight=weight,
+        lora_A=lora_A.to(adapter_dtype),
+        lora_B=lora_B.to(adapter_dtype),
+        magnitude=magnitude.to(adapter_dtype),
+        bias=normal(N).to(dtype) if bias else None,
+        grad_y=normal(M, N).to(dtype),
+    )
+
+
+def _collect(y, leaves, grad_y):
+    grads = torch.autograd.grad(y, leaves, grad_y)
+    return dict(zip(NAMES, (y.detach(), *grads)))
+
+
+def solve(problem, **options):
+    """By the engine; `options` go to `dora_linear`."""
+    leaves = problem.leaves()
+    x, lora_A, lora_B, magnitude, *bias = leaves
+    y = dk.dora_linear(
+        x, problem.weight, lora_A, lora_B, magnitude,
+        scaling=problem.scaling, bias=bias[0] if bias else None, **options,
+    )  # fmt: skip
+    return _collect(y, leaves, problem.grad_y)
+
+
+def exact(problem):
+    """In fp64: materialise W' = m / ‖V‖ ⊙ V with the norm detached, and let autograd differentiate."""
+    leaves = problem.leaves(torch.Tensor.double)
+    x, lora_A, lora_B, magnitude, *bias = leaves
+    adapted = problem.weight.double() + problem.scaling * lora_B @ lora_A
+    norm = adapted.norm(dim=1).detach()
+    y = nn.functional.linear(x, (magnitude / norm)[:, None] * adapted, bias[0] if bias else None)
+    return _collect(y, leaves, problem.grad_y.double())
+
+
+class _OneLinear(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def peft_model(problem, dropout=0.0):
+    """The installed PEFT's DoRA layer with the problem's parameters in their own dtypes."""
+    N, K = problem.weight.shape
+    linear = nn.Linear(K, N, bias=problem.bias is not None, dtype=problem.weight.dtype)
+    with torch.no_grad():
+        linear.weight.copy_(problem.weight)
+        if problem.bias is not None:
+            linear.bias.copy_(problem.bias)
+    rank = problem.lora_A.shape[0]
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=problem.scaling * rank, lora_dropout=dropout, target_modules=["linear"], use_dora=True
+    )
+    model = peft.get_peft_model(_OneLinear(linear), config, autocast_adapter_dtype=False)
+    layer = model.base_model.model.linear
+    with torch.no_grad():
+        for parameter, value in (
+            (layer.lora_A["default"], problem.lora_A),
+            (layer.lora_B["default"], problem.lora_B),
+            (layer.lora_magnitude_vector["default"], problem.magnitude),
+        ):
+            parameter.weight.data = value.clone()
+    if problem.bias is not None:
+        linear.bias.requires_grad_()
+    return model
+
+
+def solve_peft(problem, autocast=None):
+    """By the installed PEFT, under autocast to `autocast` if given."""
+    model = peft_model(problem)
+    layer = model.base_model.model.linear
+    x = problem.x.clone().requires_grad_()
+    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        y = model(x)
+    leaves = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    leaves.append(layer.lora_magnitude_vector["default"].weight)
+    if problem.bias is not None:
+        leaves.append(layer.base_layer.bias)
+    return _collect(y, leaves, problem.grad_y)
+
+
+def relative_error(value, truth):
+    """‖value − truth‖ / ‖truth‖ in fp64; 0 where both are empty or zero."""
+    difference = (value.double() - truth.double()).norm()
+    return 0.0 if difference == 0 else (difference / truth.double().norm()).item()
+
+
+def errors(solution, truth):
+    """Relative error per name."""
+    return {name: relative_error(solution[name], truth[name]) for name in truth}

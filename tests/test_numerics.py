@@ -1,0 +1,123 @@
+"""The numerics we promise: error against fp64 next to the installed PEFT's, and small updates that do not vanish."""
+
+import math
+from collections import defaultdict
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import dora_kernels as dk
+
+from .oracle import NAMES, errors, exact, make_problem, solve, solve_peft
+from .tolerances import PEFT_FACTOR, PEFT_FACTOR_FP32_ADAPTERS, SINGLE_CASE_FACTOR, UNIT_ROUNDOFF
+
+# Base dtype, adapter dtype, autocast dtype of the PEFT run (fp32 adapters train under autocast in the HF Trainer).
+MIXES = {
+    "fp32": (torch.float32, torch.float32, None),
+    "bf16": (torch.bfloat16, torch.bfloat16, None),
+    "bf16-autocast": (torch.bfloat16, torch.float32, torch.bfloat16),
+    "bf16-fp32-adapters": (torch.bfloat16, torch.float32, None),
+    "fp16": (torch.float16, torch.float16, None),
+    "fp16-autocast": (torch.float16, torch.float32, torch.float16),
+}
+CASES = 40  # per mix: 240 cases, each in both spaces and both roundings
+
+cases = st.fixed_dictionaries(
+    {
+        "M": st.integers(1, 80),
+        "N": st.integers(1, 80),
+        "K": st.integers(1, 80),
+        "R": st.integers(1, 40),
+        "bias": st.booleans(),
+        "update": st.sampled_from([1e-3, 1e-2, 0.1, 1.0]),
+        "seed": st.integers(0, 2**31),
+    }
+)
+
+
+def _ways(dtype):
+    spaces = ["token"] if dtype == torch.float16 else ["token", "weight"]
+    return [(space, rounding) for space in spaces for rounding in ("nearest", "dithered")]
+
+
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+def test_error_against_fp64_beside_pefts(mix):
+    dtype, adapter_dtype, autocast = mix
+    unit = UNIT_ROUNDOFF[dtype]
+    collected = defaultdict(list)
+
+    @hypothesis.settings(max_examples=CASES, phases=[hypothesis.Phase.generate])
+    @hypothesis.given(cases)
+    def collect(case):
+        problem = make_problem(dtype=dtype, adapter_dtype=adapter_dtype, **case)
+        truth = exact(problem)
+        theirs = errors(solve_peft(problem, autocast), truth)
+        for name, error in theirs.items():
+            collected["peft", name].append(error)
+        for way in _ways(dtype):
+            space, rounding = way
+            ours = errors(solve(problem, space=space, rounding=rounding, impl="triton", salt=case["seed"]), truth)
+            for name, error in ours.items():
+                collected[way, name].append(error)
+                assert error <= SINGLE_CASE_FACTOR * max(theirs[name], unit), (way, name, error, theirs[name])
+
+    collect()
+    assert len(collected["peft", "y"]) == CASES
+
+    def rms(who, name):
+        found = collected[who, name]
+        return math.sqrt(sum(error * error for error in found) / len(found))
+
+    for way in _ways(dtype):
+        for name in NAMES:
+            bar = PEFT_FACTOR[way[1], dtype] * rms("peft", name)
+            if mix == MIXES["bf16-fp32-adapters"] and name in PEFT_FACTOR_FP32_ADAPTERS:
+                bar = unit * PEFT_FACTOR_FP32_ADAPTERS[name]
+            assert rms(way, name) <= bar, (way, name, rms(way, name), rms("peft", name))
+
+
+@pytest.mark.parametrize("space", ["token", "weight"])
+@pytest.mark.parametrize(
+    ("update", "share"), [(4e-6, 0.85), (4e-5, 0.95), (4e-4, 0.95), (4e-3, 0.95), (4e-2, 0.95)], ids=str
+)
+def test_small_updates_survive(update, share, space):
+    """The share of the true change of the output that a coherent low-rank update of size ‖sBA‖/‖W‖ keeps, all in bf16.
+
+    Rounding to nearest would lose it: adding it to a bf16 W, or g − 1 to a bf16 g, changes almost no stored bit.
+    """
+    changes = _changes(update, space, "dithered")
+    assert share <= changes <= 2 - share, changes
+
+
+def test_small_updates_do_not_survive_nearest_rounding():
+    """The control: the same measurement sees the loss where it is known to be."""
+    assert _changes(4e-5, "weight", "nearest") < 0.1
+
+
+def _changes(update, space, rounding):
+    """⟨measured change, true change⟩ / ‖true change‖² of y when the update is switched on."""
+    torch.manual_seed(0)
+    N, K, R, M = 512, 4096, 4, 16
+    weight = (torch.randn(N, K) * 0.02).bfloat16()
+    # Coherent: x correlates with A's rows, as trained adapters do with their inputs.
+    lora_A = torch.randn(R, K) / K**0.5
+    lora_B = torch.randn(N, R)
+    lora_B *= update * weight.float().norm() / (lora_B @ lora_A).norm()
+    x = (torch.randn(M, R) @ lora_A * K**0.5 + torch.randn(M, K) * 0.1).bfloat16()
+    magnitude = weight.double().norm(dim=1).float()
+
+    def run(lora_B):
+        y = dk.dora_linear(
+            x, weight, lora_A, lora_B, magnitude, scaling=1.0, space=space, rounding=rounding, salt=17, impl="reference"
+        )
+        return y.double()
+
+    def true(lora_B):
+        adapted = weight.double() + lora_B.double() @ lora_A.double()
+        return x.double() @ (adapted * (magnitude.double() / adapted.norm(dim=1))[:, None]).T
+
+    expected = true(lora_B) - true(torch.zeros_like(lora_B))
+    measured = run(lora_B) - run(torch.zeros_like(lora_B))
+    return ((measured * expected).sum() / expected.square().sum()).item()

@@ -1,0 +1,44 @@
+"""The one table of tolerances. Bars are relative wherever a peer or a twin exists; each number has its reason."""
+
+import torch
+
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
+    torch.float16: 2.0**-11,
+    torch.bfloat16: 2.0**-9,
+}
+
+PEFT_FACTOR = {
+    # Our relative error against fp64, root mean square over the cases, at most this many times PEFT's. To nearest we
+    # round no more often than PEFT does. A dithered rounding has √2 the error of one to nearest, and only some of the
+    # roundings are ours.
+    ("nearest", torch.float16): 1.0,
+    ("nearest", torch.bfloat16): 1.0,
+    ("dithered", torch.float16): 1.3,
+    ("dithered", torch.bfloat16): 1.3,
+    # Nothing is rounded to a smaller type in fp32: both errors are summation noise of one size, and which of two such
+    # is larger is chance.
+    ("nearest", torch.float32): 1.05,
+    ("dithered", torch.float32): 1.05,
+}
+
+PEFT_FACTOR_FP32_ADAPTERS = {"dA": 2.5, "dB": 2.5}
+"""16-bit base, fp32 adapters, no autocast: PEFT copies x to fp32 and runs the adapter in fp32 GEMMs, so its dA and dB
+carry no 16-bit rounding. Ours do, as under autocast: h and dh are handed over in 16 bits. Their bar is this many unit
+roundoffs: those of A's cast and h, or of B's cast and dh, dithered."""
+
+SINGLE_CASE_FACTOR = 6.0
+"""A single small case may round unluckily where PEFT is lucky; beyond this it is no longer rounding."""
+
+ORACLE_FP64 = 1e-12
+"""fp64 against the fp64 oracle: another order of the same sums, up to thousands of terms, some of which cancel."""
+
+TWIN = {
+    # A kernel against its reference twin: the same roundings in the same places, fp32 sums in another order. Where
+    # that differs in the last bit, a value at a rounding boundary moves by one unit of the stored type.
+    torch.float64: 1e-12,
+    torch.float32: 3e-6,
+    torch.float16: 2e-4,
+    torch.bfloat16: 2e-3,
+}
