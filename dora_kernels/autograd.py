@@ -42,12 +42,17 @@ class DoraLinearFunction(torch.autograd.Function):
         ops = dispatch.implementation(call.impl)
         rounded = {"rounding": call.rounding, "salt": call.salt}
         needs_A, needs_B, needs_magnitude = (call.trains and n for n in ctx.needs_input_grad[2:5])
-        with torch.autocast(x.device.type, enabled=False):
+        with dispatch.on_device_of(x), torch.autocast(x.device.type, enabled=False):
             lora_x = x if x_dropped is None else x_dropped
-            A_cast = _cast(ops, lora_A, x.dtype, rounded)
-            h = lora_x @ A_cast.T if call.space == "token" or needs_B else None
+            needs_h = call.space == "token" or needs_B
+            A_cast, cast = _cast_of(lora_A, x.dtype) if needs_h else (lora_A, {})
             if call.space == "token":
-                norm, scale = frozen_scale or ops.weight_norm(weight, lora_A, lora_B, magnitude, call.scaling)
+                if frozen_scale is None:
+                    norm, scale = ops.weight_norm(weight, lora_A, lora_B, magnitude, call.scaling, **cast, **rounded)
+                else:
+                    norm, scale = frozen_scale
+                    A_cast = ops.scaled_cast(lora_A, x.dtype, **rounded) if cast else lora_A
+                h = lora_x @ A_cast.T
                 base_weight = weight.to(x.dtype)
                 base_out = x @ base_weight.T
                 undropped = None
@@ -62,8 +67,17 @@ class DoraLinearFunction(torch.autograd.Function):
                 saved, ctx.saved_is = (base_out, "base") if keeps_base else (y, "output")
             else:
                 merged, norm, scale = ops.merge(
-                    weight, lora_A, lora_B, magnitude, call.scaling, dtype=x.dtype, **_given(frozen_scale), **rounded
+                    weight,
+                    lora_A,
+                    lora_B,
+                    magnitude,
+                    call.scaling,
+                    dtype=x.dtype,
+                    **_given(frozen_scale),
+                    **cast,
+                    **rounded,
                 )
+                h = lora_x @ A_cast.T if needs_h else None
                 if needs_magnitude and bias is not None:
                     saved = x @ merged.T
                     y = saved + bias.to(x.dtype)
@@ -92,15 +106,18 @@ class DoraLinearFunction(torch.autograd.Function):
         rounded = {"rounding": call.rounding, "salt": call.salt}
         lora_x, h, saved, weight, lora_A, lora_B, norm, scale = ctx.saved_tensors
         needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias = ctx.needs_input_grad[:6]
+        dtype_A, dtype_B, dtype_m = ctx.adapter_dtypes
         token, peft_dropout = call.space == "token", call.dropout == "peft"
         # s g ⊙ B is small and rounded once; in fp16 it may underflow while B is young, so there g comes in through dZ.
         through_base = token and not peft_dropout and grad_y.dtype == torch.float16
         grad_x = grad_dropped = grad_A = None
-        with torch.autocast(grad_y.device.type, enabled=False):
+        with dispatch.on_device_of(grad_y), torch.autocast(grad_y.device.type, enabled=False):
             grad_magnitude, grad_B, grad_bias, grad_base = ops.rescale_bwd(
                 grad_y, saved, h, lora_B, norm, scale, call.scaling,
                 saved_is=ctx.saved_is,
-                needs_magnitude=needs_magnitude, needs_B=needs_B, needs_bias=needs_bias,
+                magnitude_dtype=dtype_m if needs_magnitude else None,
+                B_dtype=dtype_B if needs_B else None,
+                bias_dtype=ctx.bias_dtype if needs_bias else None,
                 needs_base=token and (needs_dropped if peft_dropout else needs_x or through_base),
                 scale_shift=1.0 if peft_dropout else 0.0,
                 **rounded,
@@ -111,7 +128,7 @@ class DoraLinearFunction(torch.autograd.Function):
                 )
                 grad_h = (grad_base if through_base else grad_y) @ factor
             if needs_A:
-                grad_A = mm_fp32(grad_h.T, lora_x)
+                grad_A = grad_h.T @ lora_x if dtype_A == lora_x.dtype else mm_fp32(grad_h.T, lora_x).to(dtype_A)
             if not token:
                 grad_x = _grad_x_weight(ops, call, grad_y, weight, lora_A, lora_B, norm, scale) if needs_x else None
             elif call.dropout is None:
@@ -124,14 +141,13 @@ class DoraLinearFunction(torch.autograd.Function):
                     grad_dropped = (
                         _sum_of_products(grad_h, lora_A, grad_base, weight) if peft_dropout else grad_h @ lora_A
                     )
-        dtype_A, dtype_B, dtype_m = ctx.adapter_dtypes
         return (
             grad_x,
             grad_dropped,
-            _to(grad_A, dtype_A),
-            _to(grad_B, dtype_B),
-            _to(grad_magnitude, dtype_m),
-            _to(grad_bias, ctx.bias_dtype),
+            grad_A,
+            grad_B,
+            grad_magnitude,
+            grad_bias,
             None,
             None,
             None,
@@ -152,13 +168,13 @@ def _grad_x_weight(ops, call, grad_y, weight, lora_A, lora_B, norm, scale):
     return grad_y @ merged
 
 
-def _cast(ops, factor, dtype, rounded):
-    return factor if factor.dtype == dtype else ops.scaled_cast(factor, dtype, **rounded)
+def _cast_of(lora_A, dtype):
+    """A in `dtype`: A itself, or memory for the norm to fill, as its keyword."""
+    if lora_A.dtype == dtype:
+        return lora_A, {}
+    cast = torch.empty(lora_A.shape, dtype=dtype, device=lora_A.device)
+    return cast, {"cast_A": cast}
 
 
 def _given(frozen_scale):
     return {} if frozen_scale is None else {"weight_norm": frozen_scale[0], "mag_norm_scale": frozen_scale[1]}
-
-
-def _to(grad, dtype):
-    return None if grad is None else grad.to(dtype)

@@ -4,6 +4,7 @@
 times a measured correction per GPU architecture.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
@@ -36,6 +37,11 @@ class Plan(NamedTuple):
 def implementation(impl: str) -> ModuleType:
     """The module of operations behind `impl` "triton" or "reference": the same names, arguments and returns."""
     return kernels if impl == "triton" else reference
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """The tensor's GPU as the current one: Triton launches on the current device, whatever its arguments' is."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def choose(

@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
-from . import dispatch
 from .linear import DoraLinear
 
 
@@ -28,11 +26,8 @@ def frozen_adapters(model: nn.Module) -> Iterator[nn.Module]:
     if any(layer.frozen_scale is not None for layer in layers):
         raise RuntimeError("the adapters are frozen already: frozen_adapters does not nest")
     try:
-        with torch.no_grad():
-            for layer in layers:
-                ops = dispatch.implementation(dispatch.choose_impl(layer.weight.device, layer.impl)[0])
-                factors = (layer.base_weight, layer.lora_A, layer.lora_B, layer.magnitude)
-                layer.frozen_scale = ops.weight_norm(*factors, layer.scaling)
+        for layer in layers:
+            layer.frozen_scale = layer.weight_norm()
         yield model
     finally:
         for layer in layers:

@@ -1,6 +1,7 @@
 """`DoraLinear`: a linear layer with a frozen base weight and a trained DoRA adapter."""
 
 import math
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -85,10 +86,25 @@ class DoraLinear(nn.Module):
         self.lora_B.zero_()
         if not self.weight.is_meta:
             # The kernel that forward runs, in its summation order: g is exactly 1.
-            factors = (self.base_weight, self.lora_A, self.lora_B, self.magnitude)
-            self.magnitude.copy_(self._ops().weight_norm(*factors, self.scaling)[0])
+            self.magnitude.copy_(self.weight_norm()[0])
 
-    def _ops(self):
+    @torch.no_grad()
+    def weight_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """n = ‖W + s B A‖ and g = m / n, both [out_features], fp32 (fp64 for an fp64 layer)."""
+        with dispatch.on_device_of(self.weight):
+            return self._operations().weight_norm(*self._factors(), self.scaling)
+
+    @torch.no_grad()
+    def merged_weight(self) -> torch.Tensor:
+        """W' = g ⊙ (W + s B A) [out_features, in_features], computed in fp32, rounded once to the weight's dtype."""
+        rounded = {"dtype": self.weight.dtype, "rounding": self.rounding, "salt": self.salt}
+        with dispatch.on_device_of(self.weight):
+            return self._operations().merge(*self._factors(), self.scaling, **rounded)[0]
+
+    def _factors(self) -> tuple[torch.Tensor, ...]:
+        return self.base_weight, self.lora_A, self.lora_B, self.magnitude
+
+    def _operations(self) -> ModuleType:
         return dispatch.implementation(dispatch.choose_impl(self.weight.device, self.impl)[0])
 
     @classmethod
@@ -104,23 +120,10 @@ class DoraLinear(nn.Module):
         layer = cls(linear.weight, linear.bias, r=r, lora_alpha=lora_alpha, fan_in_fan_out=fan_in_fan_out, **options)
         return layer.train(linear.training)
 
-    @torch.no_grad()
-    def to_linear(self, merged: bool = True) -> nn.Linear | Conv1D:
-        """A plain layer of the base layer's class: with W' = g ⊙ (W + s B A) merged in fp32 and rounded once to the
-        weight's dtype, or with the untouched base parameters."""
-        weight = self.weight
-        if merged:
-            weight, _, _ = self._ops().merge(
-                self.base_weight,
-                self.lora_A,
-                self.lora_B,
-                self.magnitude,
-                self.scaling,
-                dtype=weight.dtype,
-                rounding=self.rounding,
-                salt=self.salt,
-            )
-            weight = nn.Parameter(weight.T.contiguous() if self.fan_in_fan_out else weight, requires_grad=False)
+    def to_linear(self) -> nn.Linear | Conv1D:
+        """A plain layer of the base layer's class with the merged weight and the base layer's bias."""
+        weight = self.merged_weight()
+        weight = nn.Parameter(weight.T.contiguous() if self.fan_in_fan_out else weight, requires_grad=False)
         with torch.device("meta"):
             if self.fan_in_fan_out:
                 linear = Conv1D(self.out_features, self.in_features)

@@ -28,6 +28,12 @@ DTYPES = {
     "fp16-fp32": (torch.float16, torch.float32),
     "fp16": (torch.float16, torch.float16),
 }
+ALL_GRADIENTS = {
+    "magnitude_dtype": torch.float32,
+    "B_dtype": torch.float32,
+    "bias_dtype": torch.float32,
+    "needs_base": True,
+}
 ROUNDED = {"rounding": "dithered", "salt": 0xC0FFEE42}
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -151,12 +157,13 @@ def test_rescale_bwd(shape, dtypes, saved_is):
     problem = make_problem(*shape, *dtypes)
     base_out, h, lora_B, scale = _token_space(problem)
     norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
-    needs = dict.fromkeys(("needs_magnitude", "needs_B", "needs_bias", "needs_base"), True)
+    needs = ALL_GRADIENTS
     arguments = (problem.grad_y, base_out, h, lora_B, norm, scale, problem.scaling)
-    _compare("rescale_bwd", *arguments, saved_is=saved_is, **needs, **ROUNDED)
+    own = {"magnitude_dtype": dtypes[1], "B_dtype": dtypes[1], "bias_dtype": dtypes[0]}
+    _compare("rescale_bwd", *arguments, saved_is=saved_is, **needs | own, **ROUNDED)
 
 
-@pytest.mark.parametrize("needed", ["needs_magnitude", "needs_B", "needs_bias", "needs_base"])
+@pytest.mark.parametrize("needed", ["magnitude_dtype", "B_dtype", "bias_dtype", "needs_base"])
 @pytest.mark.parametrize("rank", [7, 40])
 @pytest.mark.parametrize("saved_is", ["output", "base"])
 def test_rescale_bwd_alone(needed, rank, saved_is):
@@ -164,9 +171,9 @@ def test_rescale_bwd_alone(needed, rank, saved_is):
     problem = make_problem(37, 29, 53, rank)
     base_out, h, lora_B, scale = _token_space(problem)
     norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
-    needs = {name: name == needed for name in ("needs_magnitude", "needs_B", "needs_bias", "needs_base")}
-    saved = base_out if needed == "needs_magnitude" else None
-    h = h if needed == "needs_B" or (needed == "needs_magnitude" and saved_is == "base") else None
+    needs = dict.fromkeys(ALL_GRADIENTS) | {"needs_base": False, needed: ALL_GRADIENTS[needed]}
+    saved = base_out if needed == "magnitude_dtype" else None
+    h = h if needed == "B_dtype" or (needed == "magnitude_dtype" and saved_is == "base") else None
     arguments = (problem.grad_y, saved, h, lora_B, norm, scale, problem.scaling)
     _compare("rescale_bwd", *arguments, saved_is=saved_is, scale_shift=1.0, **needs, **ROUNDED)
 
@@ -177,9 +184,25 @@ def test_rescale_bwd_in_chunks(rank):
     problem = make_problem(700, 9, 13, rank, torch.bfloat16, torch.float32)
     base_out, h, lora_B, scale = _token_space(problem)
     norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
-    needs = dict.fromkeys(("needs_magnitude", "needs_B", "needs_bias", "needs_base"), True)
+    needs = ALL_GRADIENTS
     arguments = (problem.grad_y, base_out, h, lora_B, norm, scale, problem.scaling)
     _compare("rescale_bwd", *arguments, saved_is="base", **needs, **ROUNDED)
+
+
+@pytest.mark.parametrize("splits", [False, True], ids=["whole", "splits"])
+@pytest.mark.parametrize("operation", ["weight_norm", "merge", "merge-in-two"])
+def test_the_norm_casts_A_beside(operation, splits, monkeypatch):
+    if operation == "merge-in-two":
+        module = importlib.import_module("dora_kernels.kernels.merge")
+        monkeypatch.setattr(module, "fuses_norm", lambda *args: False)
+    problem = make_problem(1, 5 if splits else 300, 1100 if splits else 300, 37)
+    options = ROUNDED if operation == "weight_norm" else ROUNDED | {"dtype": torch.bfloat16}
+    casts = []
+    for ops in (kernels, reference):
+        casts.append(torch.empty(37, problem.weight.shape[1], dtype=torch.bfloat16))
+        run = getattr(ops, operation.removesuffix("-in-two"))
+        run(*_factors(problem), problem.scaling, cast_A=casts[-1], **options)
+    assert torch.equal(*casts)
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["cast", "scaled"])
@@ -202,7 +225,7 @@ def test_layouts(layout):
     norm, scale = reference.weight_norm(*factors, magnitude, problem.scaling)
     base_out, h = lay_out(problem.grad_y.flip(0)), lay_out(torch.randn(18, 6, dtype=torch.bfloat16))
     _compare("rescale_fwd", base_out, h, factors[2], scale, None, problem.scaling, in_place=False, **ROUNDED)
-    needs = dict.fromkeys(("needs_magnitude", "needs_B", "needs_bias", "needs_base"), True)
+    needs = ALL_GRADIENTS
     arguments = (lay_out(problem.grad_y), base_out, h, factors[2], norm, scale, problem.scaling)
     _compare("rescale_bwd", *arguments, saved_is="base", **needs, **ROUNDED)
     _compare("scaled_cast", factors[1], torch.bfloat16, **ROUNDED)
@@ -213,7 +236,7 @@ def test_no_tokens():
     base_out, h, lora_B, scale = _token_space(problem)
     norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
     assert kernels.rescale_fwd(base_out, h, lora_B, scale, None, 1.0, in_place=True, **ROUNDED).shape == (0, 5)
-    needs = dict.fromkeys(("needs_magnitude", "needs_B", "needs_bias", "needs_base"), True)
+    needs = ALL_GRADIENTS
     grads = kernels.rescale_bwd(
         problem.grad_y, base_out, h, lora_B, norm, scale, 1.0, saved_is="output", **needs, **ROUNDED
     )

@@ -7,12 +7,17 @@ import triton
 import triton.language as tl
 
 from .addresses import offsets_2d
-from .launch import TRITON_DTYPES, Gpu, gpu_of, precision_of, rank_block, signed32
-from .launch import acc_dtype as acc_dtype_of
+from .launch import Gpu, acc_dtype, gpu_of, precision_of, rank_block, signed32
 from .rounding import round_to
 from .tile import adapted_tile
-from .weight_norm import norm_and_scale, sums_of_squares, weight_norm_config
-from .weight_norm import weight_norm as launch_weight_norm
+from .weight_norm import (
+    cast_strips,
+    launch_weight_norm,
+    norm_and_scale,
+    sum_splits,
+    sums_of_squares,
+    weight_norm_config,
+)
 
 
 class MergeConfig(NamedTuple):
@@ -43,16 +48,19 @@ def fuses_norm(out_features: int, in_features: int, rank: int, itemsize: int, we
 @triton.jit(do_not_specialize=["salt"])
 def _merge_fused_kernel(
     # pointers
-    w_ptr, a_ptr, b_ptr, m_ptr, merged_ptr, norm_ptr, scale_ptr,
+    w_ptr, a_ptr, b_ptr, m_ptr, merged_ptr, norm_ptr, scale_ptr, cast_ptr,
     # sizes
     scaling: tl.float64, N, K, R, salt,
     # strides
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_m,
     # constexpr
-    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr, DTYPE: tl.constexpr, DITHERED: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    HAS_CAST: tl.constexpr, DITHERED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     scaling = tl.cast(scaling, ACC)
+    if HAS_CAST:
+        cast_strips(a_ptr, cast_ptr, K, R, salt, stride_ar, stride_ak, ACC, DITHERED, BLOCK_K, BLOCK_R)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     plain, large, small = sums_of_squares(
@@ -71,20 +79,21 @@ def _merge_fused_kernel(
             stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
             ACC, DOT, INPUT_PRECISION, BLOCK_N, BLOCK_K, BLOCK_R,
         )  # fmt: skip
-        merged = round_to(v * scale[:, None], offs_n, offs_k, salt, DTYPE, DITHERED)
+        merged = round_to(v * scale[:, None], offs_n, offs_k, salt, merged_ptr.dtype.element_ty, DITHERED)
         tl.store(merged_ptr + offsets_2d(offs_n, offs_k, K, 1), merged, mask=mask_n[:, None] & (offs_k < K)[None, :])
 
 
 @triton.jit(do_not_specialize=["salt"])
 def _merge_scale_kernel(
     # pointers
-    w_ptr, a_ptr, b_ptr, scale_ptr, merged_ptr,
+    w_ptr, a_ptr, b_ptr, m_ptr, merged_ptr, norm_ptr, scale_ptr, partial_ptr,
     # sizes
     scaling: tl.float64, N, K, R, salt,
     # strides
-    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_m,
     # constexpr
-    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr, DTYPE: tl.constexpr, DITHERED: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, DITHERED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     scaling = tl.cast(scaling, ACC)
@@ -96,8 +105,17 @@ def _merge_scale_kernel(
         stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
         ACC, DOT, INPUT_PRECISION, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
-    scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
-    merged = round_to(v * scale[:, None], offs_n, offs_k, salt, DTYPE, DITHERED)
+    if SPLITS == 1:
+        scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
+    else:
+        # The norm's partial sums: each program of a row of the grid adds them alike, the first one keeps n and g.
+        plain, large, small = sum_splits(partial_ptr, offs_n, mask_n, N, ACC, SPLITS, BLOCK_N)
+        magnitude = tl.load(m_ptr + offs_n * stride_m, mask=mask_n, other=0.0).to(ACC)
+        norm, scale = norm_and_scale(plain, large, small, magnitude, ACC)
+        if tl.program_id(1) == 0:
+            tl.store(norm_ptr + offs_n, norm, mask=mask_n)
+            tl.store(scale_ptr + offs_n, scale, mask=mask_n)
+    merged = round_to(v * scale[:, None], offs_n, offs_k, salt, merged_ptr.dtype.element_ty, DITHERED)
     tl.store(merged_ptr + offsets_2d(offs_n, offs_k, K, 1), merged, mask=mask_n[:, None] & (offs_k < K)[None, :])
 
 
@@ -113,42 +131,49 @@ def merge(
     salt: int,
     weight_norm: torch.Tensor | None = None,
     mag_norm_scale: torch.Tensor | None = None,
+    cast_A: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """W' [N, K] in `dtype`, n [N] and g [N].
 
     With `weight_norm` and `mag_norm_scale` given (both or neither) the norm is not computed again and `magnitude` is
-    not read: the backward's merge, or a frozen adapter's.
+    not read: the backward's merge, or a frozen adapter's. Else `cast_A` [R, K], contiguous, receives A rounded to its
+    dtype: the norm reads A anyway.
     """
     (N, K), R, gpu = weight.shape, lora_A.shape[0], gpu_of(weight)
-    given = mag_norm_scale is not None
-    acc_dtype = (
-        mag_norm_scale.dtype if given else acc_dtype_of(weight.dtype, lora_A.dtype, lora_B.dtype, magnitude.dtype)
-    )
-    precision = precision_of(lora_A.dtype, lora_B.dtype, acc=acc_dtype)
-    merged = torch.empty(N, K, dtype=dtype, device=weight.device)
     factors = (weight, lora_A, lora_B)
-    strides = (*weight.stride(), *lora_A.stride(), *lora_B.stride())
-    modes = (*precision, TRITON_DTYPES[dtype], rounding == "dithered")
-    if N and not given and fuses_norm(N, K, R, acc_dtype.itemsize, weight.element_size(), gpu):
-        norm = torch.empty(N, dtype=acc_dtype, device=weight.device)
+    given = mag_norm_scale is not None
+    if given:
+        norm, scale, magnitude = weight_norm, mag_norm_scale, mag_norm_scale
+    else:
+        acc = acc_dtype(weight.dtype, lora_A.dtype, lora_B.dtype, magnitude.dtype)
+        norm = torch.empty(N, dtype=acc, device=weight.device)
         scale = torch.empty_like(norm)
-        config = weight_norm_config(N, K, R, acc_dtype.itemsize, gpu)
+    merged = torch.empty(N, K, dtype=dtype, device=weight.device)
+    if N == 0:
+        return merged, norm, scale
+    itemsize, dithered = scale.element_size(), rounding == "dithered"
+    strides = (*weight.stride(), *lora_A.stride(), *lora_B.stride(), magnitude.stride(0))
+    precision = precision_of(lora_A.dtype, lora_B.dtype, acc=scale.dtype)
+    if not given and fuses_norm(N, K, R, itemsize, weight.element_size(), gpu):
+        config = weight_norm_config(N, K, R, itemsize, gpu)
         _merge_fused_kernel[(triton.cdiv(N, config.block_n),)](
-            *factors, magnitude, merged, norm, scale,
+            *factors, magnitude, merged, norm, scale, lora_A if cast_A is None else cast_A,
             scaling, N, K, R, signed32(salt),
-            *strides, magnitude.stride(0),
-            *modes, config.block_n, config.block_k, config.block_r,
+            *strides,
+            *precision, cast_A is not None, dithered, config.block_n, config.block_k, config.block_r,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
         return merged, norm, scale
-    norm, scale = (weight_norm, mag_norm_scale) if given else launch_weight_norm(*factors, magnitude, scaling)
-    if merged.numel():
-        config = merge_config(R, acc_dtype.itemsize)
-        _merge_scale_kernel[(triton.cdiv(N, config.block_n), triton.cdiv(K, config.block_k))](
-            *factors, scale, merged,
-            scaling, N, K, R, signed32(salt),
-            *strides,
-            *modes, config.block_n, config.block_k, config.block_r,
-            num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
+    partial, splits = None, 1
+    if not given:
+        partial, splits = launch_weight_norm(*factors, magnitude, scaling, norm, scale, cast_A, rounding, salt)
+    config = merge_config(R, itemsize)
+    # At least one program a row, which keeps n and g, even for K = 0.
+    _merge_scale_kernel[(triton.cdiv(N, config.block_n), max(1, triton.cdiv(K, config.block_k)))](
+        *factors, magnitude, merged, norm, scale, scale if partial is None else partial,
+        scaling, N, K, R, signed32(salt),
+        *strides,
+        *precision, splits, dithered, config.block_n, config.block_k, config.block_r,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
     return merged, norm, scale

@@ -149,20 +149,21 @@ def rescale_bwd(
     scaling: float,
     *,
     saved_is: str,
-    needs_magnitude: bool,
-    needs_B: bool,
-    needs_bias: bool,
+    magnitude_dtype: torch.dtype | None,
+    B_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
     needs_base: bool,
     scale_shift: float = 0.0,
     rounding: str,
     salt: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dm [N], dB [N, R], db [N] in the accumulation dtype and dZ [M, N] in `grad_y`'s, None where not needed.
+    """dm [N], dB [N, R] and db [N], each in the dtype asked for, and dZ [M, N] in `grad_y`'s; None where none is asked.
 
     `saved` [M, N] is the output without its bias (`saved_is` "output": dm = Σ dy ⊙ y / (g n)) or z = x Wᵀ ("base":
     dm = (Σ dy ⊙ z + s rowsum(B ⊙ dyᵀh)) / n). dZ = dy ⊙ (g − `scale_shift`), the shift being 1 under PEFT's dropout.
     """
     (M, N), R, dtype = grad_y.shape, lora_B.shape[1], mag_norm_scale.dtype
+    needs_magnitude, needs_B, needs_bias = (d is not None for d in (magnitude_dtype, B_dtype, bias_dtype))
     from_base = needs_magnitude and saved_is == "base"
     needs_product = needs_B or from_base
     fused_product = needs_product and R <= MAX_FUSED_RANK
@@ -171,7 +172,9 @@ def rescale_bwd(
     def empty(needed, *shape, like=dtype):
         return torch.empty(shape, dtype=like, device=grad_y.device) if needed else None
 
-    grad_magnitude, grad_B, grad_bias = empty(needs_magnitude, N), empty(needs_B, N, R), empty(needs_bias, N)
+    grad_magnitude = empty(needs_magnitude, N, like=magnitude_dtype)
+    grad_B = empty(needs_B, N, R, like=B_dtype)
+    grad_bias = empty(needs_bias, N, like=bias_dtype)
     grad_base = empty(needs_base, M, N, like=grad_y.dtype)
     if N == 0 or not (needs_sums or needs_base):
         return grad_magnitude, grad_B, grad_bias, grad_base

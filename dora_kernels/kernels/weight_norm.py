@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import TRITON_DTYPES, Gpu, acc_dtype, gpu_of, precision_of, rank_block
+from .addresses import offsets_2d
+from .launch import TRITON_DTYPES, Gpu, acc_dtype, gpu_of, precision_of, rank_block, signed32
+from .rounding import round_to
 from .tile import adapted_tile
 
 # Squares of fp32 numbers leave fp32's range below 1e-19 and above 1e19: two more sums of squares, scaled by powers of
@@ -86,19 +88,51 @@ def norm_and_scale(plain, large, small, magnitude, ACC: tl.constexpr):
 
 
 @triton.jit
+def sum_splits(partial_ptr, offs_n, mask_n, N, ACC: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The three sums of squares, each [BLOCK_N], from the partial sums [3, SPLITS, N]."""
+    plain = tl.zeros([BLOCK_N], dtype=ACC)
+    large = tl.zeros([BLOCK_N], dtype=ACC)
+    small = tl.zeros([BLOCK_N], dtype=ACC)
+    for split in range(SPLITS):
+        plain += tl.load(partial_ptr + split * N + offs_n, mask=mask_n, other=0.0)
+        large += tl.load(partial_ptr + (SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
+        small += tl.load(partial_ptr + (2 * SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
+    return plain, large, small
+
+
+@triton.jit
+def cast_strips(
+    a_ptr, cast_ptr, K, R, salt, stride_ar, stride_ak,
+    ACC: tl.constexpr, DITHERED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """A [R, K] rounded into contiguous memory, its columns dealt out over the programs of axis 0."""
+    for start in range(tl.program_id(0) * BLOCK_K, K, tl.num_programs(0) * BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        for start_r in range(0, R, BLOCK_R):
+            offs_r = start_r + tl.arange(0, BLOCK_R)
+            mask = (offs_r < R)[:, None] & (offs_k < K)[None, :]
+            factor = tl.load(a_ptr + offsets_2d(offs_r, offs_k, stride_ar, stride_ak), mask=mask, other=0.0).to(ACC)
+            cast = round_to(factor, offs_r, offs_k, salt, cast_ptr.dtype.element_ty, DITHERED)
+            tl.store(cast_ptr + offsets_2d(offs_r, offs_k, K, 1), cast, mask=mask)
+
+
+@triton.jit(do_not_specialize=["salt"])
 def _weight_norm_kernel(
     # pointers
-    w_ptr, a_ptr, b_ptr, m_ptr, norm_ptr, scale_ptr, partial_ptr,
+    w_ptr, a_ptr, b_ptr, m_ptr, norm_ptr, scale_ptr, partial_ptr, cast_ptr,
     # sizes
-    scaling: tl.float64, N, K, R, k_per_split,
+    scaling: tl.float64, N, K, R, k_per_split, salt,
     # strides
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_m,
     # constexpr
-    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr, SPLITS: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    HAS_CAST: tl.constexpr, DITHERED: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     scaling = tl.cast(scaling, ACC)
     split = tl.program_id(1)
+    if HAS_CAST and split == 0:
+        cast_strips(a_ptr, cast_ptr, K, R, salt, stride_ar, stride_ak, ACC, DITHERED, BLOCK_K, BLOCK_R)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     plain, large, small = sums_of_squares(
@@ -130,43 +164,70 @@ def _weight_norm_finish_kernel(
 ):  # fmt: skip
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    plain = tl.zeros([BLOCK_N], dtype=ACC)
-    large = tl.zeros([BLOCK_N], dtype=ACC)
-    small = tl.zeros([BLOCK_N], dtype=ACC)
-    for split in range(SPLITS):
-        plain += tl.load(partial_ptr + split * N + offs_n, mask=mask_n, other=0.0)
-        large += tl.load(partial_ptr + (SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
-        small += tl.load(partial_ptr + (2 * SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
+    plain, large, small = sum_splits(partial_ptr, offs_n, mask_n, N, ACC, SPLITS, BLOCK_N)
     magnitude = tl.load(m_ptr + offs_n * stride_m, mask=mask_n, other=0.0).to(ACC)
     norm, scale = norm_and_scale(plain, large, small, magnitude, ACC)
     tl.store(norm_ptr + offs_n, norm, mask=mask_n)
     tl.store(scale_ptr + offs_n, scale, mask=mask_n)
 
 
-def weight_norm(
-    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, magnitude: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """n and g of W [N, K], A [R, K], B [N, R], m [N]: two [N] tensors, fp32 (fp64 where an input is fp64)."""
+def launch_weight_norm(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+    norm: torch.Tensor,
+    scale: torch.Tensor,
+    cast_A: torch.Tensor | None,
+    rounding: str,
+    salt: int,
+) -> tuple[torch.Tensor | None, int]:
+    """Fills `norm` and `scale`, or returns partial sums [3 · splits, N] that are still to be added, and `splits`."""
     (N, K), R = weight.shape, lora_A.shape[0]
+    config = weight_norm_config(N, K, R, norm.element_size(), gpu_of(weight))
+    splits = config.splits
+    partial = torch.empty(3 * splits, N, dtype=norm.dtype, device=weight.device) if splits > 1 else None
+    k_per_split = triton.cdiv(triton.cdiv(K, config.block_k), splits) * config.block_k
+    _weight_norm_kernel[(triton.cdiv(N, config.block_n), splits)](
+        weight, lora_A, lora_B, magnitude, norm, scale,
+        norm if partial is None else partial, lora_A if cast_A is None else cast_A,
+        scaling, N, K, R, k_per_split, signed32(salt),
+        *weight.stride(), *lora_A.stride(), *lora_B.stride(), magnitude.stride(0),
+        *precision_of(lora_A.dtype, lora_B.dtype, acc=norm.dtype), cast_A is not None, rounding == "dithered", splits,
+        config.block_n, config.block_k, config.block_r,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return partial, splits
+
+
+def weight_norm(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+    *,
+    cast_A: torch.Tensor | None = None,
+    rounding: str = "nearest",
+    salt: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """n and g of W [N, K], A [R, K], B [N, R], m [N]: two [N] tensors, fp32 (fp64 where an input is fp64).
+
+    `cast_A` [R, K], contiguous, receives A rounded to its dtype: the norm reads A anyway.
+    """
+    N = weight.shape[0]
     dtype = acc_dtype(weight.dtype, lora_A.dtype, lora_B.dtype, magnitude.dtype)
     norm = torch.empty(N, dtype=dtype, device=weight.device)
     scale = torch.empty_like(norm)
     if N == 0:
         return norm, scale
-    config = weight_norm_config(N, K, R, dtype.itemsize, gpu_of(weight))
-    precision = precision_of(lora_A.dtype, lora_B.dtype, acc=dtype)
-    splits = config.splits
-    partial = torch.empty(3 * splits, N, dtype=dtype, device=weight.device) if splits > 1 else norm
-    k_per_split = triton.cdiv(triton.cdiv(K, config.block_k), splits) * config.block_k
-    _weight_norm_kernel[(triton.cdiv(N, config.block_n), splits)](
-        weight, lora_A, lora_B, magnitude, norm, scale, partial,
-        scaling, N, K, R, k_per_split,
-        *weight.stride(), *lora_A.stride(), *lora_B.stride(), magnitude.stride(0),
-        *precision, splits, config.block_n, config.block_k, config.block_r,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-    )  # fmt: skip
-    if splits > 1:
-        _weight_norm_finish_kernel[(triton.cdiv(N, 128),)](
-            partial, magnitude, norm, scale, N, magnitude.stride(0), TRITON_DTYPES[dtype], splits, 128, num_warps=4
+    partial, splits = launch_weight_norm(
+        weight, lora_A, lora_B, magnitude, scaling, norm, scale, cast_A, rounding, salt
+    )
+    if partial is not None:
+        block_n = 128
+        _weight_norm_finish_kernel[(triton.cdiv(N, block_n),)](
+            partial, magnitude, norm, scale, N, magnitude.stride(0), TRITON_DTYPES[dtype], splits, block_n, num_warps=4
         )
     return norm, scale

@@ -19,11 +19,13 @@ def merge(
     salt: int,
     weight_norm: torch.Tensor | None = None,
     mag_norm_scale: torch.Tensor | None = None,
+    cast_A: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """W' [N, K] in `dtype`, n [N] and g [N].
 
     With `weight_norm` and `mag_norm_scale` given (both or neither) the norm is not computed again and `magnitude` is
-    not read: the backward's merge, or a frozen adapter's.
+    not read: the backward's merge, or a frozen adapter's. Else `cast_A` [R, K], contiguous, receives A rounded to its
+    dtype: the norm reads A anyway.
     """
     given = mag_norm_scale is not None
     acc_dtype = mag_norm_scale.dtype if given else accumulate_dtype(weight, lora_A, lora_B, magnitude)
@@ -36,4 +38,6 @@ def merge(
             norm[rows] = row_norm(adapted)
             scale[rows] = norm_scale(magnitude[rows], norm[rows])
         merged[rows] = round_to(adapted.mul_(scale[rows, None]), dtype, rounding, salt, rows.start)
+    if cast_A is not None:
+        cast_A.copy_(round_to(lora_A.to(acc_dtype), cast_A.dtype, rounding, salt))
     return merged, norm, scale

@@ -16,20 +16,21 @@ def rescale_bwd(
     scaling: float,
     *,
     saved_is: str,
-    needs_magnitude: bool,
-    needs_B: bool,
-    needs_bias: bool,
+    magnitude_dtype: torch.dtype | None,
+    B_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
     needs_base: bool,
     scale_shift: float = 0.0,
     rounding: str,
     salt: int,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dm [N], dB [N, R], db [N] in the accumulation dtype and dZ [M, N] in `grad_y`'s, None where not needed.
+    """dm [N], dB [N, R] and db [N], each in the dtype asked for, and dZ [M, N] in `grad_y`'s; None where none is asked.
 
     `saved` [M, N] is the output without its bias (`saved_is` "output": dm = Σ dy ⊙ y / (g n)) or z = x Wᵀ ("base":
     dm = (Σ dy ⊙ z + s rowsum(B ⊙ dyᵀh)) / n). dZ = dy ⊙ (g − `scale_shift`), the shift being 1 under PEFT's dropout.
     """
     acc_dtype = mag_norm_scale.dtype
+    needs_magnitude, needs_B, needs_bias = (dtype is not None for dtype in (magnitude_dtype, B_dtype, bias_dtype))
     shape, columns = grad_y.shape, grad_y.shape[1]
     grad_base = torch.empty(shape, dtype=grad_y.dtype, device=grad_y.device) if needs_base else None
     options = {"dtype": acc_dtype, "device": grad_y.device}
@@ -55,7 +56,9 @@ def rescale_bwd(
         divisor = weight_norm if from_base else mag_norm_scale * weight_norm
         # V is zero there: the same rule as in forward, no gradient passes.
         zero = weight_norm < torch.finfo(acc_dtype).tiny
-        grad_magnitude = torch.where(zero, torch.zeros_like(correlation), correlation / divisor)
+        grad_magnitude = torch.where(zero, torch.zeros_like(correlation), correlation / divisor).to(magnitude_dtype)
     if needs_B:
-        grad_B = product * (scaling * mag_norm_scale)[:, None]
+        grad_B = (product * (scaling * mag_norm_scale)[:, None]).to(B_dtype)
+    if needs_bias:
+        grad_bias = grad_bias.to(bias_dtype)
     return grad_magnitude, grad_B, grad_bias, grad_base

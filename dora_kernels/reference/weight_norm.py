@@ -3,6 +3,7 @@
 import torch
 
 from ..chunks import row_chunks
+from .rounding import round_to
 
 MIN_RATIO = 2.0**-40
 """|m| / n is held at or above this, so that m can be trained away from 0: see `norm_scale`."""
@@ -39,11 +40,24 @@ def row_norm(adapted: torch.Tensor) -> torch.Tensor:
 
 
 def weight_norm(
-    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, magnitude: torch.Tensor, scaling: float
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+    *,
+    cast_A: torch.Tensor | None = None,
+    rounding: str = "nearest",
+    salt: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """n and g of W [N, K], A [R, K], B [N, R], m [N]: two [N] tensors, fp32 (fp64 where an input is fp64)."""
+    """n and g of W [N, K], A [R, K], B [N, R], m [N]: two [N] tensors, fp32 (fp64 where an input is fp64).
+
+    `cast_A` [R, K], contiguous, receives A rounded to its dtype: the norm reads A anyway.
+    """
     dtype = accumulate_dtype(weight, lora_A, lora_B, magnitude)
     norm = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
     for rows in row_chunks(*weight.shape):
         norm[rows] = row_norm(adapted_rows(weight, lora_A, lora_B, scaling, rows, dtype))
+    if cast_A is not None:
+        cast_A.copy_(round_to(lora_A.to(dtype), cast_A.dtype, rounding, salt))
     return norm, norm_scale(magnitude, norm)

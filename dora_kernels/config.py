@@ -1,0 +1,149 @@
+"""`DoraConfig`: what to adapt and how. Field names and meanings are those of PEFT's `LoraConfig`."""
+
+import difflib
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+CHOICES = {
+    "dropout_mode": ("lora", "peft"),
+    "space": ("auto", "token", "weight"),
+    "impl": ("auto", "triton", "reference"),
+    "rounding": ("dithered", "nearest"),
+}
+
+
+@dataclass
+class DoraConfig:
+    """The configuration of a DoRA adapter.
+
+    Args:
+        r: rank, at least 1.
+        lora_alpha: the scaling is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+        lora_dropout: probability in [0, 1); what it acts on, see `dropout_mode`.
+        target_modules: module names or their suffixes (a list), a regular expression that matches the whole name
+            (a string), or "all-linear": every linear layer except the output embeddings (lm_head).
+        exclude_modules: names or suffixes (a list) or a regular expression (a string) never to adapt.
+        use_rslora: rank-stabilised scaling (arXiv 2312.03732).
+        rank_pattern, alpha_pattern: `{name, suffix or regular expression: r or lora_alpha}` for layers that differ.
+        modules_to_save: modules to train in full and to save with the adapter; never adapted.
+        dropout_mode: "lora" drops the input of the LoRA branch only (one base GEMM); "peft" is PEFT's meaning (two).
+        space, impl, rounding: see `dora_linear`.
+        nf4_parity: for NF4 bases, which this version does not read: only False is accepted.
+
+    Raises:
+        TypeError, ValueError: a field of the wrong type or out of its range.
+        NotImplementedError: `nf4_parity=True`.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str = "all-linear"
+    exclude_modules: list[str] | str | None = None
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    modules_to_save: list[str] | None = None
+    dropout_mode: str = "lora"
+    space: str = "auto"
+    impl: str = "auto"
+    rounding: str = "dithered"
+    nf4_parity: bool = False
+
+    def __post_init__(self):
+        _check_rank("`r`", self.r)
+        _check_alpha("`lora_alpha`", self.lora_alpha)
+        if not _is_number(self.lora_dropout):
+            raise TypeError(f"`lora_dropout` should be a number, got {self.lora_dropout!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"`lora_dropout` should be a probability in [0, 1), got {self.lora_dropout}")
+        for name in ("use_rslora", "nf4_parity"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` should be True or False, got {getattr(self, name)!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` should be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.nf4_parity:
+            raise NotImplementedError("`nf4_parity` is for NF4 bases, which this version does not read; leave it False")
+
+        self.target_modules = _names("target_modules", self.target_modules, regex=True)
+        if not self.target_modules:
+            raise ValueError('`target_modules` should name at least one module; "all-linear" takes every linear layer')
+        self.exclude_modules = _names("exclude_modules", self.exclude_modules, regex=True)
+        self.modules_to_save = _names("modules_to_save", self.modules_to_save, regex=False)
+        self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, _check_rank)
+        self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, _check_alpha)
+
+    @classmethod
+    def from_dict(cls, values: Mapping) -> "DoraConfig":
+        """A config from a mapping, such as one read from disk.
+
+        Raises:
+            ValueError: a key that is no field; the message suggests the nearest one.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in values:
+            if name not in known:
+                nearest = difflib.get_close_matches(str(name), known, n=1)
+                hint = f"did you mean `{nearest[0]}`? " if nearest else ""
+                raise ValueError(f"DoraConfig has no field {name!r}; {hint}The fields are: {', '.join(known)}")
+        return cls(**values)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_rank(name: str, value) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} should be a positive integer value but the value passed is {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} should be a positive integer value but the value passed is {value}")
+
+
+def _check_alpha(name: str, value) -> None:
+    if not _is_number(value):
+        raise TypeError(f"{name} should be a positive number, got {value!r}")
+    if not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name} should be a positive number, got {value}")
+
+
+def _names(field: str, value, *, regex: bool) -> list[str] | str | None:
+    """`value` as a new list without repetitions or, where a regular expression is meant, the string."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if not regex:
+            raise TypeError(f'`{field}` should be a list of module names, got the string {value!r}; write ["{value}"]')
+        _check_regex(field, value)
+        return value
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in value):
+        kinds = "a list of module names" + (" or a regular expression" if regex else "")
+        raise TypeError(f"`{field}` should be {kinds}, got {value!r}")
+    if "" in value:
+        raise ValueError(f"`{field}` holds an empty name")
+    if not regex:
+        # PEFT reads these as regular expressions when it keeps adapters off them.
+        for name in value:
+            _check_regex(field, name)
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(dict.fromkeys(value))
+
+
+def _pattern(field: str, value, check) -> dict | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"`{field}` should be a dict of module names to numbers, got {value!r}")
+    for key, number in value.items():
+        _check_regex(field, key)
+        check(f"`{field}[{key!r}]`", number)
+    return dict(value)
+
+
+def _check_regex(field: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`{field}`: {pattern!r} is not a regular expression: {error}") from error
