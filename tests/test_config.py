@@ -1,0 +1,90 @@
+"""`DoraConfig`: every bad value is refused with a sentence, and the fields are PEFT's."""
+
+import inspect
+from dataclasses import asdict, fields, replace
+
+import peft
+import pytest
+
+from dora_kernels.config import DoraConfig
+
+OURS_ALONE = {"dropout_mode", "space", "impl", "rounding", "nf4_parity"}
+
+
+def test_every_field_is_pefts_or_the_engines_own():
+    pefts = inspect.signature(peft.LoraConfig).parameters
+    names = {field.name for field in fields(DoraConfig)}
+    assert names - OURS_ALONE <= set(pefts)
+    assert names >= OURS_ALONE
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error", "message"),
+    [
+        ("r", 0, ValueError, "`r` should be a positive integer value but the value passed is 0"),
+        ("r", -3, ValueError, "positive integer"),
+        ("r", 8.0, TypeError, "positive integer"),
+        ("r", True, TypeError, "positive integer"),
+        ("lora_alpha", 0, ValueError, "positive number"),
+        ("lora_alpha", float("nan"), ValueError, "positive number"),
+        ("lora_alpha", float("inf"), ValueError, "positive number"),
+        ("lora_alpha", 10**400, ValueError, "positive number"),
+        ("lora_alpha", "16", TypeError, "positive number"),
+        ("lora_dropout", 1.0, ValueError, r"\[0, 1\)"),
+        ("lora_dropout", -0.1, ValueError, r"\[0, 1\)"),
+        ("lora_dropout", float("nan"), ValueError, r"\[0, 1\)"),
+        ("lora_dropout", None, TypeError, "number"),
+        ("use_rslora", 1, TypeError, "True or False"),
+        ("target_modules", [], ValueError, "at least one module"),
+        ("target_modules", "", ValueError, "at least one module"),
+        ("target_modules", None, ValueError, "at least one module"),
+        ("target_modules", [""], ValueError, "empty name"),
+        ("target_modules", ["q_proj", 3], TypeError, "list of module names or a regular expression"),
+        ("target_modules", "(q_proj", ValueError, "not a regular expression"),
+        ("exclude_modules", {"a": 1}, TypeError, "list of module names"),
+        ("modules_to_save", "classifier", TypeError, r'write \["classifier"\]'),
+        ("modules_to_save", ["a)"], ValueError, "not a regular expression"),
+        ("rank_pattern", {"q_proj": 0}, ValueError, r"`rank_pattern\['q_proj'\]` should be a positive integer"),
+        ("rank_pattern", ["q_proj"], TypeError, "dict"),
+        ("rank_pattern", {"(": 4}, ValueError, "not a regular expression"),
+        ("alpha_pattern", {"q_proj": -1}, ValueError, "positive number"),
+        ("dropout_mode", "input", ValueError, "one of lora, peft, got 'input'"),
+        ("space", "merge", ValueError, "one of auto, token, weight"),
+        ("impl", "cuda", ValueError, "one of auto, triton, reference"),
+        ("rounding", "stochastic", ValueError, "one of dithered, nearest"),
+        ("space", [], ValueError, "one of auto"),
+        ("nf4_parity", True, NotImplementedError, "NF4"),
+    ],
+    ids=lambda value: str(value)[:24] if not isinstance(value, type) else value.__name__,
+)
+def test_bad_value_is_refused(field, value, error, message):
+    with pytest.raises(error, match=message):
+        DoraConfig(**{field: value})
+    # A field set after construction is caught where the config is used.
+    config = DoraConfig()
+    setattr(config, field, value)
+    with pytest.raises(error, match=message):
+        replace(config)
+
+
+def test_unknown_field_suggests_the_nearest():
+    with pytest.raises(ValueError, match="no field 'lora_aplha'; did you mean `lora_alpha`"):
+        DoraConfig.from_dict({"r": 4, "lora_aplha": 8})
+    with pytest.raises(ValueError, match="no field 'zzz'; The fields are: r, lora_alpha"):
+        DoraConfig.from_dict({"zzz": 1})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
+        DoraConfig(rank=4)
+
+
+def test_from_dict_is_the_inverse_of_asdict():
+    config = DoraConfig(r=3, target_modules=["q_proj"], rank_pattern={"q_proj": 7}, lora_dropout=0.1)
+    assert DoraConfig.from_dict(asdict(config)) == config
+
+
+def test_the_lists_are_the_configs_own():
+    names = ["q_proj"]
+    config = DoraConfig(target_modules=names)
+    names.append("v_proj")
+    assert config.target_modules == ["q_proj"]
+    assert DoraConfig(target_modules={"b", "a"}).target_modules == ["a", "b"]
+    assert DoraConfig(target_modules=("b", "a", "b")).target_modules == ["b", "a"]

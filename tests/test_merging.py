@@ -1,0 +1,271 @@
+"""`merge_dora`: the same function without the engine; `unmerge_dora`: the same bits as before."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, BertForMaskedLM
+from transformers.pytorch_utils import Conv1D
+
+from dora_kernels.config import DoraConfig
+from dora_kernels.linear import DoraLinear
+from dora_kernels.merging import merge_dora, unmerge_dora
+from dora_kernels.patch import apply_dora, dora_layers
+from tests.tiny_models import FAMILIES, bert_config, gpt2, llama, logits, t5
+
+# Worst difference of a logit, relative to the largest one. fp32: a few hundred rounded products; bf16: W' is rounded
+# once, by up to half an ulp (2⁻⁹), where the unmerged layer rounds z and y instead, through two layers.
+TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 3e-2}
+
+
+def trained(model, **fields):
+    """The model with an adapter as training might leave it, far enough from the base to see a mistake."""
+    torch.manual_seed(1)
+    apply_dora(model, DoraConfig(r=3, lora_alpha=6, **fields))
+    with torch.no_grad():
+        for layer in dora_layers(model).values():
+            layer.lora_B.normal_(std=0.05)
+            layer.magnitude.mul_(1 + 0.1 * torch.randn_like(layer.magnitude))
+    return model
+
+
+def assert_close(actual, expected, dtype):
+    assert (actual - expected).abs().max() <= TOLERANCE[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("rounding", ["dithered", "nearest"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_logits_equal_the_adapters_and_no_engine_module_is_left(family, dtype, rounding):
+    base = FAMILIES[family](dtype)
+    classes = {name: type(module) for name, module in base.named_modules()}
+    keys, before = list(base.state_dict()), logits(base)
+    model = trained(base, rounding=rounding)
+    expected = logits(model)
+    # The adapter says something that the tolerance would not hide.
+    assert (expected - before).abs().max() > 5 * TOLERANCE[dtype] * expected.abs().max()
+    assert merge_dora(model) is model
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert list(model.state_dict()) == keys
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert not any(module.training for module in model.modules())
+    assert not hasattr(model, "dora_config")
+    assert_close(logits(model), expected, dtype)
+
+
+def test_the_merged_weight_is_the_fp64_one_rounded_once():
+    model = trained(llama(dtype=torch.bfloat16), target_modules=["q_proj"], rounding="nearest")
+    path, layer = next(iter(dora_layers(model).items()))
+    weight, a, b, m = (t.detach().double() for t in (layer.weight, layer.lora_A, layer.lora_B, layer.magnitude))
+    adapted = weight + layer.scaling * b @ a
+    exact = m[:, None] / adapted.norm(dim=1, keepdim=True) * adapted
+    merged = model_weight(merge_dora(model), path).double()
+    # Half a bf16 ulp is at most 2⁻⁸ of the value's binade; the fp32 arithmetic before it adds next to nothing.
+    assert ((merged - exact).abs() <= 2.0**-8 * 1.001 * exact.abs()).all()
+
+
+def model_weight(model, path):
+    return model.get_submodule(path).weight.detach()
+
+
+def test_gpt2_stays_conv1d():
+    model = merge_dora(trained(gpt2(), target_modules=["c_attn"]))
+    layer = model.transformer.h[0].attn.c_attn
+    assert type(layer) is Conv1D
+    assert layer.weight.shape == (32, 96)
+    assert layer.weight.is_contiguous()
+
+
+def test_modules_to_save_keep_their_training():
+    model = trained(llama(), modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.1)
+    expected, weight = logits(model), model.lm_head.weight
+    merge_dora(model)
+    assert model.lm_head.weight is weight
+    assert_close(logits(model), expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_hundred_cycles_change_no_bit(dtype):
+    model = trained(llama(dtype=dtype, layers=1))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = copy.deepcopy(model.dora_config)
+    for _ in range(100):
+        merge_dora(model, keep_base=True)
+        unmerge_dora(model)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, parameter in after.items():
+        assert torch.equal(parameter, before[name]), name
+        assert parameter.requires_grad == name.endswith(("lora_A", "lora_B", "magnitude")), name
+    assert model.dora_config == config
+
+
+def test_kept_layers_are_not_part_of_the_merged_model():
+    model = merge_dora(trained(llama()), keep_base=True)
+    assert not any(isinstance(module, DoraLinear) for module in model.modules())
+    assert not any("lora" in name or "magnitude" in name for name in model.state_dict())
+
+
+def test_unmerge_takes_on_the_mode_of_the_merged_model():
+    model = trained(llama().train())
+    merge_dora(model, keep_base=True).eval()
+    assert not any(module.training for module in unmerge_dora(model).modules())
+
+
+def test_merging_twice_is_refused():
+    model = merge_dora(trained(llama()))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="merged already; call apply_dora"):
+        merge_dora(model)
+    with pytest.raises(ValueError, match="keep_base=True"):
+        unmerge_dora(model)
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    model = merge_dora(trained(llama()), keep_base=True)
+    with pytest.raises(ValueError, match="unmerge_dora takes the merge back"):
+        merge_dora(model)
+    with pytest.raises(ValueError, match="merged with keep_base=True"):
+        apply_dora(model, DoraConfig())
+    unmerge_dora(model)
+    with pytest.raises(ValueError, match="nothing to unmerge"):
+        unmerge_dora(model)
+
+
+def test_a_base_for_dense_weights_is_an_error():
+    model = trained(llama())
+    with pytest.raises(ValueError, match="merge without base='dequantized'"):
+        merge_dora(model, base="dequantized")
+    assert dora_layers(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("name", ["lora_A", "lora_B", "magnitude"])
+def test_a_diverged_adapter_is_not_merged(name, value):
+    model = trained(llama())
+    path, layer = list(dora_layers(model).items())[-1]
+    with torch.no_grad():
+        getattr(layer, name).view(-1)[-1] = value
+    count = len(dora_layers(model))
+    with pytest.raises(ValueError, match=f"{path}.{name} holds NaN or infinity"):
+        merge_dora(model)
+    assert len(dora_layers(model)) == count
+
+
+def test_zero_rows_merge_to_finite_weights():
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[3:5] = 0
+    apply_dora(model, DoraConfig(target_modules=["o_proj"]))
+    expected = logits(model)
+    merge_dora(model)
+    assert torch.equal(model.model.layers[0].self_attn.o_proj.weight[3:5], torch.zeros(2, 32))
+    assert_close(logits(model), expected, torch.float32)
+
+
+def reloaded(model, directory):
+    model.save_pretrained(directory)
+    return type(model).from_pretrained(directory).eval()
+
+
+def test_merging_a_tied_head_leaves_the_embedding_alone_and_reloads_untied(tmp_path):
+    model = trained(llama(tied=True), target_modules=["lm_head", "q_proj"])
+    embedding = model.model.embed_tokens.weight
+    bits, expected = embedding.detach().clone(), logits(model)
+    with pytest.warns(UserWarning, match="lm_head.weight no longer tied after merging"):
+        merge_dora(model, keep_base=True)
+    assert model.model.embed_tokens.weight is embedding
+    assert torch.equal(embedding, bits)
+    assert model.lm_head.weight is not embedding
+    assert model.config.tie_word_embeddings is False
+    assert_close(logits(model), expected, torch.float32)
+    for loaded in (reloaded(model, tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        assert torch.equal(logits(loaded), logits(model))
+    # A caller that ties again by habit must not undo the merge either.
+    model.tie_weights()
+    assert_close(logits(model), expected, torch.float32)
+
+    unmerge_dora(model)
+    assert model.config.tie_word_embeddings is True
+    assert model.lm_head.weight is embedding
+    assert torch.equal(logits(model), expected)
+
+
+def test_merging_beside_tied_weights_keeps_them_tied(tmp_path, recwarn):
+    model = merge_dora(trained(llama(tied=True)))
+    assert not [warning for warning in recwarn if "tied" in str(warning.message)]
+    assert model.config.tie_word_embeddings is True
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(logits(reloaded(model, tmp_path)), logits(model))
+
+
+@pytest.mark.filterwarnings("ignore:modules_to_save")
+def test_a_head_trained_apart_reloads_untied(tmp_path):
+    model = trained(llama(tied=True), modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    with pytest.warns(UserWarning, match="no longer tied"):
+        merge_dora(model)
+    assert torch.equal(logits(reloaded(model, tmp_path)), logits(model))
+
+
+def test_a_tied_bias_is_saved_with_the_head_it_belongs_to(tmp_path):
+    torch.manual_seed(0)
+    model = BertForMaskedLM(bert_config()).eval()
+    with torch.no_grad():
+        model.cls.predictions.bias.normal_()
+    trained(model, target_modules=["decoder"])
+    expected = logits(model)
+    with pytest.warns(UserWarning, match="no longer tied"):
+        merge_dora(model, keep_base=True)
+    assert_close(logits(model), expected, torch.float32)
+    assert torch.equal(logits(reloaded(model, tmp_path)), logits(model))
+    unmerge_dora(model)
+    assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
+    assert torch.equal(logits(model), expected)
+
+
+def test_partners_that_stay_equal_are_saved_and_tied_again(tmp_path):
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=61,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        max_position_embeddings=32,
+    )
+    model = trained(BartForConditionalGeneration(config).eval(), target_modules=["lm_head"])
+    expected, ties = logits(model), dict(model.all_tied_weights_keys)
+    with pytest.warns(UserWarning, match="no longer tied"):
+        merge_dora(model, keep_base=True)
+    assert_close(logits(model), expected, torch.float32)
+    assert torch.equal(logits(reloaded(model, tmp_path)), logits(model))
+    unmerge_dora(model)
+    assert model.all_tied_weights_keys == ties
+    for target, source in ties.items():
+        assert model.get_parameter(target) is model.get_parameter(source), target
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_config_that_cannot_say_untied_refuses_the_merge():
+    model = trained(t5(), target_modules=["lm_head", "q"])
+    count, expected = len(dora_layers(model)), logits(model)
+    with pytest.raises(ValueError, match=r"lm_head\.weight.*T5Config cannot describe"):
+        merge_dora(model)
+    assert len(dora_layers(model)) == count
+    assert torch.equal(logits(model), expected)
+    merge_dora(trained(t5(), target_modules=["q"]))
+
+
+def test_layers_put_in_by_hand_merge_too():
+    model = nn.Sequential(DoraLinear.from_linear(nn.Linear(5, 7), r=2, lora_alpha=4), nn.ReLU())
+    x = torch.randn(3, 5)
+    expected = model(x)
+    merge_dora(model)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), expected)
