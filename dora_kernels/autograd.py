@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from . import dispatch
 from .gemm import mm_fp32
@@ -99,8 +98,10 @@ class DoraLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_y):
+        # torch's once_differentiable lets a constant grad_y pass, and a gradient penalty would be dropped in silence.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("dora_linear cannot differentiate twice: call backward without create_graph=True")
         call = ctx.call
         ops = dispatch.implementation(call.impl)
         rounded = {"rounding": call.rounding, "salt": call.salt}

@@ -83,10 +83,8 @@ def choose(
         for form in ("token", "weight")
     )
     weight *= WEIGHT_SPACE_FACTOR.get(_capability(device), 1.0)
-    space, less, more = ("weight", weight, token) if weight < token else ("token", token, weight)
-    return Plan(
-        space, impl, f"{space} space: predicted at {less / max(more, 1):.2f}× the other's overhead; {impl_reason}"
-    )
+    space = "weight" if weight < token else "token"
+    return Plan(space, impl, f"{space} space: it moves less memory at this size; {impl_reason}")
 
 
 def choose_impl(device: torch.device, impl: str = "auto") -> tuple[str, str]:

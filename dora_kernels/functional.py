@@ -41,6 +41,7 @@ def dora_linear(
         impl: "triton", "reference" or "auto".
         rounding: how values are rounded to bf16 or fp16: "dithered" (unbiased, reproducible) or "nearest".
         lora_dropout: probability, applied while `training`.
+        training: drop, and take the form and the roundings of training even where gradients are off.
         dropout_mode: "lora" drops the LoRA branch's input alone; "peft" also that of the (g − 1) term.
         salt: any 32-bit number; layers with different salts dither differently.
         frozen_scale: (n, g) of these very parameters, for inference only.
@@ -61,7 +62,9 @@ def dora_linear(
             f"cast x with x.to({weight.dtype}) or run under torch.autocast"
         )
     trainable = [t for t in (x, lora_A, lora_B, magnitude, bias) if t is not None and t.requires_grad]
-    trains = torch.is_grad_enabled() and bool(trainable)
+    # Reentrant checkpointing runs the first forward without gradients: in training mode it must take the same form, and
+    # round the same way, as its recomputation.
+    trains = bool(trainable) and (training or torch.is_grad_enabled())
     if frozen_scale is not None and trains:
         raise ValueError("frozen_scale is for inference: run under torch.no_grad(), or leave it out to train")
     dropout = dropout_mode if training and lora_dropout > 0 else None

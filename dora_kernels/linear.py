@@ -161,6 +161,10 @@ class DoraLinear(nn.Module):
         self._refuse_if_frozen("load weights")
         super()._load_from_state_dict(*args, **kwargs)
 
+    def __getstate__(self) -> dict:
+        # A copy or a pickle made inside frozen_adapters is not in its scope.
+        return self.__dict__ | {"frozen_scale": None}
+
     def _refuse_if_frozen(self, act: str) -> None:
         if self.frozen_scale is not None:
             raise RuntimeError(f"cannot {act} inside frozen_adapters: its norms would go stale; leave the scope first")
