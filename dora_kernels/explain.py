@@ -57,7 +57,7 @@ def _plan(layer: DoraLinear, tokens: int) -> dispatch.Plan:
         device=layer.weight.device,
         has_bias=layer.bias is not None,
         dropout=dropout,
-        trains=layer.training,
+        trains=layer.training and any(parameter.requires_grad for parameter in layer.parameters()),
         trains_magnitude=layer.training and layer.magnitude.requires_grad,
         space=layer.space,
         impl=layer.impl,

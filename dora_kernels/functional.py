@@ -114,6 +114,8 @@ def check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_d
     for name, tensor in tensors.items():
         if tensor is None:
             continue
+        if type(tensor).__name__ == "DTensor":
+            raise TypeError(f"{name} is a DTensor, of which this process holds a part; pass {name}.full_tensor()")
         if not tensor.is_floating_point():
             raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
         if tensor.device != x.device:

@@ -161,6 +161,10 @@ class DoraLinear(nn.Module):
         self._refuse_if_frozen("load weights")
         super()._load_from_state_dict(*args, **kwargs)
 
+    def _apply(self, *args, **kwargs) -> "DoraLinear":
+        self._refuse_if_frozen("move or convert the model")
+        return super()._apply(*args, **kwargs)
+
     def __getstate__(self) -> dict:
         # A copy or a pickle made inside frozen_adapters is not in its scope.
         return self.__dict__ | {"frozen_scale": None}

@@ -1,0 +1,67 @@
+"""Every layout of the inputs and of the gradient that comes back computes what the same numbers side by side do."""
+
+import pytest
+import torch
+
+from tests.buffers import LAYOUTS
+from tests.oracle import Problem, errors, make_problem, solve
+
+# The layouts reach the matrix products too, whose order of summation then changes: fp32's ulp times the length of the
+# sums, and one rounding step of what is stored in bf16.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+SPACES = pytest.mark.parametrize("space", ["token", "weight"])
+
+
+class _LaidOut(Problem):
+    """`Problem.leaves` clones, which makes most layouts contiguous; detach() keeps them."""
+
+    def leaves(self):
+        tensors = (self.x, self.lora_A, self.lora_B, self.magnitude, self.bias)
+        return [tensor.detach().requires_grad_() for tensor in tensors if tensor is not None]
+
+
+def check(problem, layouts, impl="triton", **options):
+    """Lays out the problem's tensors, {name: layout}; compares with the reference on contiguous copies of the same."""
+    laid_out = {name: LAYOUTS[layout](getattr(problem, name)) for name, layout in layouts.items()}
+    contiguous = {name: tensor.contiguous() for name, tensor in laid_out.items()}
+    solution = solve(_LaidOut(**(vars(problem) | laid_out)), impl=impl, **options)
+    expected = solve(_LaidOut(**(vars(problem) | contiguous)), impl="reference", **options)
+    for name, error in errors(solution, expected).items():
+        assert error < TOLERANCE[problem.x.dtype], name
+
+
+@DTYPES
+@SPACES
+@pytest.mark.parametrize("grad_layout", LAYOUTS)
+@pytest.mark.parametrize("x_layout", LAYOUTS)
+def test_input_and_incoming_gradient(x_layout, grad_layout, space, dtype):
+    problem = make_problem(11, 13, 17, 3, dtype=dtype, adapter_dtype=torch.float32, bias=space == "token")
+    check(problem, {"x": x_layout, "grad_y": grad_layout}, space=space)
+
+
+@SPACES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["weight", "lora_A", "lora_B", "magnitude", "bias"])
+def test_parameters(name, layout, space):
+    check(make_problem(11, 13, 17, 3, bias=True), {name: layout}, space=space)
+
+
+@SPACES
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_three_dimensions(impl, layout, space):
+    problem = make_problem(15, 13, 17, 3)
+    problem.x, problem.grad_y = problem.x.view(3, 5, 17), problem.grad_y.view(3, 5, 13)
+    check(problem, {"x": layout, "grad_y": layout}, impl, space=space)
+
+
+def test_the_gradient_of_a_sum():
+    """It arrives with every stride 0."""
+    results = []
+    for grad_y in (torch.ones(11, 13), torch.ones(()).expand(11, 13)):
+        problem = make_problem(11, 13, 17, 3)
+        problem.grad_y = grad_y
+        results.append(solve(problem, space="token", impl="triton"))
+    for name, error in errors(*results).items():
+        assert error < TOLERANCE[torch.float32], name
