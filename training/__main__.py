@@ -43,6 +43,8 @@ def run(flags: Flags) -> None:
     """Check, evaluate the base, fine-tune, evaluate again, merge, report."""
     started = time.perf_counter()
     flags.check()
+    if flags.is_demo:
+        torch.set_num_threads(demo.THREADS)
     output_dir = Path(flags.output_dir)
     rows = read_splits(flags.data_path, flags.seed)
     model, tokenizer = load_base(flags.base_model)

@@ -21,20 +21,15 @@ SENTENCES = [
     "{day} order: {count} {item}, for {name} who lives in {city}.",
 ]
 
+# What an order is made of, unless it is of made-up words.
+KNOWN = {"name": NAMES, "city": CITIES, "goods": GOODS}
+
 JSON_INSTRUCTION = "Return the order as JSON."
 
 
 def prompt(instruction: str, text: str) -> str:
     """The one prompt format of the demo; the completion starts on the line after it."""
     return f"Instruction: {instruction}\nInput: {text}\nResponse:\n"
-
-
-def pools(split: str) -> dict[str, list[str]]:
-    """Names, cities and goods of one split of the fine-tuning data: train, validation and test share none of them.
-    The split "base" has all: like any base model, ours knows the words, and not the task."""
-    parts = {"base": slice(0, 50), "train": slice(0, 36), "validation": slice(36, 40), "test": slice(40, 50)}
-    part = parts[split]
-    return {"name": NAMES[part], "city": CITIES[part], "goods": GOODS[part]}
 
 
 def made_up_word(rng: random.Random) -> str:
@@ -55,15 +50,15 @@ def order(rng: random.Random, values: dict[str, list[str]]) -> tuple[str, dict]:
     return rng.choice(SENTENCES).format(**fields), fields
 
 
-def json_row(rng: random.Random, split: str) -> dict[str, str]:
+def json_row(rng: random.Random) -> dict[str, str]:
     """One row of the fine-tuning task."""
-    sentence, fields = order(rng, pools(split))
+    sentence, fields = order(rng, KNOWN)
     return {"prompt": prompt(JSON_INSTRUCTION, sentence), "completion": json.dumps(fields)}
 
 
 def base_row(rng: random.Random) -> dict[str, str]:
     """One row of what the base is taught. A third of the orders has made-up words for name, city and goods."""
-    values = pools("base")
+    values = KNOWN
     if rng.random() < 1 / 3:
         values = {
             "name": [made_up_word(rng).capitalize()],
