@@ -8,7 +8,8 @@ import torch
 import dora_kernels as dk
 from dora_kernels import autograd
 from tests.buffers import count_launches
-from tests.oracle import NAMES, make_problem, solve
+from tests.oracle import NAMES, make_problem, relative_error, solve
+from tests.tolerances import TWIN
 
 SPACES = pytest.mark.parametrize("space", ["token", "weight"])
 IMPLS = pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -53,7 +54,10 @@ def test_every_subset_of_gradients(trained, space, full_gradients, monkeypatch):
     tensors = tensors_of(p, trained)
     y = forward(p, tensors, space=space, impl="triton")
     for name, grad in zip(trained, torch.autograd.grad(y, [tensors[name] for name in trained], p.grad_y)):
-        assert torch.equal(grad, full_gradients[space][name]), name
+        # dyᵀh is a GEMM where nothing else needs the pass over dy: another order of summation.
+        alone = name == "lora_B" and not {"magnitude", "bias"} & set(trained)
+        tolerance = TWIN[grad.dtype] if alone else 0.0
+        assert relative_error(grad, full_gradients[space][name]) <= tolerance, name
     # The second place is that of the dropped input, which does not exist here.
     by_name = dict(zip(TRAINABLE, (returned[0][0], *returned[0][2:6])))
     assert {name for name, grad in by_name.items() if grad is not None} == set(trained), "nothing else is computed"

@@ -71,9 +71,14 @@ def signed32(salt: int) -> int:
     return (salt & 0xFFFFFFFF) - ((salt & 0x80000000) << 1)
 
 
-def rank_block(rank: int, largest: int = 32) -> int:
+def rank_block(rank: int, itemsize: int = 4) -> int:
     """R is walked in blocks of this size: at least 16, which a dot needs; padded lanes are masked, not read."""
-    return max(16, min(largest, triton.next_power_of_2(rank)))
+    return 32 if 16 < rank <= 32 and itemsize < 8 else 16
+
+
+ALL_REGISTERS = {"maxnreg": 255}
+"""Launch option where the grid, not registers, limits how many programs share a multiprocessor: else the compiler may
+spill to fit more."""
 
 
 def interpreted() -> bool:

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from .addresses import offsets_2d
-from .launch import Gpu, acc_dtype, gpu_of, precision_of, rank_block, signed32
+from .launch import ALL_REGISTERS, Gpu, acc_dtype, gpu_of, precision_of, rank_block, signed32
 from .rounding import round_to
-from .tile import adapted_tile
+from .tile import adapted_tile, rank_block_of
 from .weight_norm import (
     cast_strips,
     launch_weight_norm,
@@ -33,7 +33,7 @@ class MergeConfig(NamedTuple):
 def merge_config(rank: int, itemsize: int) -> MergeConfig:
     """By rank and accumulator size."""
     block_n, block_k = (64, 64) if itemsize < 8 else (32, 32)
-    return MergeConfig(block_n, block_k, rank_block(rank), num_warps=8 if itemsize < 8 else 4, num_stages=2)
+    return MergeConfig(block_n, block_k, rank_block(rank, itemsize), num_warps=8 if itemsize < 8 else 4, num_stages=2)
 
 
 def fuses_norm(out_features: int, in_features: int, rank: int, itemsize: int, weight_itemsize: int, gpu: Gpu) -> bool:
@@ -55,7 +55,7 @@ def _merge_fused_kernel(
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_m,
     # constexpr
     ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    HAS_CAST: tl.constexpr, DITHERED: tl.constexpr,
+    HAS_CAST: tl.constexpr, DITHERED: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     scaling = tl.cast(scaling, ACC)
@@ -66,18 +66,19 @@ def _merge_fused_kernel(
     plain, large, small = sums_of_squares(
         w_ptr, a_ptr, b_ptr, scaling, offs_n, 0, K, N, K, R,
         stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-        ACC, DOT, INPUT_PRECISION, BLOCK_N, BLOCK_K, BLOCK_R,
+        ACC, DOT, INPUT_PRECISION, ONE_BLOCK, STAGES, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
     magnitude = tl.load(m_ptr + offs_n * stride_m, mask=mask_n, other=0.0).to(ACC)
     norm, scale = norm_and_scale(plain, large, small, magnitude, ACC)
     tl.store(norm_ptr + offs_n, norm, mask=mask_n)
     tl.store(scale_ptr + offs_n, scale, mask=mask_n)
-    for start in range(0, K, BLOCK_K):
+    first = rank_block_of(b_ptr, offs_n, mask_n, 0, R, stride_bn, stride_br, BLOCK_R)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         offs_k = start + tl.arange(0, BLOCK_K)
         v = adapted_tile(
-            w_ptr, a_ptr, b_ptr, scaling, offs_n, offs_k, N, K, R,
+            w_ptr, a_ptr, b_ptr, first, scaling, offs_n, offs_k, N, K, R,
             stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-            ACC, DOT, INPUT_PRECISION, BLOCK_N, BLOCK_K, BLOCK_R,
+            ACC, DOT, INPUT_PRECISION, ONE_BLOCK, BLOCK_N, BLOCK_K, BLOCK_R,
         )  # fmt: skip
         merged = round_to(v * scale[:, None], offs_n, offs_k, salt, merged_ptr.dtype.element_ty, DITHERED)
         tl.store(merged_ptr + offsets_2d(offs_n, offs_k, K, 1), merged, mask=mask_n[:, None] & (offs_k < K)[None, :])
@@ -93,17 +94,18 @@ def _merge_scale_kernel(
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_m,
     # constexpr
     ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    SPLITS: tl.constexpr, DITHERED: tl.constexpr,
+    SPLITS: tl.constexpr, DITHERED: tl.constexpr, ONE_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     scaling = tl.cast(scaling, ACC)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_n = offs_n < N
+    first = rank_block_of(b_ptr, offs_n, mask_n, 0, R, stride_bn, stride_br, BLOCK_R)
     v = adapted_tile(
-        w_ptr, a_ptr, b_ptr, scaling, offs_n, offs_k, N, K, R,
+        w_ptr, a_ptr, b_ptr, first, scaling, offs_n, offs_k, N, K, R,
         stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-        ACC, DOT, INPUT_PRECISION, BLOCK_N, BLOCK_K, BLOCK_R,
+        ACC, DOT, INPUT_PRECISION, ONE_BLOCK, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
     if SPLITS == 1:
         scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
@@ -160,8 +162,9 @@ def merge(
             *factors, magnitude, merged, norm, scale, lora_A if cast_A is None else cast_A,
             scaling, N, K, R, signed32(salt),
             *strides,
-            *precision, cast_A is not None, dithered, config.block_n, config.block_k, config.block_r,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            *precision, cast_A is not None, dithered, *config.pipeline(R),
+            config.block_n, config.block_k, config.block_r,
+            num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
         )  # fmt: skip
         return merged, norm, scale
     partial, splits = None, 1
@@ -173,7 +176,7 @@ def merge(
         *factors, magnitude, merged, norm, scale, scale if partial is None else partial,
         scaling, N, K, R, signed32(salt),
         *strides,
-        *precision, splits, dithered, config.block_n, config.block_k, config.block_r,
+        *precision, splits, dithered, R <= config.block_r, config.block_n, config.block_k, config.block_r,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return merged, norm, scale

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..gemm import mm_fp32
 from .addresses import offsets_2d
-from .launch import TRITON_DTYPES, precision_of, rank_block, signed32
+from .launch import ALL_REGISTERS, TRITON_DTYPES, precision_of, rank_block, signed32
 from .rounding import round_to
 from .weight_norm import TINY_FP32, TINY_FP64
 
@@ -33,7 +33,7 @@ def rescale_bwd_config(tokens: int, out_features: int, rank: int, itemsize: int)
     block_m, block_n = (32, 64) if itemsize < 8 else (16, 32)
     wanted = triton.cdiv(4 * 132, triton.cdiv(out_features, block_n))
     chunks = max(1, min(wanted, tokens // 128))
-    return RescaleBwdConfig(block_m, block_n, rank_block(rank), chunks, num_warps=4, num_stages=2)
+    return RescaleBwdConfig(block_m, block_n, rank_block(rank, itemsize), chunks, num_warps=4, num_stages=2)
 
 
 @triton.jit(do_not_specialize=["salt"])
@@ -58,7 +58,9 @@ def _rescale_bwd_kernel(
     product = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
     if NEEDS_BASE:
         scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0) - scale_shift
-    for start in range(chunk * tokens_per_chunk, tl.minimum((chunk + 1) * tokens_per_chunk, M), BLOCK_M):
+    for start in tl.range(
+        chunk * tokens_per_chunk, tl.minimum((chunk + 1) * tokens_per_chunk, M), BLOCK_M, num_stages=3
+    ):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
@@ -166,7 +168,8 @@ def rescale_bwd(
     needs_magnitude, needs_B, needs_bias = (d is not None for d in (magnitude_dtype, B_dtype, bias_dtype))
     from_base = needs_magnitude and saved_is == "base"
     needs_product = needs_B or from_base
-    fused_product = needs_product and R <= MAX_FUSED_RANK
+    # Where nothing else needs the pass over dy, the product alone is a GEMM.
+    fused_product = needs_product and R <= MAX_FUSED_RANK and (needs_magnitude or needs_bias or needs_base)
     needs_sums = needs_magnitude or needs_product or needs_bias
 
     def empty(needed, *shape, like=dtype):
@@ -192,7 +195,7 @@ def rescale_bwd(
             *grad_y.stride(), *((0, 0) if saved is None else saved.stride()), *((0, 0) if h is None else h.stride()),
             *precision, needs_magnitude, fused_product, needs_bias, needs_base, rounding == "dithered",
             config.block_m, config.block_n, config.block_r,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
         )  # fmt: skip
     if needs_product and not fused_product:
         product = mm_fp32(grad_y.T, h)[None]
@@ -204,7 +207,7 @@ def rescale_bwd(
             scaling, N, R, config.chunks, product.shape[0] if needs_product else 0,
             *lora_B.stride(),
             TRITON_DTYPES[dtype], from_base, needs_magnitude, needs_B, needs_bias, block_n, config.block_r,
-            num_warps=4,
+            num_warps=4, **ALL_REGISTERS,
         )  # fmt: skip
     return grad_magnitude, grad_B, grad_bias, grad_base
 

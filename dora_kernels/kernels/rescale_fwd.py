@@ -9,7 +9,7 @@ import triton.language as tl
 from .addresses import offsets_2d
 from .launch import precision_of, rank_block, signed32
 from .rounding import round_to
-from .tile import lora_dot
+from .tile import lora_dot, rank_block_of
 
 
 class RescaleFwdConfig(NamedTuple):
@@ -25,8 +25,8 @@ class RescaleFwdConfig(NamedTuple):
 def rescale_fwd_config(rank: int, itemsize: int) -> RescaleFwdConfig:
     """By rank and accumulator size."""
     if itemsize == 8:
-        return RescaleFwdConfig(32, 32, rank_block(rank), num_warps=4, num_stages=2)
-    return RescaleFwdConfig(64, 64, rank_block(rank), num_warps=8, num_stages=2)
+        return RescaleFwdConfig(32, 32, rank_block(rank, itemsize), num_warps=8, num_stages=2)
+    return RescaleFwdConfig(64, 64, rank_block(rank, itemsize), num_warps=8, num_stages=2)
 
 
 @triton.jit(do_not_specialize=["salt"])
@@ -40,7 +40,7 @@ def _rescale_fwd_kernel(
     stride_ym, stride_yn,
     # constexpr
     ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_UNDROPPED: tl.constexpr, DITHERED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_UNDROPPED: tl.constexpr, DITHERED: tl.constexpr, ONE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     scaling = tl.cast(scaling, ACC)
@@ -49,12 +49,14 @@ def _rescale_fwd_kernel(
     offs_n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
+    base = tl.load(z_ptr + offsets_2d(offs_m, offs_n, stride_zm, stride_zn), mask=mask, other=0.0)
+    first = rank_block_of(h_ptr, offs_m, mask_m, 0, R, stride_hm, stride_hr, BLOCK_R)
     product = lora_dot(
-        h_ptr, b_ptr, offs_m, offs_n, mask_m, mask_n, R,
+        h_ptr, b_ptr, first, offs_m, offs_n, mask_m, mask_n, R,
         stride_hm, stride_hr, stride_br, stride_bn,
-        ACC, DOT, INPUT_PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+        ACC, DOT, INPUT_PRECISION, ONE_BLOCK, BLOCK_M, BLOCK_N, BLOCK_R,
     )  # fmt: skip
-    base = tl.load(z_ptr + offsets_2d(offs_m, offs_n, stride_zm, stride_zn), mask=mask, other=0.0).to(ACC)
+    base = base.to(ACC)
     scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
     y = scale[None, :] * (base + scaling * product)
     if HAS_UNDROPPED:
@@ -97,7 +99,7 @@ def rescale_fwd(
         *base_out.stride(), *h.stride(), *lora_B.stride(), 1 if bias is None else bias.stride(0), *other.stride(),
         *out.stride(),
         *precision_of(h.dtype, lora_B.dtype, acc=dtype), bias is not None, undropped is not None,
-        rounding == "dithered", config.block_m, config.block_n, config.block_r,
+        rounding == "dithered", R <= config.block_r, config.block_m, config.block_n, config.block_r,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

@@ -7,46 +7,63 @@ from .addresses import offsets_2d
 
 
 @triton.jit
+def rank_block_of(ptr, offs_i, mask_i, start, R, stride_i, stride_r, BLOCK_R: tl.constexpr):
+    """Columns start … start + BLOCK_R of a factor [I, R]: [len(offs_i), BLOCK_R]."""
+    offs_r = start + tl.arange(0, BLOCK_R)
+    mask = mask_i[:, None] & (offs_r < R)[None, :]
+    return tl.load(ptr + offsets_2d(offs_i, offs_r, stride_i, stride_r), mask=mask, other=0.0)
+
+
+@triton.jit
 def lora_dot(
-    left_ptr, right_ptr, offs_i, offs_j, mask_i, mask_j, R,
+    left_ptr, right_ptr, first, offs_i, offs_j, mask_i, mask_j, R,
     stride_li, stride_lr, stride_rr, stride_rj,
-    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr, ONE_BLOCK: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """left [I, R] · right [R, J] -> [BLOCK_I, BLOCK_J] in ACC, the rank walked in blocks."""
-    product = tl.zeros([BLOCK_I, BLOCK_J], dtype=ACC)
-    for start in range(0, R, BLOCK_R):
-        offs_r = start + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < R
-        left = tl.load(  # [BLOCK_I, BLOCK_R]
-            left_ptr + offsets_2d(offs_i, offs_r, stride_li, stride_lr),
-            mask=mask_i[:, None] & mask_r[None, :],
-            other=0.0,
-        )
+    """left [I, R] · right [R, J] -> [BLOCK_I, BLOCK_J] in ACC, the rank walked in blocks.
+
+    `first` is left's first block; with ONE_BLOCK it is the only one, and the caller's loop is the innermost, which is
+    the one that the compiler pipelines.
+    """
+    if ONE_BLOCK:
+        offs_r = tl.arange(0, BLOCK_R)
         right = tl.load(  # [BLOCK_R, BLOCK_J]
             right_ptr + offsets_2d(offs_r, offs_j, stride_rr, stride_rj),
-            mask=mask_r[:, None] & mask_j[None, :],
+            mask=(offs_r < R)[:, None] & mask_j[None, :],
             other=0.0,
         )
-        product = tl.dot(left.to(DOT), right.to(DOT), product, input_precision=INPUT_PRECISION, out_dtype=ACC)
+        product = tl.dot(first.to(DOT), right.to(DOT), input_precision=INPUT_PRECISION, out_dtype=ACC)
+    else:
+        product = tl.zeros([BLOCK_I, BLOCK_J], dtype=ACC)
+        for start in range(0, R, BLOCK_R):
+            offs_r = start + tl.arange(0, BLOCK_R)
+            left = rank_block_of(left_ptr, offs_i, mask_i, start, R, stride_li, stride_lr, BLOCK_R)
+            right = tl.load(
+                right_ptr + offsets_2d(offs_r, offs_j, stride_rr, stride_rj),
+                mask=(offs_r < R)[:, None] & mask_j[None, :],
+                other=0.0,
+            )
+            product = tl.dot(left.to(DOT), right.to(DOT), product, input_precision=INPUT_PRECISION, out_dtype=ACC)
     return product
 
 
 @triton.jit
 def adapted_tile(
-    w_ptr, a_ptr, b_ptr, scaling, offs_n, offs_k, N, K, R,
+    w_ptr, a_ptr, b_ptr, first, scaling, offs_n, offs_k, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr, ONE_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """V [BLOCK_N, BLOCK_K] in ACC, zero outside [N, K]."""
     mask_n, mask_k = offs_n < N, offs_k < K
-    product = lora_dot(
-        b_ptr, a_ptr, offs_n, offs_k, mask_n, mask_k, R,
-        stride_bn, stride_br, stride_ar, stride_ak,
-        ACC, DOT, INPUT_PRECISION, BLOCK_N, BLOCK_K, BLOCK_R,
-    )  # fmt: skip
+    # Before the dot, whose own loads then share the wait.
     weight = tl.load(
         w_ptr + offsets_2d(offs_n, offs_k, stride_wn, stride_wk), mask=mask_n[:, None] & mask_k[None, :], other=0.0
     )
+    product = lora_dot(
+        b_ptr, a_ptr, first, offs_n, offs_k, mask_n, mask_k, R,
+        stride_bn, stride_br, stride_ar, stride_ak,
+        ACC, DOT, INPUT_PRECISION, ONE_BLOCK, BLOCK_N, BLOCK_K, BLOCK_R,
+    )  # fmt: skip
     return weight.to(ACC) + scaling * product

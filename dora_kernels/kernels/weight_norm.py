@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from .addresses import offsets_2d
-from .launch import TRITON_DTYPES, Gpu, acc_dtype, gpu_of, precision_of, rank_block, signed32
+from .launch import ALL_REGISTERS, TRITON_DTYPES, Gpu, acc_dtype, gpu_of, precision_of, rank_block, signed32
 from .rounding import round_to
-from .tile import adapted_tile
+from .tile import adapted_tile, rank_block_of
 
 # Squares of fp32 numbers leave fp32's range below 1e-19 and above 1e19: two more sums of squares, scaled by powers of
 # two, are used where the plain one has left [2⁻⁸⁰, 2¹²⁰]. Other features keep the plain sum, bit for bit.
@@ -32,34 +32,45 @@ class WeightNormConfig(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def pipeline(self, rank: int) -> tuple[bool, int | None]:
+        """Whether one block holds the whole rank, and then how many blocks of K are in flight."""
+        return (True, 4) if rank <= self.block_r else (False, None)
+
 
 def weight_norm_config(out_features: int, in_features: int, rank: int, itemsize: int, gpu: Gpu) -> WeightNormConfig:
     """By shape and architecture alone, so that summation order never depends on load."""
-    block_n, block_k = 16, 128 if itemsize < 8 else 32
+    if itemsize == 8:
+        block_n, block_k, num_warps = 16, 32, 4
+    elif rank <= 32:
+        block_n, block_k, num_warps = 16, 128, 4
+    else:
+        # A is read again by each program: more features a program, fewer reads.
+        block_n, block_k, num_warps = 32, 64, 8
     programs = triton.cdiv(out_features, block_n)
     # A split of fewer than four blocks of K would be all launch overhead.
     wanted, most = triton.cdiv(gpu.multiprocessors, max(1, programs)), max(1, in_features // (4 * block_k))
     splits = 1 if programs >= gpu.multiprocessors else min(wanted, most, 16)
-    return WeightNormConfig(block_n, block_k, rank_block(rank), splits, num_warps=4, num_stages=2)
+    return WeightNormConfig(block_n, block_k, rank_block(rank, itemsize), splits, num_warps, num_stages=2)
 
 
 @triton.jit
 def sums_of_squares(
     w_ptr, a_ptr, b_ptr, scaling, offs_n, k_start, k_end, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Over k_start … k_end: Σ v², Σ (v 2⁻⁸⁰)², Σ (v 2⁸⁰)², each [BLOCK_N]."""
     plain = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     large = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     small = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
-    for start in range(k_start, k_end, BLOCK_K):
+    first = rank_block_of(b_ptr, offs_n, offs_n < N, 0, R, stride_bn, stride_br, BLOCK_R)
+    for start in tl.range(k_start, k_end, BLOCK_K, num_stages=STAGES):
         offs_k = start + tl.arange(0, BLOCK_K)
         v = adapted_tile(
-            w_ptr, a_ptr, b_ptr, scaling, offs_n, offs_k, N, K, R,
+            w_ptr, a_ptr, b_ptr, first, scaling, offs_n, offs_k, N, K, R,
             stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-            ACC, DOT, INPUT_PRECISION, BLOCK_N, BLOCK_K, BLOCK_R,
+            ACC, DOT, INPUT_PRECISION, ONE_BLOCK, BLOCK_N, BLOCK_K, BLOCK_R,
         )  # fmt: skip
         plain += v * v
         if ACC == tl.float32:
@@ -126,7 +137,7 @@ def _weight_norm_kernel(
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_m,
     # constexpr
     ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    HAS_CAST: tl.constexpr, DITHERED: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_CAST: tl.constexpr, DITHERED: tl.constexpr, SPLITS: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     scaling = tl.cast(scaling, ACC)
@@ -138,7 +149,7 @@ def _weight_norm_kernel(
     plain, large, small = sums_of_squares(
         w_ptr, a_ptr, b_ptr, scaling, offs_n, split * k_per_split, tl.minimum((split + 1) * k_per_split, K), N, K, R,
         stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-        ACC, DOT, INPUT_PRECISION, BLOCK_N, BLOCK_K, BLOCK_R,
+        ACC, DOT, INPUT_PRECISION, ONE_BLOCK, STAGES, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
     if SPLITS == 1:
         magnitude = tl.load(m_ptr + offs_n * stride_m, mask=mask_n, other=0.0).to(ACC)
@@ -195,8 +206,8 @@ def launch_weight_norm(
         scaling, N, K, R, k_per_split, signed32(salt),
         *weight.stride(), *lora_A.stride(), *lora_B.stride(), magnitude.stride(0),
         *precision_of(lora_A.dtype, lora_B.dtype, acc=norm.dtype), cast_A is not None, rounding == "dithered", splits,
-        config.block_n, config.block_k, config.block_r,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        *config.pipeline(R), config.block_n, config.block_k, config.block_r,
+        num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
     )  # fmt: skip
     return partial, splits
 

@@ -1,0 +1,36 @@
+"""`python -m bench <command>`: each command is a module here with `add_arguments(parser)` and `main(args) -> int`."""
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "offline": "compile every kernel for every GPU generation, without a GPU, and hold it to its limits",
+    "tune": "propose launch configurations: timed on a GPU, else ranked by static figures",
+}
+
+
+def main(argv: list[str]) -> int:
+    listing = "\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
+    top = argparse.ArgumentParser(
+        prog="python -m bench",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"commands:\n{listing}\n\n`python -m bench <command> --help` explains one.",
+    )
+    top.add_argument("command", choices=COMMANDS, metavar="command")
+    command = top.parse_args(argv[:1]).command
+    # Imported only when asked for: a command's libraries need not be installed for the others.
+    module = importlib.import_module(f"bench.{command}")
+    parser = argparse.ArgumentParser(
+        prog=f"python -m bench {command}",
+        allow_abbrev=False,
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return module.main(parser.parse_args(argv[1:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

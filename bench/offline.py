@@ -1,0 +1,175 @@
+"""Compiles every kernel of the engine for every GPU generation, on any machine, and holds the result to its limits.
+
+The launches are those that `dora_linear` makes, forward and backward, over ranks, types, shapes and options. For each
+kernel and type the table shows the worst over its launches: registers a thread, bytes of stack, instructions that
+spill, bytes of shared memory, tensor-core instructions (fewest, where a dot is) and the narrowest access in bits to a
+two-dimensional block (where sizes divide by 16). A broken limit is printed with its launch, and the exit status is 1.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import NamedTuple
+
+import triton
+
+from dora_kernels.kernels import interpreted
+
+from .compiled import Figures, broken_limits, compile_launch
+from .launches import CAPABILITIES, Case, Launch, all_cases, launches, quick_cases
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("kernel", "dtypes", "sm", "launches", "registers", "stack", "spills", "shared", "mma", "width")
+BATCH = 8  # launches a worker compiles between two reports
+
+
+class Compiled(NamedTuple):
+    """One launch on one GPU generation."""
+
+    capability: tuple[int, int]
+    launch: Launch
+    case: Case
+    figures: Figures
+
+    def __str__(self) -> str:
+        f = self.figures
+        return (
+            f"sm_{_sm(self.capability)} {self.launch} [{self.case}]: registers={f.registers} stack={f.stack} "
+            f"spills={f.spills} shared={f.shared} mma={f.tensor_instructions} width={f.width or '-'}"
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--capability",
+        action="append",
+        type=parse_capability,
+        metavar="X.Y",
+        help="only this GPU generation; repeatable",
+    )
+    parser.add_argument("--kernel", action="append", metavar="NAME", help="only this kernel; repeatable")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one call per compiled path (minutes) instead of every rank, shape and option (an hour); CI's choice",
+    )
+    parser.add_argument("--check", action="store_true", help="compare with the committed summary; implies --quick")
+    parser.add_argument("--update", action="store_true", help="rewrite the committed summary; implies --quick")
+    parser.add_argument("--verbose", action="store_true", help="print each launch, not only the summary")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile (default: all cores)")
+
+
+def main(args: argparse.Namespace) -> int:
+    if not check_compilable():
+        return 2
+    if args.update and (args.capability or args.kernel):
+        print("--update writes the whole summary: leave out --capability and --kernel", file=sys.stderr)
+        return 2
+    cases = quick_cases() if args.quick or args.check or args.update else all_cases()
+    cases = list(dict.fromkeys(cases))
+    work = {}
+    for capability in args.capability or CAPABILITIES:
+        for launch, case in launches(cases, capability).items():
+            if not args.kernel or launch.name in args.kernel:
+                work[capability, launch] = case
+    if not work:
+        print(f"no kernel is called {', '.join(args.kernel)}", file=sys.stderr)
+        return 2
+    compiled = list(compile_all(work, args.jobs))
+    if args.verbose:
+        print(*compiled, sep="\n")
+    summary = summarise(compiled)
+    print(*summary, sep="\n")
+    failed = report_broken(compiled)
+    path = RESULTS / f"offline-triton-{triton.__version__}.txt"
+    if args.update:
+        path.write_text("\n".join(summary) + "\n")
+        print(f"wrote {path}")
+    if args.check:
+        failed |= differs(path, summary, args)
+    return int(failed)
+
+
+def check_compilable() -> bool:
+    """Whether kernels can be compiled in this process; says why not."""
+    if interpreted():
+        print("the kernels are interpreted and cannot be compiled: unset TRITON_INTERPRET", file=sys.stderr)
+    return not interpreted()
+
+
+def compile_all(work: dict[tuple[tuple[int, int], Launch], Case], jobs: int) -> Iterator[Compiled]:
+    """Compiles in `jobs` processes, printing progress to stderr; the order is that of `work`."""
+    start, done, figures = time.monotonic(), 0, {}
+    keys = iter(work)
+    batches = list(iter(lambda: list(islice(keys, BATCH)), []))
+    # Spawned, for a process that has started LLVM's threads must not be forked.
+    with ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(_compile_batch, batch) for batch in batches]):
+            figures.update(future.result())
+            if 10 * len(figures) // len(work) > done or len(figures) == len(work):
+                done = 10 * len(figures) // len(work)
+                elapsed = time.monotonic() - start
+                print(f"compiled {len(figures)} of {len(work)} in {elapsed:.0f} s", file=sys.stderr, flush=True)
+    return (Compiled(*key, case, figures[key]) for key, case in work.items())
+
+
+def _compile_batch(batch: list[tuple[tuple[int, int], Launch]]) -> list:
+    return [((capability, launch), compile_launch(launch, capability)) for capability, launch in batch]
+
+
+def summarise(compiled: Iterable[Compiled]) -> list[str]:
+    """A header and one line per kernel, types and GPU generation, each figure the worst over the launches."""
+    groups: dict[tuple[str, str, int], list[Figures]] = {}
+    for one in compiled:
+        groups.setdefault((one.launch.name, one.case.dtypes, _sm(one.capability)), []).append(one.figures)
+    lines = [COLUMNS]
+    for (kernel, dtypes, sm), figures in sorted(groups.items()):
+        dots = [f.tensor_instructions for f in figures if f.tensor_dots]
+        widths = [f.width for f in figures if f.width]
+        worst = [max(f[i] for f in figures) for i in range(4)]
+        lines.append([kernel, dtypes, sm, len(figures), *worst, min(dots, default="-"), min(widths, default="-")])
+    return ["{:<20}{:<11}{:>4}{:>10}{:>11}{:>7}{:>8}{:>8}{:>5}{:>7}".format(*line) for line in lines]
+
+
+def report_broken(compiled: Iterable[Compiled]) -> bool:
+    """Prints each broken limit with its launch; whether there was one."""
+    broken = [(one, limit) for one in compiled for limit in broken_limits(one.figures, one.capability)]
+    for one, limit in broken:
+        print(f"BROKEN: {limit}: sm_{_sm(one.capability)} {one.launch} [{one.case}]", file=sys.stderr)
+    if broken:
+        print(f"{len(broken)} broken limits", file=sys.stderr)
+    return bool(broken)
+
+
+def differs(path: Path, summary: list[str], args: argparse.Namespace) -> bool:
+    """Prints how the summary differs from the committed one, over the rows that `args` selects."""
+    if not path.exists():
+        print(f"no committed summary {path.name}: run with --update and commit it", file=sys.stderr)
+        return True
+    header, *rows = path.read_text().splitlines()
+    sms = {str(_sm(capability)) for capability in args.capability or CAPABILITIES}
+    for kept, column in ((args.kernel, 0), (sms, 2)):
+        rows = [row for row in rows if not kept or row.split()[column] in kept]
+    difference = list(difflib.unified_diff([header, *rows], summary, path.name, "compiled now", lineterm="", n=0))
+    if difference:
+        print(*difference, sep="\n", file=sys.stderr)
+        print("the compiled kernels changed: if intended, run `python -m bench offline --update`", file=sys.stderr)
+    return bool(difference)
+
+
+def _sm(capability: tuple[int, int]) -> int:
+    return capability[0] * 10 + capability[1]
+
+
+def parse_capability(text: str) -> tuple[int, int]:
+    for capability in CAPABILITIES:
+        if text == f"{capability[0]}.{capability[1]}":
+            return capability
+    raise argparse.ArgumentTypeError(f"must be one of {', '.join(f'{a}.{b}' for a, b in CAPABILITIES)}, got {text!r}")
