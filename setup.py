@@ -22,6 +22,6 @@ setup(
         "peft": peft,
         "train": train,
         "bench": bench,
-        "dev": [*train, *bench, "hypothesis>=6.100", "pytest>=9.0", "pytest-xdist>=3.6", "ruff>=0.17"],
+        "dev": [*train, *bench, "hypothesis>=6.100", "pytest>=9.0", "pytest-xdist>=3.6", "ruff>=0.17", "trl>=1.16"],
     },
 )

@@ -5,7 +5,6 @@ from typing import NamedTuple
 from torch import nn
 
 from . import dispatch
-from .linear import DoraLinear
 
 
 class Explanation(NamedTuple):
@@ -30,35 +29,19 @@ class Explanations(tuple):
 
 
 def explain(model: nn.Module, tokens: int) -> Explanations:
-    """What each `DoraLinear` of `model` (or the layer itself) would run at `tokens` rows in its present mode: training
-    if `model.train()` was called, else inference. Autocast is not looked at: pass a model in the dtype it will run in.
+    """What each DoRA layer of `model` (or the layer itself), ours or a patched PEFT one, would run at `tokens` rows in
+    its present mode: training if `model.train()` was called, else inference. Autocast is not looked at: pass a model in
+    the dtype it will run in.
 
     Raises:
         ValueError: fewer than 0 tokens, no `DoraLinear`, or options that cannot run.
     """
     if tokens < 0:
         raise ValueError(f"tokens must be at least 0, got {tokens}")
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, DoraLinear)]
+    layers = [(name, module) for name, module in model.named_modules() if hasattr(type(module), "plan")]
     if not layers:
-        raise ValueError("explain found no DoraLinear in the model; call apply_dora first")
+        raise ValueError("explain found no DoraLinear in the model; call apply_dora, or patch_peft a PEFT model, first")
     return Explanations(
-        Explanation(name, layer.out_features, layer.in_features, layer.r, _plan(layer, tokens))
+        Explanation(name, layer.out_features, layer.in_features, layer.rank, layer.plan(tokens))
         for name, layer in layers
-    )
-
-
-def _plan(layer: DoraLinear, tokens: int) -> dispatch.Plan:
-    dropout = layer.dropout_mode if layer.training and layer.lora_dropout > 0 else None
-    return dispatch.choose(
-        tokens=tokens,
-        out_features=layer.out_features,
-        in_features=layer.in_features,
-        dtype=layer.weight.dtype,
-        device=layer.weight.device,
-        has_bias=layer.bias is not None,
-        dropout=dropout,
-        trains=layer.training and any(parameter.requires_grad for parameter in layer.parameters()),
-        trains_magnitude=layer.training and layer.magnitude.requires_grad,
-        space=layer.space,
-        impl=layer.impl,
     )

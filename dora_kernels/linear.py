@@ -88,6 +88,27 @@ class DoraLinear(nn.Module):
             # The kernel that forward runs, in its summation order: g is exactly 1.
             self.magnitude.copy_(self.weight_norm()[0])
 
+    def plan(self, tokens: int) -> dispatch.Plan:
+        """What a call with `tokens` rows would run in the layer's present mode, and why."""
+        return dispatch.choose(
+            tokens=tokens,
+            out_features=self.out_features,
+            in_features=self.in_features,
+            dtype=self.weight.dtype,
+            device=self.weight.device,
+            has_bias=self.bias is not None,
+            dropout=self.dropout_mode if self.training and self.lora_dropout > 0 else None,
+            trains=self.training and any(parameter.requires_grad for parameter in self.parameters()),
+            trains_magnitude=self.training and self.magnitude.requires_grad,
+            space=self.space,
+            impl=self.impl,
+        )
+
+    @property
+    def rank(self) -> int:
+        """`r`, under the name that patched PEFT layers have too."""
+        return self.r
+
     @torch.no_grad()
     def weight_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
         """n = ‖W + s B A‖ and g = m / n, both [out_features], fp32 (fp64 for an fp64 layer)."""
@@ -95,9 +116,9 @@ class DoraLinear(nn.Module):
             return self._operations().weight_norm(*self._factors(), self.scaling)
 
     @torch.no_grad()
-    def merged_weight(self) -> torch.Tensor:
-        """W' = g ⊙ (W + s B A) [out_features, in_features], computed in fp32, rounded once to the weight's dtype."""
-        rounded = {"dtype": self.weight.dtype, "rounding": self.rounding, "salt": self.salt}
+    def merged_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W' = g ⊙ (W + s B A) [out_features, in_features], in fp32, rounded once to `dtype`, or to the weight's."""
+        rounded = {"dtype": dtype or self.weight.dtype, "rounding": self.rounding, "salt": self.salt}
         with dispatch.on_device_of(self.weight):
             return self._operations().merge(*self._factors(), self.scaling, **rounded)[0]
 

@@ -1,5 +1,7 @@
 """`merge_dora` and `unmerge_dora`: plain layers again, for inference without overhead, and back."""
 
+import logging
+
 import torch
 from torch import nn
 
@@ -7,11 +9,14 @@ from .linear import DoraLinear
 from .patch import check_model, dora_layers, replace_module
 from .tying import broken_ties, check_can_untie, retie, untie
 
+logger = logging.getLogger(__name__)
+
 
 def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = False) -> nn.Module:
     """Replaces every DoRA layer by a plain one with W' = g ⊙ (W + s B A), in place. Returns the model.
 
-    W' is computed in fp32 and rounded once to the weight's dtype. Where a merged weight was tied (an adapted lm_head),
+    W' is computed in fp32 and rounded once to the weight's dtype; the log says what that costs, per layer (level INFO),
+    and warns where it drowns the update. Where a merged weight was tied (an adapted lm_head),
     its partner keeps its values and the model's config says from then on that they are not tied.
 
     Args:
@@ -37,12 +42,26 @@ def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = Fals
     unmerged = {"config": getattr(model, "dora_config", None), "layers": {}, "ties": None}
     if keep_base:
         model.dora_unmerged = unmerged
+    errors = {}
     for path in list(layers):
         # Popped, so that each unmerged weight is freed before the next layer is merged.
         layer = layers.pop(path)
         if keep_base:
             unmerged["layers"][path] = layer
-        replace_module(model, path, layer.to_linear())
+        linear = layer.to_linear()
+        errors[path] = merge_error(layer, linear.weight.T if layer.fan_in_fan_out else linear.weight)
+        logger.info("%s: rounding the merged weight costs %.2g of the update's norm", path, errors[path])
+        replace_module(model, path, linear)
+    worst = max(errors, key=errors.get)
+    if errors[worst] > 1:
+        logger.warning(
+            "Rounding the merged weights costs more than the whole update in %d of %d layers (%.2g times it in %s): "
+            "merge into an fp32 model, or keep the adapter unmerged",
+            sum(error > 1 for error in errors.values()),
+            len(errors),
+            errors[worst],
+            worst,
+        )
     if broken:
         unmerged["ties"] = untie(model)
     if hasattr(model, "dora_config"):
@@ -68,6 +87,14 @@ def unmerge_dora(model: nn.Module) -> nn.Module:
     model.dora_config = unmerged["config"]
     del model.dora_unmerged
     return model
+
+
+@torch.no_grad()
+def merge_error(layer: DoraLinear, merged: torch.Tensor) -> float:
+    """‖merged − W'‖ / ‖W' − W‖ with W' in fp32: what rounding costs, as a share of the update. 0 without an update."""
+    exact = layer.merged_weight(torch.promote_types(merged.dtype, torch.float32))
+    error, update = (exact - merged).norm(), (exact - layer.base_weight).norm()
+    return (error / update).item() if update > 0 else 0.0
 
 
 def check_finite(layers: dict[str, DoraLinear]) -> None:

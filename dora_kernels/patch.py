@@ -101,8 +101,9 @@ def check_model(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise ValueError(
-                f"The model holds PEFT's {type(module).__name__}: use patch_peft(model) to fuse a PEFT model, or pass "
-                "the base model"
+                f"The model holds PEFT's {type(module).__name__}: patch_peft(model) fuses a PEFT model, "
+                "model.merge_and_unload() merges it (to merge in fp32: save_pretrained it, then merge_dora what "
+                "load_adapter makes of the base model); or pass the base model"
             )
         hook = getattr(module, "_hf_hook", None)
         if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,))):

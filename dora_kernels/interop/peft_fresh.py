@@ -1,0 +1,45 @@
+"""Fresh PEFT adapters as an exact no-op: PEFT rounds the norm it starts the magnitude from, we do not."""
+
+import torch
+from peft.tuners.lora.layer import Linear
+
+from .. import dispatch
+
+
+@torch.no_grad()
+def make_fresh_exact(layer: Linear, impl: str) -> None:
+    """Puts the fp32 norm, computed as forward computes it, into fresh magnitudes; `restore_fresh` takes it back.
+
+    Fresh is an adapter whose B is zero, in the output features where m is, bit for bit, the norm rounded to the
+    weight's dtype: as PEFT computes it on this device, or to nearest. Any other magnitude is left alone, as is one
+    stored in 16 bits, which cannot hold the fp32 norm.
+    """
+    weight = layer.base_layer.weight
+    weight = weight.T if layer.fan_in_fan_out else weight
+    for adapter in layer.lora_magnitude_vector:
+        lora_A, lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        magnitude = layer.lora_magnitude_vector[adapter].weight
+        tensors = (weight, lora_A, lora_B, magnitude)
+        if any(tensor.is_meta or tensor.device != weight.device for tensor in tensors):
+            continue
+        if magnitude.element_size() < 4 or magnitude.numel() != weight.shape[0] or lora_B.any():
+            continue
+        operations = dispatch.implementation(dispatch.choose_impl(weight.device, impl)[0])
+        with dispatch.on_device_of(weight):
+            norm = operations.weight_norm(weight, lora_A, lora_B, magnitude, layer.scaling[adapter])[0]
+        rounded = [n.to(weight.dtype).to(magnitude.dtype) for n in (torch.linalg.norm(weight, dim=1), norm)]
+        fresh = (magnitude == rounded[0]) | (magnitude == rounded[1])
+        exact = torch.where(fresh, norm.to(magnitude.dtype), magnitude)
+        if not torch.equal(exact, magnitude):
+            layer.dora_fusion.exact_magnitudes[adapter] = magnitude.clone(), exact
+            magnitude.copy_(exact)
+
+
+@torch.no_grad()
+def restore_fresh(layer: Linear) -> None:
+    """Gives fresh magnitudes PEFT's bits again, unless the adapter was trained or loaded since."""
+    for adapter, (original, exact) in layer.dora_fusion.exact_magnitudes.items():
+        if adapter in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[adapter].weight
+            if torch.equal(magnitude, exact.to(magnitude.device)) and not layer.lora_B[adapter].weight.any():
+                magnitude.copy_(original)

@@ -1,0 +1,32 @@
+"""`DoraKernelsCallback`: patches the PEFT model that a transformers or TRL trainer trains.
+
+Apart from the rest: importing transformers' trainer takes seconds.
+"""
+
+import logging
+
+from transformers import TrainerCallback
+
+from .peft import PatchReport, checked_options, patch_peft
+
+logger = logging.getLogger(__name__)
+
+
+class DoraKernelsCallback(TrainerCallback):
+    """`Trainer(..., callbacks=[DoraKernelsCallback()])`: `patch_peft` when training begins.
+
+    By then the model is on its device, and `SFTTrainer(..., peft_config=...)` has built it. It stays patched after
+    training: `unpatch_peft(trainer.model)` gives it back. `report` is what `patch_peft` returned.
+
+    Args:
+        options: `space`, `impl` and `rounding`, as for `patch_peft`.
+    """
+
+    def __init__(self, **options: str):
+        checked_options(**options)
+        self.options = options
+        self.report: PatchReport | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self.report = patch_peft(model, **self.options)
+        logger.info("%s", self.report)

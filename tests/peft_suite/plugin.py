@@ -1,0 +1,73 @@
+"""A pytest plugin that runs PEFT's own tests with the engine in every DoRA layer, and counts its work.
+
+`pytest -p tests.peft_suite.plugin --engine reference`. A run in which layers fell back to PEFT unnoticed would pass, so
+each test carries the number of calls that were fused, of those that PEFT computed, and of kernel launches.
+"""
+
+import os
+from collections import Counter
+from contextlib import ExitStack
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--engine", choices=["off", "reference", "triton"], default="off", help="what computes DoRA layers"
+    )
+
+
+def pytest_configure(config):
+    config.stash[_STACK] = ExitStack()
+    if config.option.engine == "triton":
+        # Set by whoever started pytest: Triton decides when it is imported.
+        assert os.environ.get("TRITON_INTERPRET") == "1"
+        from tests import interpreter
+
+        interpreter.install()
+    config.stash[_COUNTS] = counts = Counter()
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        _start(config.stash[_STACK], config.option.engine, counts)
+
+
+def pytest_unconfigure(config):
+    config.stash[_STACK].close()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    counts = item.config.stash[_COUNTS]
+    before = counts.copy()
+    try:
+        return (yield)
+    finally:
+        item.user_properties += [(name, number) for name, number in (counts - before).items()]
+
+
+_STACK, _COUNTS = pytest.StashKey[ExitStack](), pytest.StashKey[Counter]()
+
+
+def _start(stack, engine, counts):
+    from unittest.mock import patch
+
+    from peft.tuners.lora.dora import DoraLinearLayer
+    from triton.runtime.interpreter import InterpretedFunction
+
+    import dora_kernels.interop.peft_linear as peft_linear
+    from dora_kernels.interop import patched_peft
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, attribute, name in (
+        (peft_linear, "dora_linear", "fused"),
+        (DoraLinearLayer, "forward", "left_to_peft"),
+        (InterpretedFunction, "run", "launches"),
+    ):
+        stack.enter_context(patch.object(owner, attribute, counted(name, getattr(owner, attribute))))
+    if engine != "off":
+        stack.enter_context(patched_peft(impl=engine))

@@ -1,0 +1,111 @@
+"""Fresh PEFT adapters: an exact no-op once patched, and PEFT's bits again once unpatched. Zero rows train."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from dora_kernels.interop import patch_peft, unpatch_peft
+from tests.interop import count_fused, dora_config, infer, step
+from tests.tiny_models import FAMILIES, logits
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def fresh(family="llama", dtype=torch.bfloat16, **options):
+    return peft.get_peft_model(FAMILIES[family](dtype), dora_config(), **options).eval()
+
+
+def magnitudes(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "magnitude" in name}
+
+
+@DTYPES
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_step_zero_is_the_base_model_bit_for_bit(impl, family, dtype):
+    base, model = FAMILIES[family](dtype), fresh(family, dtype)
+    if dtype == torch.bfloat16:
+        assert not torch.equal(logits(model), logits(base)), "PEFT alone is not"
+    for space in ("token", "weight"):
+        patch_peft(model, impl=impl, space=space)
+        with count_fused() as calls:
+            assert torch.equal(logits(model), logits(base))
+        assert calls
+
+
+@DTYPES
+def test_unpatching_restores_pefts_bits(dtype):
+    model = fresh(dtype=dtype)
+    before = magnitudes(model)
+    for _ in range(2):
+        patch_peft(model)
+        assert any(not torch.equal(value, before[name]) for name, value in magnitudes(model).items())
+        patch_peft(model)
+        unpatch_peft(copy.deepcopy(model))
+        unpatch_peft(model)
+        for name, value in magnitudes(model).items():
+            assert torch.equal(value, before[name]), name
+
+
+def test_a_trained_adapter_is_never_touched():
+    model = fresh()
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    layer.lora_B["default"].weight.data[0, 0] = 1e-30
+    others = model.base_model.model.model.layers[1].mlp.up_proj.lora_magnitude_vector["default"].weight
+    others.data[3] *= 1.01
+    before = magnitudes(model)
+    patch_peft(model)
+    after = magnitudes(model)
+    name = "base_model.model.model.layers.{}.mlp.up_proj.lora_magnitude_vector.default.weight"
+    assert torch.equal(after[name.format(0)], before[name.format(0)]), "B is not zero"
+    assert after[name.format(1)][3] == before[name.format(1)][3], "m is not the norm"
+
+
+def test_what_was_trained_while_patched_is_kept():
+    model = fresh(dtype=torch.float32)
+    patch_peft(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    step(model.train())
+    optimizer.step()
+    trained = {name: p.detach().clone() for name, p in model.named_parameters()}
+    unpatch_peft(model)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, trained[name]), name
+
+
+def test_a_16_bit_magnitude_stays_as_it_is():
+    model = fresh(autocast_adapter_dtype=False)
+    before = magnitudes(model)
+    patch_peft(model)
+    for name, value in magnitudes(model).items():
+        assert value.dtype == torch.bfloat16
+        assert torch.equal(value, before[name]), name
+    assert infer(model)["logits"].isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_zero_rows_train_where_peft_gives_nan(dtype, impl):
+    linear = nn.Linear(24, 20, dtype=dtype)
+    linear.weight.data[5:9] = 0
+    bias = linear.bias.detach().clone()
+    model = peft.get_peft_model(nn.Sequential(linear), dora_config(target_modules=["0"]))
+    x = torch.randn(7, 24, dtype=dtype)
+    assert model(x).isnan().any(), "PEFT's output"
+    patch_peft(model, impl=impl)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        y = model(x)
+        y.float().square().sum().backward()
+        optimizer.step()
+        assert y.isfinite().all()
+        for name, parameter in model.named_parameters():
+            assert parameter.isfinite().all(), name
+            assert parameter.grad is None or parameter.grad.isfinite().all(), name
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x)[:, 5:9], bias[5:9].expand(7, 4)), "such an output feature is its bias"
