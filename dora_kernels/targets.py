@@ -22,7 +22,7 @@ def find_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
         matched = [name for name, m in modules.items() if isinstance(m, LINEAR_CLASSES) and m is not head]
         unmatched = []
     else:
-        matched = [name for name in modules if _matches(config.target_modules, name)]
+        matched = [name for name in modules if matches(config.target_modules, name)]
         unmatched = unmatched_targets(model, config.target_modules)
     if unmatched or not matched:
         linear = sorted({name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, LINEAR_CLASSES)})
@@ -49,14 +49,9 @@ def find_saved(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
     return saved
 
 
-def is_target(config: DoraConfig, name: str) -> bool:
-    """Whether the module called `name` is adapted, for every `target_modules` but "all-linear"."""
-    return not is_excluded(config, name) and _matches(config.target_modules, name)
-
-
 def is_excluded(config: DoraConfig, name: str) -> bool:
     """Whether `exclude_modules` names it, or it is or lies inside one of `modules_to_save`."""
-    if config.exclude_modules and _matches(config.exclude_modules, name):
+    if config.exclude_modules and matches(config.exclude_modules, name):
         return True
     return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save or ())
 
@@ -70,7 +65,7 @@ def unmatched_targets(model: nn.Module, target_modules: list[str] | str) -> list
     if isinstance(target_modules, str):
         return []
     names = [name for name, _ in model.named_modules()]
-    return [entry for entry in target_modules if not any(_matches([entry], name) for name in names)]
+    return [entry for entry in target_modules if not any(matches([entry], name) for name in names)]
 
 
 def rank_and_alpha(config: DoraConfig, name: str) -> tuple[int, float]:
@@ -83,7 +78,8 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
-def _matches(names: list[str] | str, name: str) -> bool:
+def matches(names: list[str] | str, name: str) -> bool:
+    """Whether a list of names or suffixes, or a regular expression for the whole, means the module called `name`."""
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return name in names or any(name.endswith(f".{entry}") for entry in names)

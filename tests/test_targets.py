@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from dora_kernels.config import DoraConfig
-from dora_kernels.targets import find_saved, find_targets, is_target, rank_and_alpha
+from dora_kernels.targets import find_saved, find_targets, is_excluded, matches, rank_and_alpha
 from tests.tiny_models import FAMILIES, llama, t5
 
 parts = st.sampled_from(
@@ -41,7 +41,9 @@ patterns = st.dictionaries(names | regexes, st.integers(1, 64), max_size=3)
 def test_a_name_is_targeted_exactly_where_peft_targets_it(name, targets, exclude, saved):
     fields = {"target_modules": targets, "exclude_modules": exclude, "modules_to_save": saved}
     pefts = check_target_module_exists(peft.LoraConfig(**fields), name)
-    assert is_target(DoraConfig(**fields), name) == bool(pefts)
+    config = DoraConfig(**fields)
+    # The two questions that `find_targets` asks of each module.
+    assert (matches(config.target_modules, name) and not is_excluded(config, name)) == bool(pefts)
 
 
 @settings(max_examples=300)
