@@ -27,7 +27,7 @@ SHARED_LIMITS = {
 """Bytes of shared memory one program may use, by compute capability."""
 
 WIDE = 128  # bits: the widest access every supported GPU has
-DTYPE_BITS = {"f16": 16, "bf16": 16, "f32": 32}
+DTYPE_BITS = {"i8": 8, "f16": 16, "bf16": 16, "f32": 32}
 
 
 class Figures(NamedTuple):

@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from dora_kernels import chunks, dispatch, dora_linear
 from dora_kernels.kernels import launch as launch_data
+from dora_kernels.quantized import Nf4Weight
 
 CAPABILITIES = tuple(sorted(launch_data.GPUS))
 
@@ -45,6 +46,7 @@ class Case(NamedTuple):
         "all"  # or "adapter" (no gradient for x), "factors" (nor for the magnitude), "nothing", "frozen scale"
     )
     grad_layout: str = "contiguous"  # or "expanded" (stride 0), "transposed"
+    nf4: str | None = None  # "plain" or "nested" statistics, or "parity": nested, rounded first
 
     @property
     def dtypes(self) -> str:
@@ -102,7 +104,9 @@ def quick_cases() -> Iterable[Case]:
                 yield Case(*dtypes, space, rank)
             yield Case(*dtypes, space, 16, 1024, 4096, 1)
             yield Case(*dtypes, space, 100, 1001, 333, 77)
+            yield Case(*dtypes, space, 24, 1001, 333, 77)
     yield from _options(DTYPES[:1] + DTYPES[3:5], (16,))
+    yield from _nf4(DTYPES[:2], (8, 24, 64))
 
 
 def all_cases() -> Iterable[Case]:
@@ -117,6 +121,20 @@ def all_cases() -> Iterable[Case]:
                     for rank in (1, 16, 24, 384):
                         yield Case(*dtypes, space, rank, *shape, tokens)
     yield from _options(DTYPES, (1, 16, 24, 384))
+    yield from _nf4(DTYPES[:5], (1, 8, 16, 17, 24, 32, 33, 64, 384, 1024))
+
+
+def _nf4(dtype_pairs, ranks) -> Iterable[Case]:
+    for dtypes in dtype_pairs:
+        for rank in ranks:
+            for nf4 in ("plain", "nested", "parity"):
+                case = Case(*dtypes, _spaces(dtypes[0])[-1], rank, nf4=nf4)
+                yield case
+                yield case._replace(out_features=1024)
+                yield case._replace(out_features=1001, in_features=333, tokens=77)
+        # Token space, with an odd and an even number of inputs: what dropout needs.
+        yield Case(*dtypes, "token", 16, dropout_mode="lora", nf4="nested")
+        yield Case(*dtypes, "token", 16, 1001, 333, 77, dropout_mode="lora", nf4="nested")
 
 
 def _options(dtype_pairs, ranks) -> Iterable[Case]:
@@ -174,7 +192,7 @@ def call(case: Case) -> None:
         acc = FP64 if case.dtype == FP64 else FP32
         frozen_scale = (torch.empty(N, dtype=acc), torch.empty(N, dtype=acc))
     y = dora_linear(
-        make("x", M, K, dtype=case.dtype), make("weight", N, K, dtype=case.dtype),
+        make("x", M, K, dtype=case.dtype), _nf4_weight(case) if case.nf4 else make("weight", N, K, dtype=case.dtype),
         make("lora_A", R, K), make("lora_B", N, R), make("magnitude", N),
         bias=make("bias", N, dtype=case.dtype) if case.bias else None,
         scaling=2.0, space=case.space, impl="triton", rounding=case.rounding, frozen_scale=frozen_scale,
@@ -188,6 +206,24 @@ def call(case: Case) -> None:
             "transposed": lambda: torch.empty(N, M, dtype=y.dtype).T,
         }
         y.backward(grad[case.grad_layout]())
+
+
+def _nf4_weight(case: Case) -> Nf4Weight:
+    N, K = case.out_features, case.in_features
+    blocks, nested = -(-N * K // 64), case.nf4 != "plain"
+    return Nf4Weight(
+        torch.empty(-(-N * K // 2), dtype=torch.uint8),
+        torch.empty(blocks, dtype=torch.uint8 if nested else FP32),
+        torch.empty(16),
+        torch.empty(-(-blocks // 256)) if nested else None,
+        torch.empty(256) if nested else None,
+        torch.empty(()) if nested else None,
+        torch.Size((N, K)),
+        BF16,
+        blocksize=64,
+        nested_blocksize=256 if nested else 0,
+        parity=case.nf4 == "parity",
+    )
 
 
 class Recorder:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from . import dispatch
 from .gemm import mm_fp32
+from .quantized import Nf4Weight, readable
 
 
 class Call(NamedTuple):
@@ -43,6 +44,7 @@ class DoraLinearFunction(torch.autograd.Function):
         needs_A, needs_B, needs_magnitude = (call.trains and n for n in ctx.needs_input_grad[2:5])
         with dispatch.on_device_of(x), torch.autocast(x.device.type, enabled=False):
             lora_x = x if x_dropped is None else x_dropped
+            frozen_weight, weight = weight, readable(weight)
             needs_h = call.space == "token" or needs_B
             A_cast, cast = _cast_of(lora_A, x.dtype) if needs_h else (lora_A, {})
             if call.space == "token":
@@ -52,7 +54,7 @@ class DoraLinearFunction(torch.autograd.Function):
                     norm, scale = frozen_scale
                     A_cast = ops.scaled_cast(lora_A, x.dtype, **rounded) if cast else lora_A
                 h = lora_x @ A_cast.T
-                base_weight = weight.to(x.dtype)
+                base_weight = _dense(ops, weight, x.dtype)
                 base_out = x @ base_weight.T
                 undropped = None
                 if call.dropout == "peft":
@@ -85,11 +87,13 @@ class DoraLinearFunction(torch.autograd.Function):
                 ctx.saved_is = "output"
         ctx.call, ctx.adapter_dtypes = call, (lora_A.dtype, lora_B.dtype, magnitude.dtype)
         ctx.bias_dtype = None if bias is None else bias.dtype
+        # A quantised weight is no tensor: its library's memory, which nothing here writes.
+        ctx.quantized = None if isinstance(frozen_weight, torch.Tensor) else frozen_weight
         ctx.save_for_backward(
             lora_x if needs_A else None,
             h if needs_B or needs_magnitude else None,
             saved if needs_magnitude else None,
-            weight,
+            frozen_weight if ctx.quantized is None else None,
             A_cast if call.space == "token" else lora_A,
             lora_B,
             norm,
@@ -106,6 +110,7 @@ class DoraLinearFunction(torch.autograd.Function):
         ops = dispatch.implementation(call.impl)
         rounded = {"rounding": call.rounding, "salt": call.salt}
         lora_x, h, saved, weight, lora_A, lora_B, norm, scale = ctx.saved_tensors
+        weight = weight if ctx.quantized is None else ctx.quantized
         needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias = ctx.needs_input_grad[:6]
         dtype_A, dtype_B, dtype_m = ctx.adapter_dtypes
         token, peft_dropout = call.space == "token", call.dropout == "peft"
@@ -133,14 +138,14 @@ class DoraLinearFunction(torch.autograd.Function):
             if not token:
                 grad_x = _grad_x_weight(ops, call, grad_y, weight, lora_A, lora_B, norm, scale) if needs_x else None
             elif call.dropout is None:
-                grad_x = _sum_of_products(grad_h, lora_A, grad_base, weight) if needs_x else None
+                grad_x = _sum_of_products(ops, grad_h, lora_A, grad_base, weight) if needs_x else None
             else:
-                base_weight = weight.to(grad_y.dtype)
+                base_weight = _dense(ops, weight, grad_y.dtype)
                 if needs_x:
                     grad_x = (grad_y if peft_dropout else grad_base) @ base_weight
                 if needs_dropped:
                     grad_dropped = (
-                        _sum_of_products(grad_h, lora_A, grad_base, weight) if peft_dropout else grad_h @ lora_A
+                        _sum_of_products(ops, grad_h, lora_A, grad_base, weight) if peft_dropout else grad_h @ lora_A
                     )
         return (
             grad_x,
@@ -155,18 +160,23 @@ class DoraLinearFunction(torch.autograd.Function):
         )
 
 
-def _sum_of_products(grad_h, lora_A, grad_base, weight):
+def _sum_of_products(ops, grad_h, lora_A, grad_base, weight):
     """dh A + dZ W; the small product first, whose rounding is small beside the sum's."""
-    return (grad_h @ lora_A).addmm_(grad_base, weight.to(grad_base.dtype))
+    return (grad_h @ lora_A).addmm_(grad_base, _dense(ops, weight, grad_base.dtype))
 
 
 def _grad_x_weight(ops, call, grad_y, weight, lora_A, lora_B, norm, scale):
     """dy W', with W' merged again: nothing of its size was kept."""
     merged, _, _ = ops.merge(
-        weight, lora_A, lora_B, None, call.scaling, dtype=grad_y.dtype,
+        readable(weight), lora_A, lora_B, None, call.scaling, dtype=grad_y.dtype,
         weight_norm=norm, mag_norm_scale=scale, rounding=call.rounding, salt=call.salt,
     )  # fmt: skip
     return grad_y @ merged
+
+
+def _dense(ops, weight, dtype):
+    """The weight as a matrix in `dtype`: itself where it is one already."""
+    return ops.decode(weight, dtype) if isinstance(weight, Nf4Weight) else readable(weight).to(dtype)
 
 
 def _cast_of(lora_A, dtype):

@@ -30,11 +30,10 @@ class DoraConfig:
         modules_to_save: modules to train in full and to save with the adapter; never adapted.
         dropout_mode: "lora" drops the input of the LoRA branch only (one base GEMM); "peft" is PEFT's meaning (two).
         space, impl, rounding: see `dora_linear`.
-        nf4_parity: for NF4 bases, which this version does not read: only False is accepted.
+        nf4_parity: see `dora_linear`; of no effect on other bases.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or out of its range.
-        NotImplementedError: `nf4_parity=True`.
     """
 
     r: int = 16
@@ -65,8 +64,6 @@ class DoraConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` should be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.nf4_parity:
-            raise NotImplementedError("`nf4_parity` is for NF4 bases, which this version does not read; leave it False")
 
         self.target_modules = _names("target_modules", self.target_modules, regex=True)
         if not self.target_modules:

@@ -55,10 +55,11 @@ def choose(
     dropout: str | None = None,
     trains_magnitude: bool = True,
     trains: bool = True,
+    nf4: bool = False,
     space: str = "auto",
     impl: str = "auto",
 ) -> Plan:
-    """Chooses for a call with `tokens` rows; `dropout` is the active dropout's mode or None.
+    """Chooses for a call with `tokens` rows; `dropout` is the active dropout's mode or None, `nf4` a packed weight.
 
     Raises:
         ValueError: a `space` or `impl` was asked for that does not exist, or cannot run this call.
@@ -77,6 +78,8 @@ def choose(
         return Plan(space, impl, f"{space} space: asked for; {impl_reason}")
     if only_token:
         return Plan("token", impl, f"token space: {only_token}; {impl_reason}")
+    if nf4:
+        return Plan("weight", impl, f"weight space: a 4-bit weight is written out once in either form; {impl_reason}")
     sizes = (tokens, out_features, in_features)
     token, weight = (
         overhead_elements(form, *sizes, trains=trains, keeps_product=has_bias and trains_magnitude)

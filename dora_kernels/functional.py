@@ -7,11 +7,12 @@ import torch.nn.functional as F
 
 from . import dispatch
 from .autograd import Call, DoraLinearFunction
+from .quantized import Nf4Weight, Weight, of_params4bit
 
 
 def dora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
@@ -24,6 +25,7 @@ def dora_linear(
     lora_dropout: float = 0.0,
     dropout_mode: str = "lora",
     training: bool = False,
+    nf4_parity: bool = False,
     salt: int = 0,
     frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
@@ -33,7 +35,8 @@ def dora_linear(
 
     Args:
         x: [..., in_features], fp16, bf16, fp32 or fp64; cast to autocast's dtype where autocast is on.
-        weight: [out_features, in_features] in x's dtype (any, under autocast), frozen.
+        weight: [out_features, in_features] in x's dtype (any, under autocast), frozen; or bitsandbytes' `Params4bit`,
+            or what `quantized.weight_of` makes of a quantised layer: these are multiplied in x's dtype.
         lora_A: [r, in_features]; lora_B: [out_features, r]; magnitude: [out_features]; fp32 or x's dtype.
         scaling: s, `lora_alpha / r`.
         bias: [out_features], added after the magnitude, as PEFT does.
@@ -43,6 +46,8 @@ def dora_linear(
         lora_dropout: probability, applied while `training`.
         training: drop, and take the form and the roundings of training even where gradients are off.
         dropout_mode: "lora" drops the LoRA branch's input alone; "peft" also that of the (g − 1) term.
+        nf4_parity: of a `Params4bit` in NF4, round what is decoded to the dtype it was quantised from, as PEFT does;
+            by default it stays fp32 until W' is rounded once, to nearest, which is unbiased there.
         salt: any 32-bit number; layers with different salts dither differently.
         frozen_scale: (n, g) of these very parameters, for inference only.
 
@@ -52,11 +57,13 @@ def dora_linear(
     Raises:
         ValueError: shapes, devices or options that do not fit. TypeError: dtypes that do not fit.
     """
+    if type(weight).__name__ == "Params4bit":
+        weight = of_params4bit(weight, nf4_parity=nf4_parity)
     check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_dropout, dropout_mode)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
-    elif dtype != weight.dtype:
+    elif isinstance(weight, torch.Tensor) and dtype != weight.dtype:
         raise TypeError(
             f"x and weight must have one dtype outside autocast, got x {dtype} and weight {weight.dtype}; "
             f"cast x with x.to({weight.dtype}) or run under torch.autocast"
@@ -79,6 +86,7 @@ def dora_linear(
         dropout=dropout,
         trains=trains,
         trains_magnitude=trains and magnitude.requires_grad,
+        nf4=isinstance(weight, Nf4Weight),
         space=space,
         impl=impl,
     )
@@ -92,7 +100,7 @@ def dora_linear(
 
 def check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_dropout, dropout_mode) -> None:
     """Raises a ValueError or TypeError that names the argument, what was expected and what came."""
-    if weight.ndim != 2:
+    if len(weight.shape) != 2:
         raise ValueError(f"weight must be [out_features, in_features], got shape {list(weight.shape)}")
     out_features, in_features = weight.shape
     if x.ndim < 1 or x.shape[-1] != in_features:
@@ -116,7 +124,7 @@ def check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_d
             continue
         if type(tensor).__name__ == "DTensor":
             raise TypeError(f"{name} is a DTensor, of which this process holds a part; pass {name}.full_tensor()")
-        if not tensor.is_floating_point():
+        if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move one of them")

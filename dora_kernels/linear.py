@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import dispatch
 from .functional import dora_linear
+from .quantized import Nf4Weight, Weight, description, needs_its_layer, readable, weight_of
 
 
 class DoraLinear(nn.Module):
@@ -18,12 +19,17 @@ class DoraLinear(nn.Module):
     model's state-dict keys do not change. `lora_A` [R, K], `lora_B` [N, R] and `magnitude` [N] are trained.
 
     Args:
-        weight: [out_features, in_features], or [in_features, out_features] with `fan_in_fan_out` (GPT-2's Conv1D).
+        weight: [out_features, in_features], or [in_features, out_features] with `fan_in_fan_out` (GPT-2's Conv1D), or
+            bitsandbytes' `Params4bit`.
         bias: [out_features] or None.
         r: rank, at least 1.
         lora_alpha: the scaling s is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
         lora_dropout, dropout_mode, space, impl, rounding, salt: see `dora_linear`.
+        nf4_parity: see `dora_linear`.
         adapter_dtype: dtype of the trained parameters; fp32 by default, whatever the base has.
+        compute_dtype: x is cast to it, and the output back (4-bit layers); None computes in x's dtype.
+        base_layer: instead of `weight`, a layer whose weight only its own library reads (8-bit layers, HQQ); its
+            state-dict keys stay its own, below `base_layer`.
 
     Raises:
         ValueError: `r` < 1 or a weight that is not two-dimensional.
@@ -31,7 +37,7 @@ class DoraLinear(nn.Module):
 
     def __init__(
         self,
-        weight: nn.Parameter,
+        weight: nn.Parameter | None,
         bias: nn.Parameter | None = None,
         *,
         r: int,
@@ -44,26 +50,29 @@ class DoraLinear(nn.Module):
         impl: str = "auto",
         rounding: str = "dithered",
         salt: int = 0,
+        nf4_parity: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
+        base_layer: nn.Module | None = None,
     ):
         super().__init__()
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
-        if weight.ndim != 2:
-            raise ValueError(f"weight must be [out_features, in_features], got shape {list(weight.shape)}")
-        out_features, in_features = reversed(weight.shape) if fan_in_fan_out else weight.shape
+        self.weight, self.bias, self.base_layer = weight, bias, base_layer
+        self.fan_in_fan_out, self.nf4_parity, self.compute_dtype = fan_in_fan_out, nf4_parity, compute_dtype
+        base = self.base_weight
+        if len(base.shape) != 2:
+            raise ValueError(f"weight must be [out_features, in_features], got shape {list(base.shape)}")
+        out_features, in_features = base.shape
         self.in_features, self.out_features, self.r = in_features, out_features, r
-        self.lora_alpha, self.use_rslora, self.fan_in_fan_out = lora_alpha, use_rslora, fan_in_fan_out
+        self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
         self.lora_dropout, self.dropout_mode = lora_dropout, dropout_mode
         self.space, self.impl, self.rounding, self.salt = space, impl, rounding, salt
         self.frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None  # set inside `frozen_adapters` alone
-        self.weight, self.bias = weight, bias
-        for frozen in (weight, bias):
-            if frozen is not None:
-                frozen.requires_grad_(False)
+        self.requires_grad_(False)
         if adapter_dtype is None:
-            adapter_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        options = {"device": weight.device, "dtype": adapter_dtype}
+            adapter_dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        options = {"device": base.device, "dtype": adapter_dtype}
         self.lora_A = nn.Parameter(torch.empty(r, in_features, **options))
         self.lora_B = nn.Parameter(torch.empty(out_features, r, **options))
         self.magnitude = nn.Parameter(torch.empty(out_features, **options))
@@ -75,34 +84,39 @@ class DoraLinear(nn.Module):
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     @property
-    def base_weight(self) -> torch.Tensor:
-        """The frozen weight as [out_features, in_features], a view."""
-        return self.weight.T if self.fan_in_fan_out else self.weight
+    def base_weight(self) -> Weight:
+        """The frozen weight [out_features, in_features]: a view of the base layer's, or how its format is read."""
+        weight = weight_of(self if self.base_layer is None else self.base_layer, nf4_parity=self.nf4_parity)
+        return weight.T if self.fan_in_fan_out else weight
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
         """Draws A (PEFT's Kaiming uniform), zeroes B and sets m to ‖W‖, so that the layer equals its base layer."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.lora_B.zero_()
-        if not self.weight.is_meta:
+        if self.lora_A.device.type != "meta":
             # The kernel that forward runs, in its summation order: g is exactly 1.
             self.magnitude.copy_(self.weight_norm()[0])
 
     def plan(self, tokens: int) -> dispatch.Plan:
         """What a call with `tokens` rows would run in the layer's present mode, and why."""
-        return dispatch.choose(
+        base = self.base_weight
+        plan = dispatch.choose(
             tokens=tokens,
             out_features=self.out_features,
             in_features=self.in_features,
-            dtype=self.weight.dtype,
-            device=self.weight.device,
+            dtype=self.compute_dtype or base.dtype,
+            device=base.device,
             has_bias=self.bias is not None,
             dropout=self.dropout_mode if self.training and self.lora_dropout > 0 else None,
             trains=self.training and any(parameter.requires_grad for parameter in self.parameters()),
             trains_magnitude=self.training and self.magnitude.requires_grad,
+            nf4=isinstance(base, Nf4Weight),
             space=self.space,
             impl=self.impl,
         )
+        read = description(base)
+        return plan if read is None else plan._replace(reason=f"{plan.reason}; {read}")
 
     @property
     def rank(self) -> int:
@@ -112,21 +126,23 @@ class DoraLinear(nn.Module):
     @torch.no_grad()
     def weight_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
         """n = ‖W + s B A‖ and g = m / n, both [out_features], fp32 (fp64 for an fp64 layer)."""
-        with dispatch.on_device_of(self.weight):
-            return self._operations().weight_norm(*self._factors(), self.scaling)
+        base = readable(self.base_weight)
+        with dispatch.on_device_of(base):
+            return self._operations().weight_norm(base, *self._factors(), self.scaling)
 
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W' = g ⊙ (W + s B A) [out_features, in_features], in fp32, rounded once to `dtype`, or to the weight's."""
-        rounded = {"dtype": dtype or self.weight.dtype, "rounding": self.rounding, "salt": self.salt}
-        with dispatch.on_device_of(self.weight):
-            return self._operations().merge(*self._factors(), self.scaling, **rounded)[0]
+        base = readable(self.base_weight)
+        rounded = {"dtype": dtype or base.dtype, "rounding": self.rounding, "salt": self.salt}
+        with dispatch.on_device_of(base):
+            return self._operations().merge(base, *self._factors(), self.scaling, **rounded)[0]
 
     def _factors(self) -> tuple[torch.Tensor, ...]:
-        return self.base_weight, self.lora_A, self.lora_B, self.magnitude
+        return self.lora_A, self.lora_B, self.magnitude
 
     def _operations(self) -> ModuleType:
-        return dispatch.implementation(dispatch.choose_impl(self.weight.device, self.impl)[0])
+        return dispatch.implementation(dispatch.choose_impl(self.lora_A.device, self.impl)[0])
 
     @classmethod
     def from_linear(cls, linear: nn.Linear | Conv1D, *, r: int, lora_alpha: float, **options) -> "DoraLinear":
@@ -135,10 +151,14 @@ class DoraLinear(nn.Module):
         Raises:
             TypeError: `linear` is neither an `nn.Linear` nor a `transformers` `Conv1D`.
         """
-        if not isinstance(linear, (nn.Linear, Conv1D)):
+        if not isinstance(linear, (nn.Linear, Conv1D)) and not needs_its_layer(linear):
             raise TypeError(f"from_linear takes an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
-        fan_in_fan_out = isinstance(linear, Conv1D)
-        layer = cls(linear.weight, linear.bias, r=r, lora_alpha=lora_alpha, fan_in_fan_out=fan_in_fan_out, **options)
+        options |= {"r": r, "lora_alpha": lora_alpha, "fan_in_fan_out": isinstance(linear, Conv1D)}
+        if needs_its_layer(linear):
+            layer = cls(None, linear.bias, base_layer=linear, **options)
+        else:
+            # bitsandbytes' 4-bit layers compute in a dtype of their own where the user set one.
+            layer = cls(linear.weight, linear.bias, compute_dtype=getattr(linear, "compute_dtype", None), **options)
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear | Conv1D:
@@ -155,8 +175,8 @@ class DoraLinear(nn.Module):
         return linear.train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return dora_linear(
-            x,
+        y = dora_linear(
+            x if self.compute_dtype is None else x.to(self.compute_dtype),
             self.base_weight,
             self.lora_A,
             self.lora_B,
@@ -172,6 +192,7 @@ class DoraLinear(nn.Module):
             salt=self.salt,
             frozen_scale=self.frozen_scale,
         )
+        return y if self.compute_dtype is None else y.to(x.dtype)
 
     def train(self, mode: bool = True) -> "DoraLinear":
         if mode:

@@ -16,6 +16,7 @@ from torch import nn
 
 from .config import DoraConfig
 from .linear import DoraLinear
+from .quantized import is_quantized, keep_packing, weight_of
 from .targets import LINEAR_CLASSES, find_saved, find_targets, rank_and_alpha
 
 # Their fused kernels read these weights past the module's forward, so an adapter would silently do nothing.
@@ -24,6 +25,10 @@ MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
     """Replaces the target layers by `DoraLinear`, in place, and freezes all the rest. Returns the model.
+
+    Quantised layers keep their weights packed: NF4 is decoded inside the kernels, bitsandbytes' FP4 and 8-bit,
+    torchao's and HQQ's layers dequantise themselves at each use. bitsandbytes' repacking of 4-bit weights in the first
+    eval forward on some CPUs is switched off.
 
     The adapters are fp32 and start as an exact no-op. `modules_to_save` become trainable as they are, in their own
     dtype as in PEFT (load them in fp32 to train them well); one that shares a weight with another module trains its own
@@ -37,6 +42,7 @@ def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
     targets = check_targets(model, config)
     saved = find_saved(model, config)
     config = replace(config)  # the model's own copy: the caller's may change later
+    keep_packing(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     try:
@@ -141,6 +147,7 @@ def _dora_layer(path: str, linear: nn.Module, config: DoraConfig) -> DoraLinear:
         space=config.space,
         impl=config.impl,
         rounding=config.rounding,
+        nf4_parity=config.nf4_parity,
         # Layers of equal shape must not share a rounding pattern; the path is the same in every run and process.
         salt=zlib.crc32(path.encode()),
     )
@@ -148,6 +155,12 @@ def _dora_layer(path: str, linear: nn.Module, config: DoraConfig) -> DoraLinear:
 
 def _why_unsupported(module: nn.Module) -> str | None:
     """Why a target cannot become a `DoraLinear`, or None."""
+    if is_quantized(module):
+        try:
+            weight_of(module)
+        except ValueError as error:
+            return f"cannot be read: {error}"
+        return _why_wrapped(module)
     base = next((cls for cls in LINEAR_CLASSES if isinstance(module, cls)), None)
     if base is None:
         return "is not a linear layer"
@@ -155,13 +168,18 @@ def _why_unsupported(module: nn.Module) -> str | None:
     if weight is None:
         return "computes its weight (a parametrization)"
     if type(weight) is not nn.Parameter:
-        return f"has a weight of type {type(weight).__name__}: quantised and sharded weights are not supported yet"
+        return f"has a weight of type {type(weight).__name__}: sharded weights and unknown formats are not supported"
     if not weight.is_floating_point() or weight.element_size() < 2:
-        return f"has a weight of dtype {weight.dtype}: quantised weights are not supported yet"
+        return f"has a weight of dtype {weight.dtype}, of no quantisation known here"
     if weight.ndim != 2 or weight.numel() == 0:
         return f"has a weight of shape {list(weight.shape)}: gather a sharded weight first"
     if type(module).forward is not base.forward or type(module).__name__ == "NonDynamicallyQuantizableLinear":
         return "has a forward of its own, or is read past it"
+    return _why_wrapped(module)
+
+
+def _why_wrapped(module: nn.Module) -> str | None:
+    """Why a layer's forward is more than its class's, or None."""
     if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
         return "had its forward replaced"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dora_kernels"
 # From the ground up; a module may import what stands before its own line, and packages their own modules.
 LAYERS = [
-    {"versions", "chunks"},
+    {"versions", "chunks", "quantized"},
     {"gemm", "config"},
     {"kernels", "reference"},
     {"dispatch"},
@@ -26,7 +26,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # One table per twin: device functions and launch data of the kernels need no reference.
-TWINS = ["cast", "merge", "rescale_bwd", "rescale_fwd", "rounding", "weight_norm"]
+TWINS = ["cast", "merge", "nf4", "rescale_bwd", "rescale_fwd", "rounding", "weight_norm"]
 # No operation of its own: what the launchers and kernels share.
 NO_TWIN = {"__init__", "addresses", "launch", "tile"}
 
@@ -116,7 +116,7 @@ def test_the_twins_export_the_same_operations():
 
 @pytest.mark.parametrize("name", sorted(exported("reference")))
 def test_twin_operations_have_one_signature(name):
-    stem = "cast" if name == "scaled_cast" else name
+    stem = {"scaled_cast": "cast", "decode": "nf4"}.get(name, name)
     kernel, reference = (functions(PACKAGE / package / f"{stem}.py")[name] for package in ("kernels", "reference"))
     assert signature(kernel) == signature(reference)
     assert ast.get_docstring(kernel) == ast.get_docstring(reference), "one description for both"

@@ -7,8 +7,9 @@ configures and launches. No atomics: reductions over programs have two stages, s
 from .cast import scaled_cast
 from .launch import interpreted
 from .merge import merge
+from .nf4 import decode
 from .rescale_bwd import rescale_bwd
 from .rescale_fwd import rescale_fwd
 from .weight_norm import weight_norm
 
-__all__ = ["interpreted", "merge", "rescale_bwd", "rescale_fwd", "scaled_cast", "weight_norm"]
+__all__ = ["decode", "interpreted", "merge", "rescale_bwd", "rescale_fwd", "scaled_cast", "weight_norm"]

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .addresses import offsets_2d
+from .nf4 import weight_block
 
 
 @triton.jit
@@ -50,19 +51,21 @@ def lora_dot(
 
 @triton.jit
 def adapted_tile(
-    w_ptr, a_ptr, b_ptr, first, scaling, offs_n, offs_k, N, K, R,
+    w, a_ptr, b_ptr, first, scaling, offs_n, start_k, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    NF4_BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, WEIGHT_DTYPE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr, ONE_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """V [BLOCK_N, BLOCK_K] in ACC, zero outside [N, K]."""
-    mask_n, mask_k = offs_n < N, offs_k < K
+    """V [BLOCK_N, BLOCK_K] in ACC from column `start_k` on, zero outside [N, K]; `w` as in `weight_block`."""
     # Before the dot, whose own loads then share the wait.
-    weight = tl.load(
-        w_ptr + offsets_2d(offs_n, offs_k, stride_wn, stride_wk), mask=mask_n[:, None] & mask_k[None, :], other=0.0
-    )
+    weight = weight_block(
+        w, offs_n, start_k, N, K, stride_wn, stride_wk,
+        NF4_BLOCK, NESTED_BLOCK, WHOLE_BLOCKS, WEIGHT_DTYPE, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    offs_k = start_k + tl.arange(0, BLOCK_K)
     product = lora_dot(
-        b_ptr, a_ptr, first, offs_n, offs_k, mask_n, mask_k, R,
+        b_ptr, a_ptr, first, offs_n, offs_k, offs_n < N, offs_k < K, R,
         stride_bn, stride_br, stride_ar, stride_ak,
         ACC, DOT, INPUT_PRECISION, ONE_BLOCK, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip

@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..quantized import Nf4Weight
 from .addresses import offsets_2d
 from .launch import ALL_REGISTERS, TRITON_DTYPES, Gpu, acc_dtype, gpu_of, precision_of, rank_block, signed32
+from .nf4 import straddles_of, weight_arguments
 from .rounding import round_to
 from .tile import adapted_tile, rank_block_of
 
@@ -34,15 +36,22 @@ class WeightNormConfig(NamedTuple):
 
     def pipeline(self, rank: int) -> tuple[bool, int | None]:
         """Whether one block holds the whole rank, and then how many blocks of K are in flight."""
-        return (True, 4) if rank <= self.block_r else (False, None)
+        in_flight = 4 if self.num_warps == 4 else 3 if self.block_k == 128 else 1
+        return (True, in_flight) if rank <= self.block_r else (False, None)
 
 
-def weight_norm_config(out_features: int, in_features: int, rank: int, itemsize: int, gpu: Gpu) -> WeightNormConfig:
-    """By shape and architecture alone, so that summation order never depends on load."""
+def weight_norm_config(
+    out_features: int, in_features: int, rank: int, itemsize: int, gpu: Gpu, straddles: bool = False
+) -> WeightNormConfig:
+    """By shape and architecture alone, so that summation order never depends on load. `straddles`: of NF4 whose blocks
+    hold elements of two output features, read one by one."""
     if itemsize == 8:
         block_n, block_k, num_warps = 16, 32, 4
+    elif straddles:
+        block_n, block_k, num_warps = 16, 64, 8
     elif rank <= 32:
-        block_n, block_k, num_warps = 16, 128, 4
+        # With more of the rank in registers: more threads, and fewer blocks in flight, or they spill.
+        block_n, block_k, num_warps = 16, 128, 4 if rank <= 16 else 8
     else:
         # A is read again by each program: more features a program, fewer reads.
         block_n, block_k, num_warps = 32, 64, 8
@@ -55,8 +64,9 @@ def weight_norm_config(out_features: int, in_features: int, rank: int, itemsize:
 
 @triton.jit
 def sums_of_squares(
-    w_ptr, a_ptr, b_ptr, scaling, offs_n, k_start, k_end, N, K, R,
+    w, a_ptr, b_ptr, scaling, offs_n, k_start, k_end, N, K, R,
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+    NF4_BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, WEIGHT_DTYPE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -66,10 +76,10 @@ def sums_of_squares(
     small = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     first = rank_block_of(b_ptr, offs_n, offs_n < N, 0, R, stride_bn, stride_br, BLOCK_R)
     for start in tl.range(k_start, k_end, BLOCK_K, num_stages=STAGES):
-        offs_k = start + tl.arange(0, BLOCK_K)
         v = adapted_tile(
-            w_ptr, a_ptr, b_ptr, first, scaling, offs_n, offs_k, N, K, R,
+            w, a_ptr, b_ptr, first, scaling, offs_n, start, N, K, R,
             stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+            NF4_BLOCK, NESTED_BLOCK, WHOLE_BLOCKS, WEIGHT_DTYPE,
             ACC, DOT, INPUT_PRECISION, ONE_BLOCK, BLOCK_N, BLOCK_K, BLOCK_R,
         )  # fmt: skip
         plain += v * v
@@ -130,16 +140,19 @@ def cast_strips(
 @triton.jit(do_not_specialize=["salt"])
 def _weight_norm_kernel(
     # pointers
-    w_ptr, a_ptr, b_ptr, m_ptr, norm_ptr, scale_ptr, partial_ptr, cast_ptr,
+    w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
+    a_ptr, b_ptr, m_ptr, norm_ptr, scale_ptr, partial_ptr, cast_ptr,
     # sizes
     scaling: tl.float64, N, K, R, k_per_split, salt,
     # strides
     stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_m,
     # constexpr
+    NF4_BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, WEIGHT_DTYPE: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     HAS_CAST: tl.constexpr, DITHERED: tl.constexpr, SPLITS: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
+    w = (w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr)
     scaling = tl.cast(scaling, ACC)
     split = tl.program_id(1)
     if HAS_CAST and split == 0:
@@ -147,8 +160,9 @@ def _weight_norm_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     plain, large, small = sums_of_squares(
-        w_ptr, a_ptr, b_ptr, scaling, offs_n, split * k_per_split, tl.minimum((split + 1) * k_per_split, K), N, K, R,
+        w, a_ptr, b_ptr, scaling, offs_n, split * k_per_split, tl.minimum((split + 1) * k_per_split, K), N, K, R,
         stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
+        NF4_BLOCK, NESTED_BLOCK, WHOLE_BLOCKS, WEIGHT_DTYPE,
         ACC, DOT, INPUT_PRECISION, ONE_BLOCK, STAGES, BLOCK_N, BLOCK_K, BLOCK_R,
     )  # fmt: skip
     if SPLITS == 1:
@@ -183,7 +197,7 @@ def _weight_norm_finish_kernel(
 
 
 def launch_weight_norm(
-    weight: torch.Tensor,
+    weight: torch.Tensor | Nf4Weight,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
@@ -196,24 +210,26 @@ def launch_weight_norm(
 ) -> tuple[torch.Tensor | None, int]:
     """Fills `norm` and `scale`, or returns partial sums [3 · splits, N] that are still to be added, and `splits`."""
     (N, K), R = weight.shape, lora_A.shape[0]
-    config = weight_norm_config(N, K, R, norm.element_size(), gpu_of(weight))
+    pointers, strides, formats = weight_arguments(weight)
+    config = weight_norm_config(N, K, R, norm.element_size(), gpu_of(weight), straddles_of(weight))
     splits = config.splits
     partial = torch.empty(3 * splits, N, dtype=norm.dtype, device=weight.device) if splits > 1 else None
     k_per_split = triton.cdiv(triton.cdiv(K, config.block_k), splits) * config.block_k
     _weight_norm_kernel[(triton.cdiv(N, config.block_n), splits)](
-        weight, lora_A, lora_B, magnitude, norm, scale,
+        *pointers, lora_A, lora_B, magnitude, norm, scale,
         norm if partial is None else partial, lora_A if cast_A is None else cast_A,
         scaling, N, K, R, k_per_split, signed32(salt),
-        *weight.stride(), *lora_A.stride(), *lora_B.stride(), magnitude.stride(0),
-        *precision_of(lora_A.dtype, lora_B.dtype, acc=norm.dtype), cast_A is not None, rounding == "dithered", splits,
-        *config.pipeline(R), config.block_n, config.block_k, config.block_r,
+        *strides, *lora_A.stride(), *lora_B.stride(), magnitude.stride(0),
+        *formats, *precision_of(lora_A.dtype, lora_B.dtype, acc=norm.dtype),
+        cast_A is not None, rounding == "dithered", splits, *config.pipeline(R),
+        config.block_n, config.block_k, config.block_r,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
     )  # fmt: skip
     return partial, splits
 
 
 def weight_norm(
-    weight: torch.Tensor,
+    weight: torch.Tensor | Nf4Weight,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,

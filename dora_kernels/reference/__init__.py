@@ -13,8 +13,9 @@ M tokens, N out_features, K in_features, R rank. Sums and products are fp32 (fp6
 
 from .cast import scaled_cast
 from .merge import merge
+from .nf4 import decode
 from .rescale_bwd import rescale_bwd
 from .rescale_fwd import rescale_fwd
 from .weight_norm import weight_norm
 
-__all__ = ["merge", "rescale_bwd", "rescale_fwd", "scaled_cast", "weight_norm"]
+__all__ = ["decode", "merge", "rescale_bwd", "rescale_fwd", "scaled_cast", "weight_norm"]

@@ -3,12 +3,13 @@
 import torch
 
 from ..chunks import row_chunks
+from ..quantized import Nf4Weight, stored_rounding
 from .rounding import round_to
 from .weight_norm import accumulate_dtype, adapted_rows, norm_scale, row_norm
 
 
 def merge(
-    weight: torch.Tensor,
+    weight: torch.Tensor | Nf4Weight,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor | None,
@@ -32,12 +33,13 @@ def merge(
     merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     norm = weight_norm if given else torch.empty(weight.shape[0], dtype=acc_dtype, device=weight.device)
     scale = mag_norm_scale if given else torch.empty_like(norm)
+    stored = stored_rounding(weight, rounding)
     for rows in row_chunks(*weight.shape):
         adapted = adapted_rows(weight, lora_A, lora_B, scaling, rows, acc_dtype)
         if not given:
             norm[rows] = row_norm(adapted)
             scale[rows] = norm_scale(magnitude[rows], norm[rows])
-        merged[rows] = round_to(adapted.mul_(scale[rows, None]), dtype, rounding, salt, rows.start)
+        merged[rows] = round_to(adapted.mul_(scale[rows, None]), dtype, stored, salt, rows.start)
     if cast_A is not None:
         cast_A.copy_(round_to(lora_A.to(acc_dtype), cast_A.dtype, rounding, salt))
     return merged, norm, scale

@@ -3,13 +3,15 @@
 import torch
 
 from ..chunks import row_chunks
+from ..quantized import Nf4Weight
+from .nf4 import weight_rows
 from .rounding import round_to
 
 MIN_RATIO = 2.0**-40
 """|m| / n is held at or above this, so that m can be trained away from 0: see `norm_scale`."""
 
 
-def accumulate_dtype(*tensors: torch.Tensor) -> torch.dtype:
+def accumulate_dtype(*tensors: torch.Tensor | Nf4Weight) -> torch.dtype:
     """fp64 where an input is fp64, else fp32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -28,10 +30,15 @@ def norm_scale(magnitude: torch.Tensor, weight_norm: torch.Tensor) -> torch.Tens
 
 
 def adapted_rows(
-    weight: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, rows: slice, dtype: torch.dtype
+    weight: torch.Tensor | Nf4Weight,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    rows: slice,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
     """V[rows] = W[rows] + s B[rows] A, [rows, K] in `dtype`; a fresh tensor."""
-    return torch.addmm(weight[rows].to(dtype), lora_B[rows].to(dtype), lora_A.to(dtype), alpha=scaling)
+    return torch.addmm(weight_rows(weight, rows, dtype), lora_B[rows].to(dtype), lora_A.to(dtype), alpha=scaling)
 
 
 def row_norm(adapted: torch.Tensor) -> torch.Tensor:
@@ -40,7 +47,7 @@ def row_norm(adapted: torch.Tensor) -> torch.Tensor:
 
 
 def weight_norm(
-    weight: torch.Tensor,
+    weight: torch.Tensor | Nf4Weight,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
