@@ -109,6 +109,8 @@ def weight_of(module: nn.Module, *, nf4_parity: bool = False) -> Weight:
         shape = torch.Size((module.out_features, module.in_features))
         return LibraryWeight("HQQ", shape, module.compute_dtype, module.W_q.device, module.dequantize)
     weight = module.weight
+    if type(weight) is nn.Parameter:
+        return weight
     if type(weight).__name__ == "Params4bit":
         return of_params4bit(weight, nf4_parity=nf4_parity)
     if type(weight).__name__ == "Int8Params":
@@ -120,7 +122,7 @@ def weight_of(module: nn.Module, *, nf4_parity: bool = False) -> Weight:
 
 def of_params4bit(weight: nn.Parameter, *, nf4_parity: bool = False) -> Nf4Weight | LibraryWeight:
     """bitsandbytes' `Params4bit`: NF4 as the engine reads it, FP4 through the library. Raises as `weight_of`."""
-    state = weight.quant_state
+    state = getattr(weight, "quant_state", None)
     if state is None:
         raise ValueError("this 4-bit weight was not quantised yet: move the model to its device first")
     if getattr(state, "packing_format_for_cpu", False):
@@ -178,6 +180,4 @@ def _of_int8(module: nn.Module) -> LibraryWeight:
 
 
 def _is_torchao(weight) -> bool:
-    return type(weight).__module__.startswith("torchao.") or type(getattr(weight, "data", None)).__module__.startswith(
-        "torchao."
-    )
+    return type(weight).__module__.startswith("torchao.")

@@ -53,7 +53,7 @@ def test_every_field_is_pefts_or_the_engines_own():
         ("impl", "cuda", ValueError, "one of auto, triton, reference"),
         ("rounding", "stochastic", ValueError, "one of dithered, nearest"),
         ("space", [], ValueError, "one of auto"),
-        ("nf4_parity", True, NotImplementedError, "NF4"),
+        ("nf4_parity", "yes", TypeError, "`nf4_parity` should be True or False"),
     ],
     ids=lambda value: str(value)[:24] if not isinstance(value, type) else value.__name__,
 )

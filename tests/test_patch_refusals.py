@@ -35,11 +35,11 @@ def with_integers():
 
 
 def with_a_tensor_subclass():
-    class Params4bit(nn.Parameter):
+    class GgufParameter(nn.Parameter):
         pass
 
     model = llama()
-    model.lm_head.weight = Params4bit(torch.zeros(VOCAB, 32), requires_grad=False)
+    model.lm_head.weight = GgufParameter(torch.zeros(VOCAB, 32), requires_grad=False)
     return model, {"target_modules": ["lm_head", "q_proj"]}
 
 
@@ -132,8 +132,8 @@ REFUSALS = {
     with_embedding: (ValueError, r"model.embed_tokens \(Embedding\) is not a linear layer"),
     with_container: (ValueError, r"self_attn \(LlamaAttention\) is not a linear layer"),
     with_parametrization: (ValueError, "computes its weight"),
-    with_integers: (ValueError, "dtype torch.int8: quantised weights are not supported yet"),
-    with_a_tensor_subclass: (ValueError, "weight of type Params4bit: quantised"),
+    with_integers: (ValueError, "dtype torch.int8, of no quantisation known here"),
+    with_a_tensor_subclass: (ValueError, "weight of type GgufParameter: sharded weights and unknown formats"),
     with_a_shard: (ValueError, r"shape \[0\]: gather a sharded weight first"),
     with_attention_module: (ValueError, r"out_proj \(NonDynamicallyQuantizableLinear\) has a forward of its own"),
     with_own_forward: (ValueError, r"1 \(Scaled\) has a forward of its own"),
