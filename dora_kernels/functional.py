@@ -58,7 +58,7 @@ def dora_linear(
         ValueError: shapes, devices or options that do not fit. TypeError: dtypes that do not fit.
     """
     if type(weight).__name__ == "Params4bit":
-        weight = of_params4bit(weight, nf4_parity=nf4_parity)
+        weight = of_params4bit(weight, weight.quant_state, nf4_parity=nf4_parity)
     check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_dropout, dropout_mode)
     dtype = x.dtype
     if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:

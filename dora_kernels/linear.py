@@ -59,6 +59,8 @@ class DoraLinear(nn.Module):
         if not isinstance(r, int) or r < 1:
             raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
         self.weight, self.bias, self.base_layer = weight, bias, base_layer
+        # bitsandbytes' 4-bit layers keep it too: pickling, for one, makes a plain parameter of the weight.
+        self.quant_state = getattr(weight, "quant_state", None)
         self.fan_in_fan_out, self.nf4_parity, self.compute_dtype = fan_in_fan_out, nf4_parity, compute_dtype
         base = self.base_weight
         if len(base.shape) != 2:

@@ -109,10 +109,11 @@ def weight_of(module: nn.Module, *, nf4_parity: bool = False) -> Weight:
         shape = torch.Size((module.out_features, module.in_features))
         return LibraryWeight("HQQ", shape, module.compute_dtype, module.W_q.device, module.dequantize)
     weight = module.weight
-    if type(weight) is nn.Parameter:
+    if type(weight) is nn.Parameter and weight.is_floating_point():
         return weight
-    if type(weight).__name__ == "Params4bit":
-        return of_params4bit(weight, nf4_parity=nf4_parity)
+    state = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
+    if type(weight).__name__ == "Params4bit" or state is not None:
+        return of_params4bit(weight, state, nf4_parity=nf4_parity)
     if type(weight).__name__ == "Int8Params":
         return _of_int8(module)
     if _is_torchao(weight):
@@ -120,9 +121,9 @@ def weight_of(module: nn.Module, *, nf4_parity: bool = False) -> Weight:
     return weight
 
 
-def of_params4bit(weight: nn.Parameter, *, nf4_parity: bool = False) -> Nf4Weight | LibraryWeight:
-    """bitsandbytes' `Params4bit`: NF4 as the engine reads it, FP4 through the library. Raises as `weight_of`."""
-    state = getattr(weight, "quant_state", None)
+def of_params4bit(weight: nn.Parameter, state, *, nf4_parity: bool = False) -> Nf4Weight | LibraryWeight:
+    """bitsandbytes' 4-bit weight and its `quant_state`: NF4 as the engine reads it, FP4 through the library. Raises as
+    `weight_of`."""
     if state is None:
         raise ValueError("this 4-bit weight was not quantised yet: move the model to its device first")
     if getattr(state, "packing_format_for_cpu", False):
@@ -176,7 +177,7 @@ def _of_int8(module: nn.Module) -> LibraryWeight:
     def dequantize() -> torch.Tensor:
         return int8_vectorwise_dequant(weight.data, scales().to(weight.device))
 
-    return LibraryWeight("bitsandbytes (int8)", weight.shape, torch.float16, weight.device, dequantize)
+    return LibraryWeight("bitsandbytes (int8)", weight.shape, torch.float32, weight.device, dequantize)
 
 
 def _is_torchao(weight) -> bool:

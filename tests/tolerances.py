@@ -34,6 +34,9 @@ SINGLE_CASE_FACTOR = 6.0
 ORACLE_FP64 = 1e-12
 """fp64 against the fp64 oracle: another order of the same sums, up to thousands of terms, some of which cancel."""
 
+ORACLE_FP32 = 2e-6
+"""fp32 arithmetic against the fp64 oracle: some thirty unit roundoffs for sums of a few thousand products."""
+
 TWIN = {
     # A kernel against its reference twin: the same roundings in the same places, fp32 sums in another order. Where
     # that differs in the last bit, a value at a rounding boundary moves by one unit of the stored type.
