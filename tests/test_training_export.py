@@ -72,7 +72,9 @@ def test_the_error_falls_with_the_rank_and_a_plain_lora_update_loses_nothing():
         errors.append((update - lora_B @ lora_A).norm() / update.norm())
     assert errors[0] > errors[1] > errors[2] > 1e-3
     assert errors[3] < 1e-5
-    assert torch.equal(low_rank(update, 10)[0], low_rank(update, 10)[0]), "the same file every time"
+    first = low_rank(update, 10)[0]
+    torch.manual_seed(1)
+    assert torch.equal(low_rank(update, 10)[0], first), "the same file every time"
     assert not any(factor.any() for factor in low_rank(torch.zeros(4, 6), 2))
 
 

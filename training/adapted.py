@@ -100,8 +100,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     staged.mkdir(parents=True)
     try:
         yield staged
-        check_output(output)
-        staged.rename(output)
+        staged.rename(output)  # refused by the system if files came to be there meanwhile
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
