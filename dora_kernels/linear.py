@@ -8,10 +8,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import dispatch
+from .freezable import Freezable
 from .functional import dora_linear
 
 
-class DoraLinear(nn.Module):
+class DoraLinear(Freezable):
     """y = g ⊙ (x Wᵀ + s x Aᵀ Bᵀ) + b with g = m / ‖W + s B A‖ per output feature.
 
     `weight` and `bias` are the base layer's own parameters (shared, frozen), under their own names, so that the base
@@ -56,7 +57,6 @@ class DoraLinear(nn.Module):
         self.lora_alpha, self.use_rslora, self.fan_in_fan_out = lora_alpha, use_rslora, fan_in_fan_out
         self.lora_dropout, self.dropout_mode = lora_dropout, dropout_mode
         self.space, self.impl, self.rounding, self.salt = space, impl, rounding, salt
-        self.frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None  # set inside `frozen_adapters` alone
         self.weight, self.bias = weight, bias
         for frozen in (weight, bias):
             if frozen is not None:
@@ -172,27 +172,6 @@ class DoraLinear(nn.Module):
             salt=self.salt,
             frozen_scale=self.frozen_scale,
         )
-
-    def train(self, mode: bool = True) -> "DoraLinear":
-        if mode:
-            self._refuse_if_frozen("train")
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._refuse_if_frozen("load weights")
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, *args, **kwargs) -> "DoraLinear":
-        self._refuse_if_frozen("move or convert the model")
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        # A copy or a pickle made inside frozen_adapters is not in its scope.
-        return self.__dict__ | {"frozen_scale": None}
-
-    def _refuse_if_frozen(self, act: str) -> None:
-        if self.frozen_scale is not None:
-            raise RuntimeError(f"cannot {act} inside frozen_adapters: its norms would go stale; leave the scope first")
 
     def extra_repr(self) -> str:
         return (

@@ -106,6 +106,7 @@ def unfuse_layer(layer: nn.Module) -> None:
     from .peft_linear import FusedLinear, Linear
 
     if type(layer) is FusedLinear:
+        layer.refuse_if_frozen("unpatch")
         restore_fresh(layer)
         del layer.dora_fusion
         layer.__class__ = Linear
