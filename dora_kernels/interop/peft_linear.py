@@ -80,10 +80,6 @@ class FusedLinear(Freezable, Linear):
         self.refuse_if_frozen("merge")
         super().merge(*args, **kwargs)
 
-    def unmerge(self) -> None:
-        self.refuse_if_frozen("unmerge")
-        super().unmerge()
-
     def _factors(self) -> tuple:
         """W [out_features, in_features], and A, B, m and s of the active adapter."""
         (adapter,) = active_adapters(self)
