@@ -121,3 +121,17 @@ def test_zero_rows_train_where_peft_gives_nan(dtype, impl):
             assert parameter.grad is None or parameter.grad.isfinite().all(), name
     with torch.no_grad():
         assert torch.equal(model.eval()(x)[:, 5:9], bias[5:9].expand(7, 4)), "such an output feature is its bias"
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_step_zero_with_a_bias_at_a_size_where_the_order_of_the_sum_shows(dtype, train):
+    """A CPU's GEMM of this size sums in blocks and starts from the bias: added afterwards it moves the last bits."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(1000, 1000, dtype=dtype), torch.rand(10, 1000, dtype=dtype)
+    base = linear(x)
+    model = peft.get_peft_model(nn.Sequential(linear), dora_config(target_modules=["0"])).train(train)
+    patch_peft(model, impl="reference", space="token")
+    with count_fused() as calls:
+        assert torch.equal(model(x), base)
+    assert len(calls) == 1
