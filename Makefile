@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint offline clean
+.PHONY: demo test lint offline peft-suite peft-suite-kernels clean
 
 demo: $(VENV)/.installed  ## fine-tune the embedded model on the embedded data
 	$(BIN)/python -m training
@@ -17,6 +17,16 @@ lint: $(VENV)/.installed  ## check style and formatting
 offline: $(VENV)/.installed  ## compile every kernel for every supported GPU and compare with the golden file
 	$(BIN)/python -m bench offline --check
 
+peft-suite: $(VENV)/.peft-suite  ## run PEFT's own DoRA tests with the engine in them; fetches their source distribution
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.peft_suite build/peft-suite --engines reference
+
+peft-suite-kernels: $(VENV)/.peft-suite  ## the same with the kernels under Triton's interpreter, which takes longer
+	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.peft_suite build/peft-suite --engines triton
+
+$(VENV)/.peft-suite: $(VENV)/.installed
+	$(BIN)/python -m pip install diffusers scipy parameterized pillow  # what PEFT's tests import
+	touch $@
+
 $(VENV)/.installed: requirements.txt setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -r requirements.txt
@@ -24,4 +34,4 @@ $(VENV)/.installed: requirements.txt setup.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) out build

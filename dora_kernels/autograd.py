@@ -55,14 +55,18 @@ class DoraLinearFunction(torch.autograd.Function):
                     A_cast = ops.scaled_cast(lora_A, x.dtype, **rounded) if cast else lora_A
                 h = lora_x @ A_cast.T
                 base_weight = _dense(ops, weight, x.dtype)
-                base_out = x @ base_weight.T
-                undropped = None
+                undropped, late_bias = None, bias
+                if _sums_from_bias(call, x, bias):
+                    undropped, late_bias = F.linear(x, base_weight, bias.to(x.dtype)), None
+                    base_out = undropped - bias.to(x.dtype)
+                else:
+                    base_out = x @ base_weight.T
                 if call.dropout == "peft":
-                    undropped, base_out = base_out, x_dropped @ base_weight.T
+                    undropped, base_out = base_out if undropped is None else undropped, x_dropped @ base_weight.T
                 # From y, dm would cancel against a large bias and underflow in fp16; PEFT's dropout is not of its form.
                 keeps_base = needs_magnitude and (bias is not None or undropped is not None or x.dtype == torch.float16)
                 y = ops.rescale_fwd(
-                    base_out, h, lora_B, scale, bias, call.scaling,
+                    base_out, h, lora_B, scale, late_bias, call.scaling,
                     undropped=undropped, in_place=not keeps_base, **rounded,
                 )  # fmt: skip
                 saved, ctx.saved_is = (base_out, "base") if keeps_base else (y, "output")
@@ -158,6 +162,14 @@ class DoraLinearFunction(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _sums_from_bias(call, x, bias):
+    """Whether the bias goes into the base GEMM, as in the base layer: a CPU's GEMM starts its sums from it, so that
+    only in that order a fresh adapter equals the base layer to the last bit. In 16 bits the product that dm needs would
+    not survive taking the bias off again; a GPU's GEMM adds it to the finished sum, as the kernel does.
+    """
+    return bias is not None and call.impl == "reference" and x.element_size() >= 4
 
 
 def _sum_of_products(ops, grad_h, lora_A, grad_base, weight):

@@ -5,30 +5,34 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .linear import DoraLinear
+from .freezable import Freezable
 
 
 @contextmanager
 def frozen_adapters(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside the scope every `DoraLinear` of `model` keeps n and g; leaving it forgets them.
+    """Inside the scope every DoRA layer of `model`, ours or patched, keeps n and g; leaving it forgets them.
 
-    The model must be in eval mode, and forward must run without gradients: `model.train()`, loading weights and a
-    forward that autograd would record raise inside the scope. Weights changed in place by other means are not seen.
+    The model must be in eval mode, and forward must run without gradients: `model.train()`, loading weights, merging,
+    unpatching and a forward that autograd would record raise inside the scope. Weights changed in place by other means
+    are not seen. A patched PEFT layer keeps them for the adapter that is active on entering; any other is computed as
+    ever, and what is left to PEFT stays so.
 
     Raises:
-        ValueError: no `DoraLinear` in the model. RuntimeError: the model is in training mode, or frozen already.
+        ValueError: no such layer in the model. RuntimeError: the model is in training mode, or frozen already.
     """
-    layers = [module for module in model.modules() if isinstance(module, DoraLinear)]
+    layers = [module for module in model.modules() if isinstance(module, Freezable)]
     if not layers:
-        raise ValueError("frozen_adapters found no DoraLinear in the model; call apply_dora first")
+        raise ValueError(
+            "frozen_adapters found no DoRA layer of this engine: call apply_dora first, or patch_peft on a PEFT model"
+        )
     if any(layer.training for layer in layers):
         raise RuntimeError("frozen_adapters is for inference: call model.eval() first")
     if any(layer.frozen_scale is not None for layer in layers):
         raise RuntimeError("the adapters are frozen already: frozen_adapters does not nest")
     try:
         for layer in layers:
-            layer.frozen_scale = layer.weight_norm()
+            layer.freeze()
         yield model
     finally:
         for layer in layers:
-            layer.frozen_scale = None
+            layer.thaw()

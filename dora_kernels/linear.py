@@ -8,11 +8,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import dispatch
+from .freezable import Freezable
 from .functional import dora_linear
 from .quantized import Nf4Weight, Weight, description, needs_its_layer, readable, weight_of
 
 
-class DoraLinear(nn.Module):
+class DoraLinear(Freezable):
     """y = g ⊙ (x Wᵀ + s x Aᵀ Bᵀ) + b with g = m / ‖W + s B A‖ per output feature.
 
     `weight` and `bias` are the base layer's own parameters (shared, frozen), under their own names, so that the base
@@ -70,7 +71,6 @@ class DoraLinear(nn.Module):
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
         self.lora_dropout, self.dropout_mode = lora_dropout, dropout_mode
         self.space, self.impl, self.rounding, self.salt = space, impl, rounding, salt
-        self.frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None  # set inside `frozen_adapters` alone
         self.requires_grad_(False)
         if adapter_dtype is None:
             adapter_dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
@@ -195,27 +195,6 @@ class DoraLinear(nn.Module):
             frozen_scale=self.frozen_scale,
         )
         return y if self.compute_dtype is None else y.to(x.dtype)
-
-    def train(self, mode: bool = True) -> "DoraLinear":
-        if mode:
-            self._refuse_if_frozen("train")
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        self._refuse_if_frozen("load weights")
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, *args, **kwargs) -> "DoraLinear":
-        self._refuse_if_frozen("move or convert the model")
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        # A copy or a pickle made inside frozen_adapters is not in its scope.
-        return self.__dict__ | {"frozen_scale": None}
-
-    def _refuse_if_frozen(self, act: str) -> None:
-        if self.frozen_scale is not None:
-            raise RuntimeError(f"cannot {act} inside frozen_adapters: its norms would go stale; leave the scope first")
 
     def extra_repr(self) -> str:
         return (

@@ -2,27 +2,53 @@
 
 from collections import Counter
 
+import pytest
+
 from tests.peft_suite.__main__ import ROUNDED_APART, compare, read
 
-PLAIN = {"a": "passed", "b": "passed", "c": "failed", "d": "skipped"} | dict.fromkeys(ROUNDED_APART, "passed")
-FUSED = Counter(fused=366, left_to_peft=44)
+EXCUSED = {test: "passed" for _, test in ROUNDED_APART}
+PLAIN = {"a": "passed", "b": "passed", "c": "failed", "d": "skipped"} | EXCUSED
+COUNTS = Counter(fused=366, left_to_peft=44, launches=2000)
+ENGINES = pytest.mark.parametrize("engine", ["reference", "triton"])
 
 
-def test_a_set_that_did_not_shrink():
-    assert compare(PLAIN, PLAIN | {"c": "passed"} | dict.fromkeys(ROUNDED_APART, "failed"), FUSED) == []
+@ENGINES
+def test_a_set_that_did_not_shrink(engine):
+    excused = {test: "failed" for excused_engine, test in ROUNDED_APART if excused_engine == engine}
+    assert compare(engine, PLAIN, PLAIN | {"c": "passed"} | excused, COUNTS) == []
 
 
-def test_a_set_that_did():
-    assert compare(PLAIN, PLAIN | {"a": "failed"}, FUSED) == ["a passes on plain PEFT and failed with the engine"]
-    assert compare(PLAIN, PLAIN | {"a": "skipped"}, FUSED) == ["a passes on plain PEFT and skipped with the engine"]
-    missing = {test: outcome for test, outcome in PLAIN.items() if test != "b"}
-    assert compare(PLAIN, missing, FUSED) == ["b passes on plain PEFT and is missing with the engine"]
+@ENGINES
+@pytest.mark.parametrize("outcome", ["failed", "skipped"])
+def test_a_set_that_did(engine, outcome):
+    line = f"a passes on plain PEFT and {outcome} with the engine"
+    assert compare(engine, PLAIN, PLAIN | {"a": outcome}, COUNTS) == [line]
+    missing = {test: result for test, result in PLAIN.items() if test != "b"}
+    assert compare(engine, PLAIN, missing, COUNTS) == ["b passes on plain PEFT and is missing with the engine"]
 
 
-def test_a_silent_fallback():
-    for counts in (Counter(), Counter(left_to_peft=410), Counter(fused=200, left_to_peft=210)):
-        (line,) = compare(PLAIN, PLAIN, counts)
+def test_what_one_engine_is_excused_of_the_other_is_not():
+    for test in EXCUSED:
+        (line,) = compare("reference", PLAIN, PLAIN | {test: "failed"}, COUNTS)
+        assert test in line
+
+
+@ENGINES
+def test_a_silent_fallback(engine):
+    for counts in (Counter(), Counter(left_to_peft=410), Counter(fused=200, left_to_peft=210, launches=2000)):
+        (line,) = compare(engine, PLAIN, PLAIN, counts)
         assert f"only {counts['fused']} calls were fused" in line
+
+
+def test_kernels_that_were_not_launched():
+    for launches in (0, 731):
+        (line,) = compare("triton", PLAIN, PLAIN, Counter(fused=366, launches=launches))
+        assert line == f"only {launches} kernels were launched for 366 fused calls"
+
+
+def test_a_plain_run_in_which_nothing_passed():
+    (line,) = compare("reference", {"a": "failed"}, {}, COUNTS)
+    assert "nothing was compared" in line
 
 
 def test_results_are_read(tmp_path):

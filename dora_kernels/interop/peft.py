@@ -47,8 +47,9 @@ def patch_peft(model: nn.Module, *, space: str = "auto", impl: str = "auto", rou
     layer is fused is decided at each call: it is while exactly one DoRA adapter is active, not merged and not disabled,
     on a dense `nn.Linear` or `Conv1D`. All else runs PEFT's own code. One value changes, and unpatching restores it:
     PEFT rounds a fresh adapter's magnitude to the weight's dtype; here it becomes the fp32 norm, so that step 0 equals
-    the base model exactly (where the magnitude is stored in fp32, as PEFT does by default). Patching again is harmless;
-    it takes in what was added since. Fused layers can be differentiated once.
+    the base model exactly. A magnitude stored in 16 bits (PEFT's `autocast_adapter_dtype=False`) cannot hold that norm:
+    it stays as it is, with a warning. Patching again is harmless; it takes in what was added since. Fused layers can be
+    differentiated once.
 
     Args:
         space, impl, rounding: see `dora_linear`. A forced one raises where it cannot run.
@@ -69,7 +70,7 @@ def patch_peft(model: nn.Module, *, space: str = "auto", impl: str = "auto", rou
             dispatch.choose_impl(layer.base_layer.weight.device, impl)
     fuse_layers(fusable, options)
     report = PatchReport({path: _why_not_class(layer) or why_left_to_peft(layer) for path, layer in layers.items()})
-    _warn_of_frozen_magnitudes(layers)
+    _warn_of_magnitudes(layers)
     if not report.fused:
         warnings.warn(f"patch_peft fuses no layer of this model as it is now:\n{report}", stacklevel=2)
     return report
@@ -106,6 +107,7 @@ def unfuse_layer(layer: nn.Module) -> None:
     from .peft_linear import FusedLinear, Linear
 
     if type(layer) is FusedLinear:
+        layer.refuse_if_frozen("unpatch")
         restore_fresh(layer)
         del layer.dora_fusion
         layer.__class__ = Linear
@@ -174,18 +176,27 @@ def _why_not_class(layer: nn.Module) -> str | None:
     return None
 
 
-def _warn_of_frozen_magnitudes(layers: dict[str, nn.Module]) -> None:
-    frozen = [
-        f"{path}.lora_magnitude_vector.{adapter}"
-        for path, layer in layers.items()
-        for adapter, magnitude in layer.lora_magnitude_vector.items()
-        if not magnitude.weight.requires_grad
-        and adapter in layer.lora_B
-        and (layer.lora_A[adapter].weight.requires_grad or layer.lora_B[adapter].weight.requires_grad)
-    ]
+def _warn_of_magnitudes(layers: dict[str, nn.Module]) -> None:
+    """Warns of magnitudes that do not train beside an A or B that does, and of those that 16 bits hold badly."""
+    frozen, rounded = [], []
+    for path, layer in layers.items():
+        for adapter, magnitude in layer.lora_magnitude_vector.items():
+            name = f"{path}.lora_magnitude_vector.{adapter}"
+            if magnitude.weight.requires_grad and magnitude.weight.element_size() < 4:
+                rounded.append(name)
+            factors = [each[adapter].weight for each in (layer.lora_A, layer.lora_B) if adapter in each]
+            if not magnitude.weight.requires_grad and any(factor.requires_grad for factor in factors):
+                frozen.append(name)
     if frozen:
         warnings.warn(
             f"{len(frozen)} magnitudes do not require gradients while their A or B do ({frozen[0]} for one): a frozen "
             "magnitude trains plain LoRA; call requires_grad_(True) on it",
+            stacklevel=3,
+        )
+    if rounded:
+        warnings.warn(
+            f"{len(rounded)} trained magnitudes are stored in 16 bits ({rounded[0]} for one): they are the weight's "
+            "norm only to 0.4 %, so that step 0 is not exactly the base model, and small updates round to none; build "
+            "the adapter in fp32, PEFT's default (autocast_adapter_dtype=True)",
             stacklevel=3,
         )

@@ -3,7 +3,7 @@
 import torch
 from peft.tuners.lora.layer import Linear
 
-from .. import dispatch
+from .peft_linear import norm_and_scale
 
 
 @torch.no_grad()
@@ -24,9 +24,7 @@ def make_fresh_exact(layer: Linear, impl: str) -> None:
             continue
         if magnitude.element_size() < 4 or magnitude.numel() != weight.shape[0] or lora_B.any():
             continue
-        operations = dispatch.implementation(dispatch.choose_impl(weight.device, impl)[0])
-        with dispatch.on_device_of(weight):
-            norm = operations.weight_norm(weight, lora_A, lora_B, magnitude, layer.scaling[adapter])[0]
+        norm, _ = norm_and_scale(*tensors, layer.scaling[adapter], impl)
         rounded = [n.to(weight.dtype).to(magnitude.dtype) for n in (torch.linalg.norm(weight, dim=1), norm)]
         fresh = (magnitude == rounded[0]) | (magnitude == rounded[1])
         exact = torch.where(fresh, norm.to(magnitude.dtype), magnitude)

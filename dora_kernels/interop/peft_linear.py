@@ -4,6 +4,7 @@ Imports PEFT, which is optional: imported only once a PEFT model is at hand.
 """
 
 from dataclasses import dataclass, field
+from operator import is_
 
 import torch
 from peft.tuners.lora import dora
@@ -13,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import dispatch
+from ..freezable import Freezable
 from ..functional import dora_linear
 
 
@@ -23,9 +25,11 @@ class Fusion:
     options: dict
     # By adapter: the bits that PEFT had, and those put in their place.
     exact_magnitudes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    # Inside `frozen_adapters`: A, B, m and s, of which the layer keeps the norm.
+    frozen_factors: tuple | None = None
 
 
-class FusedLinear(Linear):
+class FusedLinear(Freezable, Linear):
     """PEFT's `lora.Linear`, whose calls are fused where nothing in `why_left_to_peft` or `_takes` is against it.
 
     An instance becomes one by assigning its `__class__`, which leaves parameters, keys and isinstance as they are and
@@ -44,20 +48,49 @@ class FusedLinear(Linear):
         if magnitude._dora_cache:
             # PEFT clears it on each call outside `DoraCaching`.
             magnitude._cache_clear()
-        weight = self.base_layer.weight
+        weight, *factors, scaling = self._factors()
         return dora_linear(
             x,
-            weight.T if self.fan_in_fan_out else weight,
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            magnitude.weight,
-            scaling=self.scaling[adapter],
+            weight,
+            *factors,
+            scaling=scaling,
             bias=self.base_layer.bias,
             lora_dropout=_rate(dropout),
             dropout_mode="peft",
             training=self.training,
+            frozen_scale=self.frozen_scale if self._is_frozen_for(*factors, scaling) else None,
             **self.dora_fusion.options,
         )
+
+    def weight_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """n and g of the active adapter, as forward computes them."""
+        return norm_and_scale(*self._factors(), self.dora_fusion.options["impl"])
+
+    def freeze(self) -> None:
+        """Keeps n and g of the active adapter; a layer that is left to PEFT stays as it is."""
+        if why_left_to_peft(self) is None:
+            super().freeze()
+            self.dora_fusion.frozen_factors = self._factors()[1:]
+
+    def thaw(self) -> None:
+        super().thaw()
+        self.dora_fusion.frozen_factors = None
+
+    def merge(self, *args, **kwargs) -> None:
+        self.refuse_if_frozen("merge")
+        super().merge(*args, **kwargs)
+
+    def _factors(self) -> tuple:
+        """W [out_features, in_features], and A, B, m and s of the active adapter."""
+        (adapter,) = active_adapters(self)
+        weight, magnitude = self.base_layer.weight, self.lora_magnitude_vector[adapter].weight
+        factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight, magnitude, self.scaling[adapter]
+        return weight.T if self.fan_in_fan_out else weight, *factors
+
+    def _is_frozen_for(self, lora_A, lora_B, magnitude, scaling) -> bool:
+        """Whether the kept norm is that of these factors: another adapter may be active by now, or rescaled."""
+        kept = self.dora_fusion.frozen_factors
+        return kept is not None and kept[3] == scaling and all(map(is_, kept, (lora_A, lora_B, magnitude)))
 
     def plan(self, tokens: int) -> dispatch.Plan:
         """What a call with `tokens` rows would run in the layer's present state, and why."""
@@ -85,6 +118,14 @@ class FusedLinear(Linear):
     def rank(self) -> int:
         """Of the active adapters together."""
         return sum(self.r[adapter] for adapter in active_adapters(self))
+
+
+@torch.no_grad()
+def norm_and_scale(weight, lora_A, lora_B, magnitude, scaling, impl) -> tuple[torch.Tensor, torch.Tensor]:
+    """n and g [out_features] of W [out_features, in_features], as forward computes them."""
+    operations = dispatch.implementation(dispatch.choose_impl(weight.device, impl)[0])
+    with dispatch.on_device_of(weight):
+        return operations.weight_norm(weight, lora_A, lora_B, magnitude, scaling)
 
 
 def active_adapters(layer: Linear) -> list[str]:

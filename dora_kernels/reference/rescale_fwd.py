@@ -29,9 +29,13 @@ def rescale_fwd(
     factor = lora_B.to(acc_dtype).T
     for rows in row_chunks(*base_out.shape):
         base = base_out[rows].to(acc_dtype)
-        product = torch.addmm(base, h[rows].to(acc_dtype), factor, alpha=scaling).mul_(mag_norm_scale)
-        if undropped is not None:
-            product += undropped[rows].to(acc_dtype) - base
+        if undropped is None:
+            product = torch.addmm(base, h[rows].to(acc_dtype), factor, alpha=scaling).mul_(mag_norm_scale)
+        else:
+            # g = 1 and B = 0 leave no trace of z.
+            product = (h[rows].to(acc_dtype) @ factor).mul_(scaling * mag_norm_scale)
+            product += (mag_norm_scale - 1) * base
+            product += undropped[rows].to(acc_dtype)
         if bias is not None:
             product += bias.to(acc_dtype)
         out[rows] = round_to(product, out.dtype, rounding, salt, rows.start)

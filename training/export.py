@@ -1,0 +1,93 @@
+"""`python -m training.export`: a DoRA adapter for programs that know nothing of DoRA.
+
+`--to merged` writes what `python -m training.merge` writes: a plain checkpoint, ready for vLLM and for llama.cpp's
+converters. `--to lora` writes a plain LoRA adapter in PEFT's files, the nearest of its rank to the DoRA update
+ΔW = W' − W of each layer, and prints what it misses: rescaling by the magnitude has full rank, so that a low-rank
+adapter can only come near it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.hf_argparser import HfArg
+
+from dora_kernels.adapter import PREFIX, WEIGHTS_NAME
+from dora_kernels.adapter_config import adapter_fields, write_config
+from dora_kernels.patch import dora_layers
+from dora_kernels.targets import find_saved
+from training import merge
+from training.adapted import Sources, UpdateErrors, check_output, new_folder, update_of
+
+
+@dataclass
+class Flags(merge.Flags):
+    """What to export, where to, and as what."""
+
+    to: Literal["merged", "lora"] = HfArg(default="merged", help="a plain checkpoint, or a plain LoRA adapter")
+    rank: int = HfArg(default=16, help="rank of the plain LoRA adapter")
+
+
+def low_rank(update: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [rank, K] and B [N, rank] with B A as near to `update` [N, K] as that rank allows, but for rounding.
+
+    A randomised SVD: over the ranks and sizes tried, its error is within 0.1 % of the exact one's, at a tenth of the
+    time. Below rank `min(N, K)` it is reproducible, and from there on exact; the ranks that are too many are zero.
+    """
+    q = min(rank + 16, *update.shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        U, S, V = torch.svd_lowrank(update, q=q, niter=8)
+    root = S[:rank].sqrt()
+    missing = rank - root.numel()
+    lora_A, lora_B = (V[:, :rank] * root).T, U[:, :rank] * root
+    return F.pad(lora_A, (0, 0, 0, missing)).contiguous(), F.pad(lora_B, (0, missing)).contiguous()
+
+
+def write_lora(model: PreTrainedModel, rank: int, folder: Path) -> UpdateErrors:
+    """Writes the adapter of a DoRA model as a plain LoRA adapter of this rank, PEFT's files; what it misses, by layer.
+
+    `modules_to_save` are kept as they are.
+    """
+    errors, tensors = UpdateErrors(), {}
+    for path, layer in tqdm(dora_layers(model).items(), desc="decomposing", unit="layer", disable=None):
+        update = update_of(layer)
+        lora_A, lora_B = low_rank(update, rank)
+        errors.add(path, update, lora_B @ lora_A)
+        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = lora_A, lora_B
+    for path, module in find_saved(model, model.dora_config).items():
+        tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+    # The scaling is in A and B.
+    plain = {"use_dora": False, "use_rslora": False, "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
+    write_config(adapter_fields(model) | plain | {"rank_pattern": {}, "alpha_pattern": {}}, folder)
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    return errors
+
+
+def run(flags: Flags) -> None:
+    """Exports, and says what it cost."""
+    if flags.to == "merged":
+        return merge.run(flags)
+    if flags.rank < 1:
+        raise ValueError(f"`--rank` should be a positive integer value but the value passed is {flags.rank}")
+    output, sources = Path(flags.output_dir), Sources(Path(flags.adapter), flags.base_model or None)
+    check_output(output)
+    model = sources.load()
+    with new_folder(output) as folder:
+        errors = write_lora(model, flags.rank, folder)
+    print(f"what rank {flags.rank} misses, as a share of each layer's DoRA update:\n{errors}")
+    print(f"plain LoRA adapter: {output}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs with these command-line arguments."""
+    merge.command_line(Flags, run, arguments, prog="python -m training.export", description=__doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""`python -m training.merge`: an adapter and its base model become one plain checkpoint that transformers loads.
+
+The weights are computed in fp32 and rounded once to the dtype that they have in the base model; what that costs of the
+update is printed per layer.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+from transformers.utils import logging as transformers_logging
+
+import dora_kernels as dk
+from dora_kernels.patch import dora_layers
+from training.adapted import Sources, UpdateErrors, check_output, new_folder, update_of
+
+
+@dataclass
+class Flags:
+    """What to merge, and where to put it."""
+
+    adapter: str = HfArg(help="folder of a DoRA adapter, from training or from PEFT")
+    output_dir: str = HfArg(help="folder that does not exist yet")
+    base_model: str = HfArg(default="", help="folder or Hub id; without it, the one that the adapter names")
+
+
+def merge(sources: Sources, output: Path) -> UpdateErrors:
+    """Writes the merged checkpoint, with its tokenizer, to the new folder `output`; what rounding costs, by layer.
+
+    Raises:
+        FileExistsError: `output` is there already. ValueError: see `load_adapter` and `merge_dora`. Nothing is written.
+    """
+    check_output(output)
+    model = sources.load()
+    errors = UpdateErrors()
+    for path, layer in tqdm(dora_layers(model).items(), desc="measuring", unit="layer", disable=None):
+        update = update_of(layer)
+        errors.add(path, update, layer.merged_weight().to(update.dtype) - layer.base_weight)
+    with new_folder(output) as folder:
+        dk.merge_dora(model).save_pretrained(folder)
+        if not sources.copy_tokenizer(folder):
+            print(f"no tokenizer found beside {sources.base_model}: copy one into {output}")
+    return errors
+
+
+def run(flags: Flags) -> None:
+    """Merges, and says what it cost."""
+    errors = merge(Sources(Path(flags.adapter), flags.base_model or None), Path(flags.output_dir))
+    print(f"what rounding to the base model's dtype costs, as a share of each layer's update:\n{errors}")
+    print(f"merged checkpoint: {flags.output_dir}")
+
+
+def command_line(flags: type, run, arguments: list[str] | None, **described) -> None:
+    """Parses `flags`, a dataclass, and calls `run` with it; ends with a sentence on bad input."""
+    parser = HfArgumentParser(flags, allow_abbrev=False, **described)
+    transformers_logging.set_verbosity_error()
+    try:
+        run(flags(**vars(parser.parse_args(arguments))))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs with these command-line arguments."""
+    command_line(Flags, run, arguments, prog="python -m training.merge", description=__doc__)
+
+
+if __name__ == "__main__":
+    main()
