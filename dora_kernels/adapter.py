@@ -8,12 +8,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .adapter_config import CONFIG_NAME, adapter_fields, read_config, without_absent_modules, write_config
 from .config import DoraConfig
 from .linear import DoraLinear
 from .merging import check_finite
 from .patch import apply_dora, check_model, check_targets, dora_layers
+from .quantized import weight_of
 from .targets import find_saved, rank_and_alpha
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -113,7 +115,8 @@ def _planned(model: nn.Module, config: DoraConfig) -> dict[str, tuple[list[int],
     planned = {}
     for path, linear in check_targets(model, config).items():
         r, _ = rank_and_alpha(config, path)
-        out_features, in_features = linear.weight.shape if isinstance(linear, nn.Linear) else linear.weight.T.shape
+        shape = weight_of(linear).shape
+        out_features, in_features = reversed(shape) if isinstance(linear, Conv1D) else shape
         planned[f"{path}.lora_A.weight"] = [r, in_features], torch.float32
         planned[f"{path}.lora_B.weight"] = [out_features, r], torch.float32
         planned[f"{path}.{MAGNITUDE}"] = [out_features], torch.float32

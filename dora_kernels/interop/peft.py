@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import dispatch
 from ..config import DoraConfig
+from ..quantized import keep_packing, weight_of
 from ..versions import require
 
 TESTED = "0.21"
@@ -40,25 +41,28 @@ class PatchReport:
         )
 
 
-def patch_peft(model: nn.Module, *, space: str = "auto", impl: str = "auto", rounding: str = "dithered") -> PatchReport:
+def patch_peft(
+    model: nn.Module, *, space: str = "auto", impl: str = "auto", rounding: str = "dithered", nf4_parity: bool = False
+) -> PatchReport:
     """Fuses the DoRA layers of a PEFT model in place, until `unpatch_peft`. Call it where the model will run.
 
     Parameters, state-dict keys, configs and files stay PEFT's, and so does the meaning of every PEFT call. Whether a
     layer is fused is decided at each call: it is while exactly one DoRA adapter is active, not merged and not disabled,
-    on a dense `nn.Linear` or `Conv1D`. All else runs PEFT's own code. One value changes, and unpatching restores it:
-    PEFT rounds a fresh adapter's magnitude to the weight's dtype; here it becomes the fp32 norm, so that step 0 equals
-    the base model exactly. A magnitude stored in 16 bits (PEFT's `autocast_adapter_dtype=False`) cannot hold that norm:
-    it stays as it is, with a warning. Patching again is harmless; it takes in what was added since. Fused layers can be
-    differentiated once.
+    on a dense `nn.Linear` or `Conv1D`, or on a layer that bitsandbytes, torchao or HQQ quantised. All else runs PEFT's
+    own code. One value changes, and unpatching restores it: PEFT rounds a fresh adapter's magnitude to the weight's
+    dtype; here it becomes the fp32 norm, so that step 0 equals the base model exactly. A magnitude stored in 16 bits
+    (PEFT's `autocast_adapter_dtype=False`) cannot hold that norm: it stays as it is, with a warning. bitsandbytes'
+    repacking of 4-bit weights in the first eval forward on some CPUs is switched off, for good. Patching again is
+    harmless; it takes in what was added since. Fused layers can be differentiated once.
 
     Args:
-        space, impl, rounding: see `dora_linear`. A forced one raises where it cannot run.
+        space, impl, rounding, nf4_parity: see `dora_linear`. A forced one raises where it cannot run.
 
     Raises:
         ValueError: an option that does not exist, or a model without a DoRA adapter. ImportError: PEFT is missing or
             too old. The model is then unchanged.
     """
-    options = checked_options(space, impl, rounding)
+    options = checked_options(space, impl, rounding, nf4_parity)
     check_peft()
     from .peft_linear import why_left_to_peft, why_not_base
 
@@ -67,7 +71,8 @@ def patch_peft(model: nn.Module, *, space: str = "auto", impl: str = "auto", rou
     fusable = fusable_layers(model)
     for layer in fusable.values():
         if why_not_base(layer) is None:
-            dispatch.choose_impl(layer.base_layer.weight.device, impl)
+            dispatch.choose_impl(weight_of(layer.base_layer).device, impl)
+    keep_packing(model)
     fuse_layers(fusable, options)
     report = PatchReport({path: _why_not_class(layer) or why_left_to_peft(layer) for path, layer in layers.items()})
     _warn_of_magnitudes(layers)
@@ -85,38 +90,42 @@ def unpatch_peft(model: nn.Module) -> nn.Module:
 
 
 def fuse_layers(layers: dict[str, nn.Module], options: dict) -> None:
-    """Makes each `lora.Linear` a `FusedLinear`, by path, with these options."""
+    """Makes each layer its fused class, by path, with these options."""
     from .peft_fresh import make_fresh_exact
-    from .peft_linear import FusedLinear, Fusion, why_not_base
+    from .peft_linear import FusedForward, Fusion, why_not_base
+    from .peft_quantized import FUSED
 
     for path, layer in layers.items():
         # Layers of equal shape must not share a rounding pattern; the path is the same in every run and process.
         salted = options | {"salt": zlib.crc32(path.removeprefix("base_model.model.").encode())}
-        if type(layer) is FusedLinear:
+        if isinstance(layer, FusedForward):
             layer.dora_fusion.options = salted
         else:
             layer.dora_fusion = Fusion(salted)
-            layer.__class__ = FusedLinear
+            layer.__class__ = FUSED[type(layer)]
         if not layer.merged and why_not_base(layer) is None:
             make_fresh_exact(layer, options["impl"])
 
 
 def unfuse_layer(layer: nn.Module) -> None:
-    """Makes a `FusedLinear` PEFT's own layer again; any other layer is left alone."""
+    """Makes a fused layer PEFT's own again; any other is left alone."""
     from .peft_fresh import restore_fresh
-    from .peft_linear import FusedLinear, Linear
+    from .peft_linear import FusedForward
 
-    if type(layer) is FusedLinear:
+    if isinstance(layer, FusedForward):
         layer.refuse_if_frozen("unpatch")
         restore_fresh(layer)
         del layer.dora_fusion
-        layer.__class__ = Linear
+        layer.__class__ = layer.stock
 
 
-def checked_options(space: str = "auto", impl: str = "auto", rounding: str = "dithered") -> dict:
+def checked_options(
+    space: str = "auto", impl: str = "auto", rounding: str = "dithered", nf4_parity: bool = False
+) -> dict:
     """The options as a dict. Raises ValueError for one that does not exist."""
-    DoraConfig(space=space, impl=impl, rounding=rounding)
-    return {"space": space, "impl": impl, "rounding": rounding}
+    options = {"space": space, "impl": impl, "rounding": rounding, "nf4_parity": nf4_parity}
+    DoraConfig(**options)
+    return options
 
 
 def check_peft() -> None:
@@ -140,7 +149,7 @@ def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def fusable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that are, or can become, a `FusedLinear`, by path."""
+    """The layers that are fused or can be, by path."""
     return {path: layer for path, layer in _lora_layers(model).items() if _why_not_class(layer) is None}
 
 
@@ -158,19 +167,20 @@ def _check_has_dora(model: nn.Module, layers: dict[str, nn.Module]) -> None:
 
 
 def _why_not_class(layer: nn.Module) -> str | None:
-    """Why a layer cannot become a `FusedLinear`, whatever its adapters; None if it can, or is one."""
-    from peft.tuners.lora.layer import Embedding, Linear, _ConvNd
+    """Why a layer cannot be fused, whatever its adapters; None if it can, or is."""
+    from peft.tuners.lora.layer import Embedding, _ConvNd
 
-    from .peft_linear import FusedLinear
+    from .peft_linear import FusedForward
+    from .peft_quantized import FUSED
 
-    if type(layer) is FusedLinear:
+    if isinstance(layer, FusedForward):
         return None
     if isinstance(layer, Embedding):
         return "it is an embedding"
     if isinstance(layer, _ConvNd):
         return "it is a convolution"
-    if type(layer) is not Linear:
-        return f"it is PEFT's {type(layer).__name__}, for a quantised, sharded or special base layer"
+    if type(layer) not in FUSED:
+        return f"it is PEFT's {type(layer).__name__}, for a sharded or special base layer"
     if "forward" in layer.__dict__:
         return "its own forward was replaced (by accelerate's hooks, or another library)"
     return None

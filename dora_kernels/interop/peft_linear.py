@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import dispatch
 from ..freezable import Freezable
 from ..functional import dora_linear
+from ..quantized import Nf4Weight, Weight, description, is_quantized, readable, weight_of
 
 
 @dataclass
@@ -29,28 +30,34 @@ class Fusion:
     frozen_factors: tuple | None = None
 
 
-class FusedLinear(Freezable, Linear):
-    """PEFT's `lora.Linear`, whose calls are fused where nothing in `why_left_to_peft` or `_takes` is against it.
+class FusedForward(Freezable):
+    """Mixed into a LoRA layer of PEFT's (`stock`): its calls are fused where nothing in `why_left_to_peft` or `_takes`
+    is against it.
 
     An instance becomes one by assigning its `__class__`, which leaves parameters, keys and isinstance as they are and
     survives deepcopy and pickle; a `forward` put on the instance would be lost by pickle. Whether a call is fused is
     decided at the call: adapters may be added, chosen, disabled, merged and deleted in between, as ever.
     """
 
+    stock: type[nn.Module]
     dora_fusion: Fusion
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         # A wrapper made while the layer was patched may call this after it was unpatched.
-        if args or kwargs or type(self) is not FusedLinear or why_left_to_peft(self) or not _takes(self, x):
-            return Linear.forward(self, x, *args, **kwargs)
+        if not isinstance(self, FusedForward):
+            return type(self).forward(self, x, *args, **kwargs)
+        if args or kwargs or why_left_to_peft(self) or not _takes(self, x):
+            return self.stock.forward(self, x, *args, **kwargs)
         (adapter,) = active_adapters(self)
         magnitude, dropout = self.lora_magnitude_vector[adapter], self.lora_dropout[adapter]
         if magnitude._dora_cache:
             # PEFT clears it on each call outside `DoraCaching`.
             magnitude._cache_clear()
         weight, *factors, scaling = self._factors()
-        return dora_linear(
-            x,
+        # bitsandbytes' 4-bit layers compute in a dtype of their own where the user set one, and answer in x's.
+        compute_dtype = getattr(self.base_layer, "compute_dtype", None) if is_quantized(self.base_layer) else None
+        y = dora_linear(
+            x if compute_dtype is None else x.to(compute_dtype),
             weight,
             *factors,
             scaling=scaling,
@@ -61,6 +68,7 @@ class FusedLinear(Freezable, Linear):
             frozen_scale=self.frozen_scale if self._is_frozen_for(*factors, scaling) else None,
             **self.dora_fusion.options,
         )
+        return y.to(x.dtype) if is_quantized(self.base_layer) else y
 
     def weight_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
         """n and g of the active adapter, as forward computes them."""
@@ -83,9 +91,9 @@ class FusedLinear(Freezable, Linear):
     def _factors(self) -> tuple:
         """W [out_features, in_features], and A, B, m and s of the active adapter."""
         (adapter,) = active_adapters(self)
-        weight, magnitude = self.base_layer.weight, self.lora_magnitude_vector[adapter].weight
+        magnitude = self.lora_magnitude_vector[adapter].weight
         factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight, magnitude, self.scaling[adapter]
-        return weight.T if self.fan_in_fan_out else weight, *factors
+        return base_weight(self), *factors
 
     def _is_frozen_for(self, lora_A, lora_B, magnitude, scaling) -> bool:
         """Whether the kept norm is that of these factors: another adapter may be active by now, or rescaled."""
@@ -98,9 +106,9 @@ class FusedLinear(Freezable, Linear):
         if reason is not None:
             return dispatch.Plan("token", "peft", f"left to PEFT: {reason}")
         (adapter,) = active_adapters(self)
-        dropout, weight = self.lora_dropout[adapter], self.base_layer.weight
+        dropout, weight = self.lora_dropout[adapter], base_weight(self)
         magnitude = self.lora_magnitude_vector[adapter].weight
-        return dispatch.choose(
+        plan = dispatch.choose(
             tokens=tokens,
             out_features=self.out_features,
             in_features=self.in_features,
@@ -112,7 +120,10 @@ class FusedLinear(Freezable, Linear):
             trains_magnitude=self.training and magnitude.requires_grad,
             space=self.dora_fusion.options["space"],
             impl=self.dora_fusion.options["impl"],
+            nf4=isinstance(weight, Nf4Weight),
         )
+        read = description(weight)
+        return plan if read is None else plan._replace(reason=f"{plan.reason}; {read}")
 
     @property
     def rank(self) -> int:
@@ -120,20 +131,33 @@ class FusedLinear(Freezable, Linear):
         return sum(self.r[adapter] for adapter in active_adapters(self))
 
 
+class FusedLinear(FusedForward, Linear):
+    """PEFT's `lora.Linear`, on a dense base layer."""
+
+    stock = Linear
+
+
+def base_weight(layer: nn.Module) -> Weight:
+    """W [out_features, in_features] of the base layer, as its format is read."""
+    weight = weight_of(layer.base_layer, nf4_parity=layer.dora_fusion.options["nf4_parity"])
+    return weight.T if layer.fan_in_fan_out else weight
+
+
 @torch.no_grad()
 def norm_and_scale(weight, lora_A, lora_B, magnitude, scaling, impl) -> tuple[torch.Tensor, torch.Tensor]:
     """n and g [out_features] of W [out_features, in_features], as forward computes them."""
     operations = dispatch.implementation(dispatch.choose_impl(weight.device, impl)[0])
+    weight = readable(weight)
     with dispatch.on_device_of(weight):
         return operations.weight_norm(weight, lora_A, lora_B, magnitude, scaling)
 
 
-def active_adapters(layer: Linear) -> list[str]:
+def active_adapters(layer: nn.Module) -> list[str]:
     """The active adapters that this layer has."""
     return [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
 
 
-def why_left_to_peft(layer: Linear) -> str | None:
+def why_left_to_peft(layer: nn.Module) -> str | None:
     """Why a call goes to PEFT in the layer's present state, or None if it is fused."""
     if layer.disable_adapters:
         return "its adapters are disabled"
@@ -145,7 +169,7 @@ def why_left_to_peft(layer: Linear) -> str | None:
     return why_not_base(layer) or _why_not_adapter(layer, active[0])
 
 
-def _why_not_adapter(layer: Linear, adapter: str) -> str | None:
+def _why_not_adapter(layer: nn.Module, adapter: str) -> str | None:
     if type(layer.lora_variant.get(adapter)) is not DoraLinearVariant:
         return f"its adapter {adapter!r} is not DoRA"
     lora_A, lora_B = layer.lora_A[adapter], layer.lora_B[adapter]
@@ -160,15 +184,21 @@ def _why_not_adapter(layer: Linear, adapter: str) -> str | None:
         return "PEFT's DoraCaching is on"
     if not layer.cast_input_dtype_enabled:
         return "PEFT's casting of inputs is off"
-    device = layer.base_layer.weight.device
+    device = weight_of(layer.base_layer).device
     if not (lora_A.weight.device == lora_B.weight.device == magnitude.weight.device == device):
         return f"its adapter {adapter!r} and its base layer are on several devices"
     return None
 
 
-def why_not_base(layer: Linear) -> str | None:
+def why_not_base(layer: nn.Module) -> str | None:
     """Why no adapter of this layer can be fused, or None."""
     base, kind = layer.base_layer, Conv1D if layer.fan_in_fan_out else nn.Linear
+    if is_quantized(base):
+        try:
+            weight_of(base)
+        except ValueError as error:
+            return f"its base weight cannot be read: {error}"
+        return _why_wrapped(base, type(base))
     if type(base).forward is not kind.forward:
         return f"its base layer is a {type(base).__name__}; fused are torch.nn.Linear and transformers' Conv1D"
     weight = base._parameters.get("weight")
@@ -176,24 +206,28 @@ def why_not_base(layer: Linear) -> str | None:
         return "its base layer computes its weight (a parametrization)"
     # A plain tensor is a dense weight too: FSDP puts views of its flat parameter there.
     if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
-        return f"its base weight is a {type(weight).__name__} of {weight.dtype}: quantised or sharded, not dense"
+        return f"its base weight is a {type(weight).__name__} of {weight.dtype}: sharded, or of an unknown format"
     if weight.is_meta:
         return "its base weight is on the meta device or offloaded: load it to run fused"
     if weight.ndim != 2 or weight.numel() == 0:
         return f"its base weight has shape {list(weight.shape)}: a sharded weight must be gathered to run fused"
     if weight.requires_grad:
         return "its base weight is trained"
+    return _why_wrapped(base, kind)
+
+
+def _why_wrapped(base: nn.Module, kind: type[nn.Module]) -> str | None:
     if not _plain(base, kind) and not _only_moves_inputs(base):
         return "its base layer has hooks, or its forward was replaced"
     return None
 
 
-def _takes(layer: Linear, x: torch.Tensor) -> bool:
+def _takes(layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether the engine has PEFT's meaning for this input; PEFT answers the rest, or raises its own error."""
-    weight = layer.base_layer.weight
+    weight = weight_of(layer.base_layer)
     if x.ndim < 2 or x.shape[-1] != layer.in_features or x.device != weight.device:
         return False
-    if x.dtype == weight.dtype:
+    if x.dtype == weight.dtype or not isinstance(weight, torch.Tensor):
         return x.is_floating_point()
     return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
 

@@ -5,11 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
 
+from ..quantized import keep_packing
 from .peft import check_peft, checked_options, fusable_layers, fuse_layers, unfuse_layer
 
 
 @contextmanager
-def patched_peft(*, space: str = "auto", impl: str = "auto", rounding: str = "dithered") -> Iterator[None]:
+def patched_peft(
+    *, space: str = "auto", impl: str = "auto", rounding: str = "dithered", nf4_parity: bool = False
+) -> Iterator[None]:
     """Every PEFT LoRA model that is built, extended or loaded inside the scope is patched, as by `patch_peft`.
 
     For code that makes PEFT models where you cannot reach them; train inside the scope. Leaving it, by an exception
@@ -18,12 +21,12 @@ def patched_peft(*, space: str = "auto", impl: str = "auto", rounding: str = "di
     and two scopes must close in the reverse of the order in which they were opened.
 
     Args:
-        space, impl, rounding: see `dora_linear`.
+        space, impl, rounding, nf4_parity: see `dora_linear`.
 
     Raises:
         ValueError: an option that does not exist. ImportError: PEFT is missing or too old.
     """
-    options = checked_options(space, impl, rounding)
+    options = checked_options(space, impl, rounding, nf4_parity)
     check_peft()
     from peft.tuners.tuners_utils import BaseTuner
 
@@ -35,6 +38,7 @@ def patched_peft(*, space: str = "auto", impl: str = "auto", rounding: str = "di
             result = method(tuner, *args, **kwargs)
             layers = fusable_layers(tuner.model)
             patched.update(layer for layer in layers.values() if not hasattr(layer, "dora_fusion"))
+            keep_packing(tuner.model)
             fuse_layers(layers, options)
             return result
 

@@ -19,10 +19,10 @@ class DoraKernelsCallback(TrainerCallback):
     training: `unpatch_peft(trainer.model)` gives it back. `report` is what `patch_peft` returned.
 
     Args:
-        options: `space`, `impl` and `rounding`, as for `patch_peft`.
+        options: `space`, `impl`, `rounding` and `nf4_parity`, as for `patch_peft`.
     """
 
-    def __init__(self, **options: str):
+    def __init__(self, **options: str | bool):
         checked_options(**options)
         self.options = options
         self.report: PatchReport | None = None
