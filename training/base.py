@@ -13,9 +13,12 @@ from transformers import (
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The tokenizer with an end-of-text token and a pad token, and what had to be supplied.
 
-    Raises ValueError if it has no end-of-text token, OSError if it cannot be loaded.
+    Raises ValueError if it cannot be loaded or has no end-of-text token.
     """
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`--base_model` {path} is neither here nor readable from the hub: {error}") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no end-of-text token, so no answer could end")
     said = []

@@ -157,7 +157,7 @@ def parse_flags(arguments: Sequence[str]) -> tuple[Flags, bool]:
         arguments = [*(_yaml_arguments(Path(own.config), names) if own.config else []), *arguments]
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    given = {text.partition("=")[0].removeprefix("--") for text in arguments if text.startswith("--")}
+    given = {text.partition("=")[0].removeprefix("--").replace("-", "_") for text in arguments if text.startswith("--")}
     is_demo = not given & {"base_model", "data_path"}
     if is_demo:
         if foreign := sorted(given - DEMO_FLAGS):
