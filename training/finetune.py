@@ -24,7 +24,17 @@ from training.rows import Rows, load_rows
 from training.trainer import DoraTrainer
 
 # Flags that change no number of a run, so that a resumed run may have others.
-FREE = ("config", "output_dir", "resume", "save_step", "report_to", "hub_model_id", "push_to_hub", "bad_row_limit")
+FREE = (
+    "config",
+    "output_dir",
+    "resume",
+    "save_step",
+    "eval_step",
+    "report_to",
+    "hub_model_id",
+    "push_to_hub",
+    "bad_row_limit",
+)
 WEIGHT_DECAY = 0.01
 
 
@@ -64,7 +74,7 @@ def run(flags: Flags, command: str) -> None:
         trainer = build_trainer(flags, adapter, tokenizer, rows, request, resumed=checkpoint is not None)
         started = time.perf_counter()
         try:
-            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+            trainer.train_from(checkpoint)
         except OSError as error:  # a full disk
             sound = newest_checkpoint(output_dir)
             kept = f"{sound} is sound: continue with\n  {command} --resume" if sound else "nothing was saved before"

@@ -38,7 +38,7 @@ def first_nonfinite_gradient(model: nn.Module) -> str:
 
 
 def _tensors(output) -> list[torch.Tensor]:
-    values = output if isinstance(output, (tuple, list)) else getattr(output, "values", lambda: [output])()
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else [output]
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.data import Sampler
+from transformers import TrainerState
 from trl import SFTTrainer
 
 from training.adapters import Adapter
@@ -69,6 +70,16 @@ class DoraTrainer(SFTTrainer):
         return EpochOrder(len(train_dataset if train_dataset is not None else self.train_dataset), self.args.seed)
 
     # Checkpoints
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the end, from a checkpoint if there is one. A finished run is loaded and trained no further."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+            if state.global_step >= state.max_steps:  # transformers would take one more step
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """Stage, verify, rename, rotate: `training.checkpoint`. Only the process that may write does."""
@@ -132,7 +143,9 @@ class DoraTrainer(SFTTrainer):
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """transformers averages the batches' means; this is the mean over all tokens, which perplexity needs."""
         self._eval_sums = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # The data loader draws from the global generator: evaluating would change the dropout of the steps after it.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, tokens = self.accelerator.reduce(torch.stack(self._eval_sums).sum(0)).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
         self.meter.leave_out()
@@ -161,11 +174,12 @@ class DoraTrainer(SFTTrainer):
         return loss
 
     def _clip_grad_norm(self, model: nn.Module):
-        norm = super()._clip_grad_norm(model)
-        if not math.isfinite(norm):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        # Before clipping, which would spread it to all of them.
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
             where = first_nonfinite_gradient(self.model)
             raise FloatingPointError(f"the gradient of {self._step_and_rows()} is not finite: {where} is the first")
-        return norm
+        return super()._clip_grad_norm(model)
 
     def _step_and_rows(self) -> str:
         """The step in progress, and where the rows of its batch stood in the data."""
