@@ -97,6 +97,24 @@ def test_sigterm_saves_and_the_printed_command_ends_with_the_same_bits(
     assert (tmp_path / WEIGHTS).read_bytes() == (whole(engine) / WEIGHTS).read_bytes()
 
 
+def test_sigterm_during_an_evaluation(data, whole, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """The evaluation is finished, and logged; the step that it belongs to is what is saved."""
+    step = DoraTrainer.prediction_step
+
+    def interrupted(self, *args, **options):
+        if self.state.global_step == 3:
+            sigterm(self, None)
+        return step(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DoraTrainer, "prediction_step", interrupted)
+        main(arguments(data, tmp_path, **LONG | {"save_step": 100}))
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert numbers(metrics(tmp_path)) == [row for row in numbers(metrics(whole([]))) if row["step"] <= 3]
+    main(printed_command(capsys.readouterr().out))
+    assert numbers(metrics(tmp_path)) == numbers(metrics(whole([])))
+
+
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(data, whole, tmp_path, monkeypatch, capsys):  # noqa: F811
     with monkeypatch.context() as patch:
         before_step(patch, 6, sigterm)

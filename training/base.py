@@ -4,7 +4,6 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,6 +34,8 @@ def load_model(
     dtype = compute_dtype(device)
     options: dict = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantize:
+        from transformers import BitsAndBytesConfig  # imports bitsandbytes, which has things to say
+
         options["device_map"] = {"": device}
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,

@@ -24,17 +24,9 @@ from training.rows import Rows, load_rows
 from training.trainer import DoraTrainer
 
 # Flags that change no number of a run, so that a resumed run may have others.
-FREE = (
-    "config",
-    "output_dir",
-    "resume",
-    "save_step",
-    "eval_step",
-    "report_to",
-    "hub_model_id",
-    "push_to_hub",
-    "bad_row_limit",
-)
+FREE = {"config", "output_dir", "resume", "save_step", "eval_step", "bad_row_limit"} | {
+    *("report_to", "hub_model_id", "push_to_hub")
+}
 WEIGHT_DECAY = 0.01
 
 
@@ -158,7 +150,7 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
         torch_compile=flags.use_compile,
         use_liger_kernel=flags.use_liger,
         gradient_checkpointing=flags.activation_checkpointing,
-        report_to=[name.strip() for name in flags.report_to.split(",")],
+        report_to=flags.trackers,
         seed=flags.seed,
     )
 

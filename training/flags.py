@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -97,12 +98,21 @@ class Flags:
         _ = self.dora  # checks its own fields
         if self.use_liger and self.torch_device.type != "cuda":
             raise ValueError("`--use_liger` needs a CUDA device: Liger's kernels do not run on a CPU; leave it out")
+        for name, package in (("use_liger", "liger_kernel"), ("quantize", "bitsandbytes")):
+            if getattr(self, name) and find_spec(package) is None:
+                raise ValueError(f"`--{name}` needs {package}: pip install {package.replace('_', '-')}")
+        check_trackers(self.trackers)
 
     @property
     def target_modules(self) -> list[str] | str:
         """Module names, or "all-linear"."""
         names = [name.strip() for name in self.lora_target_modules.split(",")]
         return "all-linear" if names == ["all-linear"] else names
+
+    @property
+    def trackers(self) -> list[str]:
+        """What `--report_to` names."""
+        return [name.strip() for name in self.report_to.split(",") if name.strip() not in ("", "none")]
 
     @property
     def dora(self) -> dk.DoraConfig:
@@ -174,6 +184,16 @@ def check_source(name: str, value: str) -> None:
     looks_local = value.count("/") > 1 or value.startswith((".", "/", "~")) or Path(value).suffix in LOCAL_SUFFIXES
     if looks_local and not Path(value).exists():
         raise FileNotFoundError(f"`--{name}` {value} does not exist")
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise ValueError for a tracker that transformers does not know, or that is not installed."""
+    if names:
+        from transformers.integrations import get_available_reporting_integrations
+
+        if absent := sorted(set(names) - set(there := get_available_reporting_integrations())):
+            installed = f"installed are {', '.join(sorted(there))}" if there else "none is installed"
+            raise ValueError(f"`--report_to` {absent[0]} is not installed or not known to transformers; {installed}")
 
 
 LOCAL_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt"}
