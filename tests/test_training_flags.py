@@ -7,7 +7,7 @@ import pytest
 from tests.training_runs import arguments, data  # noqa: F401
 from training import demo
 from training.__main__ import main
-from training.flags import DEMO, Flags, parse_flags
+from training.flags import DEMO, Flags, check_source, parse_flags
 
 REFERENCE = """
 --base_model PATH_TO_MODEL --data_path PATH_TO_DATASET --output_dir PATH_TO_OUTPUT_DIR --batch_size 1 --num_epochs 3
@@ -145,6 +145,11 @@ def test_bad_input_is_an_error_before_work_starts(data, tmp_path, monkeypatch, f
     # A target that is not there shows when the model is, and nothing but the lock is left by then.
     left = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
     assert left == ([".lock", "metrics.jsonl"] if flags.get("lora_target_modules") else [])
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Meta-Llama-3-8B", "timdettmers/openassistant-guanaco", "gpt2"], ids=str)
+def test_a_hub_id_is_left_to_the_hub(name):
+    check_source("base_model", name)
 
 
 def test_another_runs_folder_is_not_overwritten(data, tmp_path):  # noqa: F811

@@ -146,10 +146,13 @@ def test_kill_9_and_resume_end_with_the_same_losses(data, whole, tmp_path):  # n
     assert (tmp_path / WEIGHTS).read_bytes() == (whole([]) / WEIGHTS).read_bytes()
 
 
-def test_resuming_a_finished_run_trains_no_further(data, whole, capsys):  # noqa: F811
-    before = metrics(whole([]))
-    main(arguments(data, whole([]), "--resume", **LONG))
-    assert metrics(whole([])) == before
+@pytest.mark.parametrize("steps", [3, None], ids=["inside an epoch", "at its end"])
+def test_resuming_a_finished_run_trains_no_further(data, tmp_path, capsys, steps):  # noqa: F811
+    flags = LONG | {"max_steps": steps, "num_epochs": 1}
+    before = run(data, tmp_path, **flags)
+    capsys.readouterr()
+    main(arguments(data, tmp_path, "--resume", **flags))
+    assert metrics(tmp_path) == before
     assert f"{before[-1]['eval_loss']:10.4f}" in capsys.readouterr().out
 
 

@@ -80,9 +80,15 @@ def test_a_missing_chat_template_is_supplied_out_loud(tmp_path, tokenizer):
 
 
 def test_a_template_that_is_there_stays(tmp_path, tokenizer):
-    tokenizer.chat_template = "{{ messages[0]['content'] + eos_token }}"
-    rows = load(write(tmp_path / "a.jsonl", [{"messages": MESSAGES}] * 8), tokenizer)
-    assert not any("chat template" in line for line in rows.said)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}: {{ messages[1]['content'] + eos_token }}"
+    path = write(tmp_path / "a.jsonl", [{"messages": MESSAGES}] * 8)
+    assert not any("chat template" in line for line in load(path, tokenizer).said)
+
+
+def test_a_template_that_ends_in_its_own_way_is_said(tmp_path, tokenizer):
+    tokenizer.chat_template = "{{ messages[0]['content'] }} {{ messages[1]['content'] }}<end>"
+    path = write(tmp_path / "a.jsonl", [{"messages": MESSAGES}] * 8)
+    assert "ends an answer with '<end>', not with the end-of-text '<eos>'" in load(path, tokenizer).said[1]
 
 
 def test_the_length_counts_the_end_of_text(tokenizer):

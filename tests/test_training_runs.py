@@ -145,8 +145,16 @@ def test_lora_is_not_continued_as_dora(data, whole, tmp_path):  # noqa: F811
         run(data, tmp_path, "--no_use_dora", init_adapter=whole, lora_r=None)
 
 
-def test_a_quantised_run(data, whole, tmp_path):  # noqa: F811
-    rows = run(data, tmp_path, "--use_peft", "--no-fused", "--quantize")
+NOT_YET = pytest.mark.xfail(reason="apply_dora refuses 4-bit weights as yet", raises=SystemExit)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param([], marks=NOT_YET), ["--use_peft"], ["--use_peft", "--no-fused"]],
+    ids=["ours", "peft", "peft unfused"],
+)
+def test_a_quantised_run(data, whole, tmp_path, engine):  # noqa: F811
+    rows = run(data, tmp_path, *engine, "--quantize")
     losses = [row["eval_loss"] for row in rows if "eval_loss" in row]
     assert losses[-1] < losses[0] - 1
     assert losses[0] != pytest.approx(metrics(whole)[0]["eval_loss"], rel=1e-3), "the base is quantised"
@@ -154,7 +162,7 @@ def test_a_quantised_run(data, whole, tmp_path):  # noqa: F811
     # TRL would round A and B to bf16; then no bit below it is ever set.
     trained = torch.cat([tensor.flatten() for tensor in load_file(tmp_path / WEIGHTS).values()])
     assert not torch.equal(trained, trained.bfloat16().float())
-    resumed = run(data, tmp_path, "--use_peft", "--no-fused", "--quantize", "--resume")
+    resumed = run(data, tmp_path, *engine, "--quantize", "--resume")
     assert resumed == rows
 
 
@@ -251,6 +259,16 @@ def test_only_the_assistant_is_learned(tmp_path, batches, capsys):
     for labels in batches[0]["labels"]:
         text = tokenizer.decode(labels[labels != IGNORED])
         assert text.startswith("red ") and text.endswith(tokenizer.eos_token) and "mugs" not in text
+
+
+def test_packed_rows_do_not_see_each_other(tmp_path):
+    """The loss of one step over the same rows, packed into one batch of fewer sequences and not."""
+    path = write_rows(tmp_path / "a.jsonl", demo_rows(12))
+    flags = {"val_set_size": 0, "max_steps": 1, "save_step": 0, "batch_size": 12, "cutoff_len": 256}
+    (plain,) = run(path, tmp_path / "plain", **flags)
+    (packed,) = run(path, tmp_path / "packed", "--packing", **flags)
+    # The same tokens in fp32, in other shapes.
+    assert packed["loss"] == pytest.approx(plain["loss"], rel=1e-5)
 
 
 def test_packing(tmp_path, batches):

@@ -73,6 +73,8 @@ def load_rows(
     if is_conversation(splits["train"], kind) and tokenizer.chat_template is None:
         tokenizer.chat_template = CHAT_TEMPLATE
         said.append("the tokenizer has no chat template: messages are written as `Role:` lines, and the template saved")
+    if is_conversation(splits["train"], kind) and (end := foreign_end(tokenizer)):
+        said.append(f"the chat template ends an answer with {end!r}, not with the end-of-text {tokenizer.eos_token!r}")
     skipped: list[dict] = []
     good = {split: _usable(rows, kind, tokenizer, cutoff_len, skipped) for split, rows in splits.items()}
     total = sum(len(rows) for rows in splits.values())
@@ -113,6 +115,13 @@ def is_conversation(rows: list[SourceRow], kind: str) -> bool:
     """Whether rows hold lists of messages, which a chat template turns into text."""
     first = next(row.values for row in rows if row.values is not None)
     return kind == "messages" or (kind == "prompt + completion" and isinstance(first["prompt"], list))
+
+
+def foreign_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What the chat template writes after an answer, if the tokenizer's end-of-text token is not in it."""
+    messages = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "the answer"}]
+    end = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("the answer")[2]
+    return None if tokenizer.eos_token in end else end
 
 
 def cut(rows: list[dict], size: int | None, seed: int) -> tuple[list[dict], list[dict]]:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyarrow import parquet
+
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"} | {
     **{"val": "validation", "dev": "validation", "eval": "validation", "test": "test"}
@@ -53,9 +55,7 @@ def _files_by_split(folder: Path) -> dict[str, list[Path]]:
 
 def _read_file(path: Path) -> Iterator[SourceRow]:
     if path.suffix == ".parquet":
-        from datasets import Dataset
-
-        yield from _numbered(path.name, Dataset.from_parquet(str(path), cache_dir=None))
+        yield from _numbered(path.name, parquet.read_table(path).to_pylist())
         return
     if path.suffix not in SUFFIXES:
         raise ValueError(f"`--data_path` {path} should end in one of {', '.join(SUFFIXES)}")
