@@ -102,11 +102,11 @@ def test_magnitudes_move(whole):
 
 
 def test_the_loss_is_per_token(data, tmp_path):  # noqa: F811
-    """Rows of different lengths in batches of three: the mean of the batches' means is another number."""
-    rows = [row | {"completion": row["completion"] * (1 + index % 4)} for index, row in enumerate(demo_rows(23))]
+    """Rows of different lengths in several batches: the mean of the batches' means is another number."""
+    rows = [row | {"completion": row["completion"] * (1 + index // 8)} for index, row in enumerate(demo_rows(37))]
     write_rows(tmp_path / "train.jsonl", rows[:16])
     write_rows(tmp_path / "test.jsonl", rows[16:])
-    first = run(tmp_path, tmp_path / "out", batch_size=3, max_steps=1, save_step=0)[0]
+    first = run(tmp_path, tmp_path / "out", max_steps=1, save_step=0)[0]
     tokenizer = AutoTokenizer.from_pretrained(demo.BASE)
     expected = held_out_loss(base(), encode(rows[16:], tokenizer, 512), 7, tokenizer.pad_token_id)
     # The same sum in fp32, in other batches.

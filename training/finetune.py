@@ -28,6 +28,7 @@ FREE = {"config", "output_dir", "resume", "save_step", "eval_step", "bad_row_lim
     *("report_to", "hub_model_id", "push_to_hub")
 }
 WEIGHT_DECAY = 0.01
+EVAL_BATCH = 8  # rows, at least: an evaluation keeps no activations
 
 
 def run(flags: Flags, command: str) -> None:
@@ -124,7 +125,7 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
     return SFTConfig(
         output_dir=flags.output_dir,
         per_device_train_batch_size=flags.batch_size,
-        per_device_eval_batch_size=flags.batch_size,
+        per_device_eval_batch_size=max(flags.batch_size, EVAL_BATCH),
         gradient_accumulation_steps=flags.gradient_accumulation_steps,
         num_train_epochs=flags.num_epochs,
         max_steps=flags.max_steps or -1,
