@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import peft
 import pytest
@@ -277,3 +278,23 @@ def test_packing(tmp_path, batches):
     eos = AutoTokenizer.from_pretrained(demo.BASE).eos_token_id
     assert (batches[0]["input_ids"] == eos).sum() > 2, "two sequences hold more than two rows"
     assert (batches[0]["position_ids"] == 0).sum() == (batches[0]["input_ids"] == eos).sum(), "each row starts at 0"
+
+
+def test_a_repositorys_code_runs_only_when_asked(data, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    model, ran = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(demo.BASE, model)
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "theirs", "auto_map": {"AutoConfig": "theirs.Config"}}
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "theirs.py").write_text(
+        "from pathlib import Path\nfrom transformers import LlamaConfig\n"
+        f"Path({str(ran)!r}).touch()\n\nclass Config(LlamaConfig):\n    model_type = 'theirs'\n"
+    )
+    with pytest.raises(SystemExit, match="trust_remote_code"):
+        run(data, tmp_path / "out", base_model=model)
+    assert not ran.exists()
+    with pytest.raises(SystemExit):  # their configuration has no model of its own
+        run(data, tmp_path / "out", "--trust_remote_code", base_model=model)
+    assert ran.exists()
