@@ -1,7 +1,15 @@
 from setuptools import find_packages, setup
 
 peft = ["peft>=0.21"]
-train = [*peft, "accelerate>=1.15", "datasets>=5.2", "matplotlib>=3.10", "tqdm>=4.66"]
+train = [
+    *peft,
+    "accelerate>=1.15",
+    "datasets>=5.2",
+    "matplotlib>=3.10",
+    "pyyaml>=6.0",
+    "tqdm>=4.66",
+    "trl>=1.16",
+]
 bench = [*peft, "matplotlib>=3.10"]
 
 setup(
@@ -22,6 +30,6 @@ setup(
         "peft": peft,
         "train": train,
         "bench": bench,
-        "dev": [*train, *bench, "hypothesis>=6.100", "pytest>=9.0", "pytest-xdist>=3.6", "ruff>=0.17", "trl>=1.16"],
+        "dev": [*train, *bench, "hypothesis>=6.100", "pytest>=9.0", "pytest-xdist>=3.6", "ruff>=0.17"],
     },
 )

@@ -1,131 +1,35 @@
-"""`python -m training`: fine-tune with DoRA, show what it changed, merge. Without flags: the embedded demo."""
+"""`python -m training`: fine-tune with DoRA. Without a model and data of your own: the embedded demo."""
 
-import shutil
+import shlex
 import sys
-import time
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-import dora_kernels as dk
-from training import demo
-from training.checkpoint import list_checkpoints
-from training.data import Example, Row, encode, read_splits
-from training.evaluate import answer, exact_match, held_out_loss
-from training.flags import Flags
-from training.loop import total_steps, train
-from training.metrics import plot_losses
-
-# What the demo must show to count as learned: the base cannot do the task, the tuned model can.
-BASE_AT_MOST = 0.05
-TUNED_AT_LEAST = 0.80
-EVALUATION_BATCH = 100
+from training.flags import parse_flags
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run with these command-line arguments. Exits non-zero, with a sentence, on bad input and if the demo fails."""
-    parser = HfArgumentParser(Flags, prog="python -m training", description=__doc__, allow_abbrev=False)
-    flags, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run with these command-line arguments. Exits non-zero, with a sentence, on bad input and if the run fails."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    flags, is_demo = parse_flags(arguments)
     transformers_logging.set_verbosity_error()
+    # Imported once it is known which one: TRL takes seconds, and the demo does without it.
     try:
-        run(flags)
+        if is_demo:
+            from training import demonstrate
+
+            demonstrate.run(flags)
+        else:
+            import datasets
+
+            from training import finetune
+
+            datasets.disable_progress_bars()
+            words = [word for word in arguments if word != "--resume"]
+            finetune.run(flags, shlex.join(["python", "-m", "training", *words]))
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-
-
-def run(flags: Flags) -> None:
-    """Check, evaluate the base, fine-tune, evaluate again, merge, report."""
-    started = time.perf_counter()
-    flags.check()
-    if flags.is_demo:
-        torch.set_num_threads(demo.THREADS)
-    output_dir = Path(flags.output_dir)
-    rows = read_splits(flags.data_path, flags.seed)
-    model, tokenizer = load_base(flags.base_model)
-    examples = {split: encode(rows[split], tokenizer, flags.cutoff_len) for split in rows}
-    steps = total_steps(flags.loop, len(rows["train"]))
-    torch.manual_seed(flags.seed)
-    model = dk.apply_dora(model, flags.dora)
-    make_ready(output_dir, flags.resume)
-    print(f"{len(rows['train'])} training rows, {steps} steps; tested on {len(rows['test'])} rows; {model.device.type}")
-
-    # A fresh adapter changes no bit of the base's output.
-    before = evaluate(model, tokenizer, rows["test"], examples["test"])
-    train(
-        model,
-        examples["train"],
-        examples["validation"],
-        flags.loop,
-        output_dir=output_dir,
-        pad_id=tokenizer.pad_token_id,
-        write_adapter=lambda folder: dk.save_adapter(model, folder),
-        read_adapter=lambda folder: dk.load_adapter(model, folder),
-        resume=flags.resume,
-    )
-    dk.save_adapter(model, output_dir)
-    plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
-    after = evaluate(model, tokenizer, rows["test"], examples["test"])
-    merged = evaluate(dk.merge_dora(model), tokenizer, rows["test"], examples["test"])
-    same = sum(a == b for a, b in zip(after["answers"], merged["answers"], strict=True))
-
-    size = (output_dir / "adapter_model.safetensors").stat().st_size
-    sample = rows["test"][0]
-    print(f"\n{sample['prompt']}  expected: {sample['completion']}")
-    print(f"  base:     {before['answers'][0]}\n  tuned:    {after['answers'][0]}\n")
-    print(f"{'':24}{'base':>8}{'tuned':>8}{'merged':>8}")
-    print(f"{'held-out loss (nats)':24}{before['loss']:8.4f}{after['loss']:8.4f}{merged['loss']:8.4f}")
-    print(f"{'exact match':24}{before['match']:8.1%}{after['match']:8.1%}{merged['match']:8.1%}")
-    print(f"merged answers equal to the tuned model's: {same} of {len(rows['test'])}")
-    print(f"adapter: {output_dir} ({size / 1e6:.2f} MB); losses: {output_dir / 'loss.png'}")
-    print(f"{time.perf_counter() - started:.0f} s")
-    if same < len(rows["test"]):
-        raise ValueError(f"the merged model answers {len(rows['test']) - same} test prompts differently")
-    if flags.is_demo and (before["match"] > BASE_AT_MOST or after["match"] < TUNED_AT_LEAST):
-        raise ValueError(
-            f"the demo did not learn: exact match went from {before['match']:.1%} to {after['match']:.1%}, "
-            f"expected from at most {BASE_AT_MOST:.0%} to at least {TUNED_AT_LEAST:.0%}"
-        )
-
-
-def make_ready(output_dir: Path, resume: bool) -> None:
-    """Refuse to mix a new run into the checkpoints of another; the demo's own folder is scratch and is emptied."""
-    if resume or not list_checkpoints(output_dir):
-        return
-    if output_dir != demo.OUTPUT:
-        raise ValueError(
-            f"{output_dir} holds {list_checkpoints(output_dir)[0].name} of an earlier run: "
-            "continue it with --resume, or choose another --output_dir"
-        )
-    print(f"starting over in {output_dir} (--resume would continue the run that is there)")
-    shutil.rmtree(output_dir)
-
-
-def load_base(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base model in fp32, on the GPU if there is one, and its tokenizer with a pad token."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in {path} has no end-of-text token, so no completion could end")
-    if tokenizer.pad_token_id is None:
-        print(f"the tokenizer has no pad token: {tokenizer.eos_token} pads, and is still learned as end of text")
-        tokenizer.pad_token = tokenizer.eos_token
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
-
-
-def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], examples: list[Example]
-) -> dict:
-    """`loss` in nats per target token, greedy `answers`, and their exact `match` as a share."""
-    longest = max(sum(label >= 0 for label in example["labels"]) for example in examples)
-    answers = answer(model, tokenizer, [row["prompt"] for row in rows], longest + 8, EVALUATION_BATCH)
-    loss = held_out_loss(model, examples, EVALUATION_BATCH, tokenizer.pad_token_id)
-    return {"loss": loss, "answers": answers, "match": exact_match(answers, rows)}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""From .jsonl rows with `prompt` and `completion` to batches: reading, tokenizing, masking, order, padding."""
+"""The minimal loop's data, .jsonl rows with `prompt` and `completion`, as batches; and the order of rows everywhere."""
 
 import hashlib
 import json
@@ -122,6 +122,11 @@ def rows_of_step(rows: int, batch: int, seed: int, step: int) -> list[int]:
     So a resumed run needs no data-loader state: it asks for the step it is at.
     """
     epoch, position = divmod(step, steps_per_epoch(rows, batch))
+    return order_of_epoch(rows, seed, epoch)[position * batch : (position + 1) * batch]
+
+
+def order_of_epoch(rows: int, seed: int, epoch: int) -> list[int]:
+    """The order in which epoch `epoch` (from 0) visits `rows` rows."""
     order = list(range(rows))
     random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order[position * batch : (position + 1) * batch]
+    return order

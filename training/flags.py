@@ -1,13 +1,19 @@
-"""The flags of `python -m training`, and what is checked before work starts."""
+"""The flags of `python -m training`: parsing them, the YAML file behind `--config`, and what is checked before work."""
 
+import difflib
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
+import torch
+import yaml
+from transformers import HfArgumentParser
+
 import dora_kernels as dk
 from training import demo
-from training.loop import LoopSettings
 
 
 def flag(default, text: str):
@@ -17,78 +23,204 @@ def flag(default, text: str):
 
 @dataclass
 class Flags:
-    """Without flags: the embedded demo."""
+    """With neither --base_model nor --data_path: the embedded demo, on the minimal loop."""
 
-    base_model: str = flag(str(demo.BASE), "folder of a Hugging Face causal language model")
-    data_path: str = flag(
-        str(demo.DATA), ".jsonl file with prompt and completion, or folder of train, validation, test.jsonl"
-    )
-    output_dir: str = flag(str(demo.OUTPUT), "where the adapter, checkpoints, metrics.jsonl and loss.png go")
-    batch_size: int = flag(16, "rows per forward pass")
+    base_model: str = flag("", "hub id or folder of a Hugging Face causal language model")
+    data_path: str = flag("", "hub id, folder, or .jsonl, .json, .csv, .parquet or .txt file")
+    output_dir: str = flag("out/run", "where the adapter, checkpoints, metrics.jsonl and loss.png go")
+    config: str = flag("", "YAML file of flags; a flag on the command line wins over it")
+    batch_size: int = flag(1, "rows per forward pass")
     gradient_accumulation_steps: int = flag(1, "forward passes per optimizer step")
     num_epochs: int = flag(1, "passes over the training rows")
     max_steps: int = flag(0, "optimizer steps; above 0 it replaces --num_epochs")
-    learning_rate: float = flag(5e-3, "peak of the cosine schedule")
+    learning_rate: float = flag(3e-4, "peak of the cosine schedule")
     warmup_ratio: float = flag(0.05, "share of the steps in which the learning rate rises")
-    cutoff_len: int = flag(256, "the most tokens a row may have")
-    eval_step: int = flag(50, "steps between evaluations on the validation rows; 0: never")
+    cutoff_len: int = flag(512, "the most tokens a row may have; longer rows are left out and named")
+    val_set_size: int | None = flag(
+        None, "rows held out for evaluation where the data brings no split; default: a tenth, at most 500; 0: none"
+    )
+    bad_row_limit: float = flag(0.05, "share of unusable rows above which the run stops before training")
+    packing: bool = flag(False, "pack several rows into one sequence of cutoff_len tokens")
+    assistant_only_loss: bool = flag(False, "learn the assistant's turns only (column `messages`)")
+    eval_step: int = flag(10, "steps between evaluations; 0: never")
     save_step: int = flag(100, "steps between checkpoints; 0: never")
+    seed: int = flag(0, "decides initialization, data order and dropout")
+    resume: bool = flag(False, "continue from the newest checkpoint in --output_dir that verifies")
+    init_adapter: str = flag("", "folder of an adapter to continue from; it decides rank, alpha and targets")
+    use_dora: bool = flag(True, "DoRA; --no_use_dora trains plain LoRA, through PEFT")
+    use_peft: bool = flag(False, "build the adapter with PEFT, and run it fused")
+    fused: bool = flag(True, "--no-fused runs PEFT's own code: the baseline to compare with")
     lora_r: int = flag(16, "rank of the adapter")
     lora_alpha: float = flag(32, "the adapter's update is scaled by lora_alpha / lora_r")
-    lora_dropout: float = flag(0.0, "dropout before lora_A")
-    lora_target_modules: str = flag("all-linear", "comma-separated module names, or all-linear")
-    seed: int = flag(0, "decides initialization, data order and dropout")
-    resume: bool = flag(False, "continue from the newest sound checkpoint in --output_dir")
+    lora_dropout: float = flag(0.0, "dropout of the adapter's input")
+    lora_target_modules: str = flag(
+        "all-linear", "comma-separated module names; default: all attention and MLP linears"
+    )
     impl: Literal["auto", "triton", "reference"] = flag("auto", "which implementation of DoRA runs")
+    device: str = flag("", "cpu, cuda or cuda:N; default: the first GPU, or the CPU where there is none")
+    quantize: bool = flag(False, "load the base in 4 bits (NF4, double quantisation)")
+    use_compile: bool = flag(False, "torch.compile the model")
+    use_liger: bool = flag(False, "Liger's kernels for the model's other layers (needs a GPU)")
+    activation_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
+    report_to: str = flag("none", "comma-separated trackers, as transformers knows them: wandb, tensorboard, ...")
+    hub_model_id: str = flag("", "repository on the hub, for --push_to_hub")
+    push_to_hub: bool = flag(False, "upload the adapter when the run has ended")
+    trust_remote_code: bool = flag(False, "run code that the model's repository brings")
 
     def check(self) -> None:
         """Raise FileNotFoundError or ValueError, naming the flag, if a value cannot work."""
+        for name in ("base_model", "data_path"):
+            if not getattr(self, name):
+                raise ValueError(f"`--{name}` is needed as well (neither of the two: the demo)")
         for name in ("batch_size", "gradient_accumulation_steps", "num_epochs", "cutoff_len"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"`--{name}` should be a positive integer value but the value passed is {value}")
-        for name in ("max_steps", "eval_step", "save_step", "seed"):
-            if (value := getattr(self, name)) < 0:
+        for name in ("max_steps", "eval_step", "save_step", "seed", "val_set_size"):
+            if (value := getattr(self, name)) is not None and value < 0:
                 raise ValueError(f"`--{name}` should be 0 or more but the value passed is {value}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate >= 0):
             raise ValueError(f"`--learning_rate` should be 0 or more but the value passed is {self.learning_rate}")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"`--warmup_ratio` should be in [0, 1] but the value passed is {self.warmup_ratio}")
-        if not (Path(self.base_model) / "config.json").is_file():
-            raise FileNotFoundError(f"`--base_model` {self.base_model} is not a folder with a config.json")
-        if not Path(self.data_path).exists():
-            raise FileNotFoundError(f"`--data_path` {self.data_path} does not exist")
+        for name in ("warmup_ratio", "bad_row_limit"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"`--{name}` should be in [0, 1] but the value passed is {value}")
+        check_source("base_model", self.base_model)
+        check_source("data_path", self.data_path)
+        if (folder := Path(self.base_model)).is_dir() and not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"`--base_model` {folder} is not a folder with a config.json")
+        if self.init_adapter and not (Path(self.init_adapter) / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"`--init_adapter` {self.init_adapter} is not a folder with an adapter_config.json")
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise ValueError(f"`--output_dir` {self.output_dir} is not a folder")
+        if not self.fused and not self.use_peft:
+            raise ValueError("`--no-fused` compares with PEFT's own code: it needs --use_peft")
+        if self.push_to_hub and not self.hub_model_id:
+            raise ValueError("`--push_to_hub` needs --hub_model_id, the repository to upload to")
         _ = self.dora  # checks its own fields
+        if self.use_liger and self.torch_device.type != "cuda":
+            raise ValueError("`--use_liger` needs a CUDA device: Liger's kernels do not run on a CPU; leave it out")
+        for name, package in (("use_liger", "liger_kernel"), ("quantize", "bitsandbytes")):
+            if getattr(self, name) and find_spec(package) is None:
+                raise ValueError(f"`--{name}` needs {package}: pip install {package.replace('_', '-')}")
+        check_trackers(self.trackers)
 
     @property
-    def is_demo(self) -> bool:
-        """Whether the embedded model learns the embedded task, so that we know how good it must get."""
-        return Path(self.base_model) == demo.BASE and Path(self.data_path) == demo.DATA
+    def target_modules(self) -> list[str] | str:
+        """Module names, or "all-linear"."""
+        names = [name.strip() for name in self.lora_target_modules.split(",")]
+        return "all-linear" if names == ["all-linear"] else names
+
+    @property
+    def trackers(self) -> list[str]:
+        """What `--report_to` names."""
+        return [name.strip() for name in self.report_to.split(",") if name.strip() not in ("", "none")]
 
     @property
     def dora(self) -> dk.DoraConfig:
         """The part that the engine reads."""
-        names = [name.strip() for name in self.lora_target_modules.split(",")]
         return dk.DoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
-            target_modules="all-linear" if names == ["all-linear"] else names,
+            target_modules=self.target_modules,
             impl=self.impl,
         )
 
     @property
-    def loop(self) -> LoopSettings:
-        """The part that the training loop reads."""
-        return LoopSettings(
-            batch_size=self.batch_size,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            num_epochs=self.num_epochs,
-            max_steps=self.max_steps,
-            learning_rate=self.learning_rate,
-            warmup_ratio=self.warmup_ratio,
-            eval_step=self.eval_step,
-            save_step=self.save_step,
-            seed=self.seed,
-        )
+    def torch_device(self) -> torch.device:
+        """Where the model goes. Raises ValueError for a device that is not there."""
+        present = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        try:
+            device = torch.device(self.device or ("cuda:0" if present else "cpu"))
+        except RuntimeError:
+            device = None
+        if device is None or device.type not in ("cpu", "cuda"):
+            raise ValueError(f"`--device` should be cpu, cuda or cuda:N but the value passed is {self.device}")
+        if device.type == "cuda" and (device.index or 0) >= present:
+            raise ValueError(f"`--device` {self.device} is not there ({present} CUDA devices found): use --device cpu")
+        return torch.device("cuda", device.index or 0) if device.type == "cuda" else torch.device("cpu")
+
+
+# The embedded demo's own settings: flags before the user's, so that the user's win.
+DEMO = {
+    "base_model": str(demo.BASE),
+    "data_path": str(demo.DATA),
+    "output_dir": str(demo.OUTPUT),
+    "batch_size": 16,
+    "learning_rate": 5e-3,
+    "cutoff_len": 256,
+    "eval_step": 50,
+}
+# What the minimal loop, which the demo runs on, reads.
+DEMO_FLAGS = {*DEMO, "gradient_accumulation_steps", "num_epochs", "max_steps", "warmup_ratio", "save_step", "seed"} | {
+    *("resume", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "impl", "config")
+}
+
+
+def parse_flags(arguments: Sequence[str]) -> tuple[Flags, bool]:
+    """The flags, and whether they ask for the demo. Exits with a sentence, as argparse does, on what it cannot read."""
+    parser = HfArgumentParser(Flags, prog="python -m training", description=Flags.__doc__, allow_abbrev=False)
+    names = [name.name for name in fields(Flags)]
+    (own, unknown) = parser.parse_known_args(list(arguments))
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_nearest(unknown[0].lstrip('-'), names)}")
+    try:
+        arguments = [*(_yaml_arguments(Path(own.config), names) if own.config else []), *arguments]
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    given = {text.partition("=")[0].removeprefix("--").replace("-", "_") for text in arguments if text.startswith("--")}
+    is_demo = not given & {"base_model", "data_path"}
+    if is_demo:
+        if foreign := sorted(given - DEMO_FLAGS):
+            parser.error(f"the demo has no --{foreign[0]}: give --base_model and --data_path for a run of your own")
+        arguments = [*_as_arguments(DEMO), *arguments]
+    elif given & {"init_adapter"} and (decided := given & {"lora_r", "lora_alpha", "lora_target_modules"}):
+        parser.error(f"--{min(decided)} is decided by --init_adapter's own adapter_config.json: leave it out")
+    (flags,) = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
+    return flags, is_demo
+
+
+def check_source(name: str, value: str) -> None:
+    """Raise FileNotFoundError unless `value` exists here or is spelled as an id on the hub: `name` or `owner/name`."""
+    looks_local = value.count("/") > 1 or value.startswith((".", "/", "~")) or Path(value).suffix in LOCAL_SUFFIXES
+    if looks_local and not Path(value).exists():
+        raise FileNotFoundError(f"`--{name}` {value} does not exist")
+
+
+def check_trackers(names: list[str]) -> None:
+    """Raise ValueError for a tracker that transformers does not know, or that is not installed."""
+    if names:
+        from transformers.integrations import get_available_reporting_integrations
+
+        if absent := sorted(set(names) - set(there := get_available_reporting_integrations())):
+            installed = f"installed are {', '.join(sorted(there))}" if there else "none is installed"
+            raise ValueError(f"`--report_to` {absent[0]} is not installed or not known to transformers; {installed}")
+
+
+LOCAL_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt"}
+
+
+def _yaml_arguments(path: Path, names: list[str]) -> list[str]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"`--config` {path} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"`--config` {path} should hold `flag: value` lines, got {type(values).__name__}")
+    for name in values:
+        if name not in names or name == "config":
+            raise ValueError(f"`--config` {path} has an unknown key {name!r}{_nearest(str(name), names)}")
+    return _as_arguments(values)
+
+
+def _as_arguments(values: dict) -> list[str]:
+    """Settings as command-line words: one parser, and one set of error messages, for both."""
+    words = []
+    for name, value in values.items():
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        words += [] if value is None else [f"--{name}={text}"]
+    return words
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean --{near[0]}?" if near else ""

@@ -1,11 +1,42 @@
-"""metrics.jsonl: one JSON object per line, `step` in each; and loss.png drawn from it."""
+"""metrics.jsonl: one JSON object per line, `step` in each; loss.png drawn from it; and what a run costs."""
 
 import json
+import resource
+import time
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 from training.checkpoint import sync
+
+METRICS = "metrics.jsonl"
+
+
+class Meter:
+    """Tokens per second between two readings, and the most memory used so far."""
+
+    def __init__(self):
+        self._time, self._tokens = time.perf_counter(), None
+
+    def since_last(self, tokens: float) -> dict[str, float]:
+        """`tokens_per_second`, given the tokens of the run so far (from the second reading), and `peak_memory_gb`."""
+        now = time.perf_counter()
+        before, elapsed = self._tokens, now - self._time
+        self._time, self._tokens = now, tokens
+        rate = {} if before is None else {"tokens_per_second": (tokens - before) / elapsed}
+        return rate | {"peak_memory_gb": peak_memory() / 1e9}
+
+    def leave_out(self) -> None:
+        """What was done since the last reading was not training."""
+        self._time = time.perf_counter()
+
+
+def peak_memory() -> int:
+    """Bytes: of the current GPU if there is one, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def append_row(path: Path, row: dict) -> None:

@@ -1,0 +1,168 @@
+"""A fine-tuning run from flags: check, load, train, report. The engine is TRL's SFTTrainer."""
+
+import json
+import time
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import ProgressCallback
+from trl import SFTConfig
+
+from training.adapters import Adapter, add_adapter
+from training.base import compute_dtype, load_model, load_tokenizer
+from training.callbacks import QuietProgress, StopOnRequest, WriteMetrics
+from training.checkpoint import newest_checkpoint, step_of
+from training.flags import Flags
+from training.folder import check_folder, sole_run
+from training.hub import make_repository, push
+from training.interrupt import StopRequest, stop_on_sigterm
+from training.metrics import METRICS, keep_until, plot_losses
+from training.report import summary, write_card
+from training.rows import Rows, load_rows
+from training.trainer import DoraTrainer
+
+# Flags that change no number of a run, so that a resumed run may have others.
+FREE = {"config", "output_dir", "resume", "save_step", "eval_step", "bad_row_limit"} | {
+    *("report_to", "hub_model_id", "push_to_hub")
+}
+WEIGHT_DECAY = 0.01
+EVAL_BATCH = 8  # rows, at least: an evaluation keeps no activations
+
+
+def run(flags: Flags, command: str) -> None:
+    """Fine-tune as the flags say. `command` is the command line, printed when the run can be continued.
+
+    Raises ValueError or OSError on bad input, before any work starts where it can be known, and FloatingPointError on
+    a loss that is not finite. On SIGTERM it saves and returns.
+    """
+    flags.check()
+    device = flags.torch_device
+    output_dir = Path(flags.output_dir)
+    check_folder(output_dir, flags.resume)
+    tokenizer, said = load_tokenizer(flags.base_model, flags.trust_remote_code)
+    rows = load_rows(
+        flags.data_path,
+        tokenizer,
+        cutoff_len=flags.cutoff_len,
+        val_set_size=flags.val_set_size,
+        bad_row_limit=flags.bad_row_limit,
+        seed=flags.seed,
+    )
+    if flags.assistant_only_loss and rows.kind != "messages":
+        raise ValueError(f"`--assistant_only_loss` needs the column `messages`; the data has {rows.kind}")
+    if flags.push_to_hub:
+        make_repository(flags.hub_model_id)
+    print("\n".join([*said, *rows.said]))
+
+    with sole_run(output_dir), stop_on_sigterm() as request:
+        if rows.skipped:
+            lines = [json.dumps(row) + "\n" for row in rows.skipped]
+            (output_dir / "skipped_rows.jsonl").write_text("".join(lines))
+        checkpoint = resume_point(output_dir, flags.resume)
+        model = load_model(flags.base_model, device, quantize=flags.quantize, trust_remote_code=flags.trust_remote_code)
+        adapter = add_adapter(model, flags)
+        print(f"{adapter.description}; base in {'NF4' if flags.quantize else str(model.dtype)[6:]} on {device}")
+        trainer = build_trainer(flags, adapter, tokenizer, rows, request, resumed=checkpoint is not None)
+        started = time.perf_counter()
+        try:
+            trainer.train_from(checkpoint)
+        except OSError as error:  # a full disk
+            sound = newest_checkpoint(output_dir)
+            kept = f"{sound} is sound: continue with\n  {command} --resume" if sound else "nothing was saved before"
+            raise OSError(f"{error}; {kept}") from error
+        if request.requested and trainer.state.global_step < trainer.state.max_steps:
+            print(f"\nstopped and saved at step {trainer.state.global_step}; continue with\n  {command} --resume")
+            return
+        finish(flags, adapter, tokenizer, rows, seconds=time.perf_counter() - started)
+
+
+def resume_point(output_dir: Path, resume: bool) -> Path | None:
+    """The checkpoint to continue from, said out loud; and metrics.jsonl taken back to it."""
+    checkpoint = newest_checkpoint(output_dir) if resume else None
+    if checkpoint:
+        print(f"resuming from {checkpoint}")
+    elif resume:
+        print(f"no sound checkpoint in {output_dir}: starting from the beginning")
+    keep_until(output_dir / METRICS, step_of(checkpoint) if checkpoint else -1)
+    return checkpoint
+
+
+def build_trainer(
+    flags: Flags, adapter: Adapter, tokenizer, rows: Rows, request: StopRequest, *, resumed: bool
+) -> DoraTrainer:
+    """The trainer, with everything in it but the checkpoint to resume from."""
+    # `place` says where a row stood; `_prepare_dataset` keeps it and the collator never sees it.
+    trainer = DoraTrainer(
+        adapter,
+        run={name: value for name, value in asdict(flags).items() if name not in FREE} | {"data": rows.fingerprint},
+        args=trainer_config(flags, evaluates=bool(rows.validation and flags.eval_step), resumed=resumed),
+        train_dataset=rows.train,
+        eval_dataset=rows.validation if flags.eval_step else None,
+        processing_class=tokenizer,
+        callbacks=[WriteMetrics(Path(flags.output_dir, METRICS)), StopOnRequest(request)],
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(QuietProgress)
+    return trainer
+
+
+def trainer_config(flags: Flags, *, evaluates: bool, resumed: bool) -> SFTConfig:
+    """Our flags in transformers' and TRL's words."""
+    with warnings.catch_warnings():
+        # TRL sets it by default under its old name, so it must be said under that name.
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
+        config = _sft_config(flags, evaluates, resumed)
+    if config.device.type == "cuda" and config.parallel_mode.value == "not_distributed":
+        # Several GPUs are visible and one is asked for: no nn.DataParallel, which TRL refuses. There is no argument
+        # for it; transformers sets this itself for a model that is spread over devices.
+        config._n_gpu = 1
+    return config
+
+
+def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
+    return SFTConfig(
+        output_dir=flags.output_dir,
+        per_device_train_batch_size=flags.batch_size,
+        per_device_eval_batch_size=max(flags.batch_size, EVAL_BATCH),
+        gradient_accumulation_steps=flags.gradient_accumulation_steps,
+        num_train_epochs=flags.num_epochs,
+        max_steps=flags.max_steps or -1,
+        learning_rate=flags.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=flags.warmup_ratio,
+        weight_decay=WEIGHT_DECAY,
+        max_length=flags.cutoff_len,
+        packing=flags.packing,
+        eval_packing=False,
+        assistant_only_loss=flags.assistant_only_loss,
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=flags.eval_step or None,
+        # The base's loss; a resumed run has it already.
+        eval_on_start=evaluates and not resumed,
+        save_strategy="steps" if flags.save_step else "no",
+        save_steps=flags.save_step or 500,
+        logging_steps=1,
+        disable_tqdm=False,
+        logging_nan_inf_filter=False,
+        bf16=compute_dtype(flags.torch_device) == torch.bfloat16,
+        use_cpu=flags.torch_device.type == "cpu",
+        torch_compile=flags.use_compile,
+        use_liger_kernel=flags.use_liger,
+        gradient_checkpointing=flags.activation_checkpointing,
+        report_to=flags.trackers,
+        seed=flags.seed,
+    )
+
+
+def finish(flags: Flags, adapter: Adapter, tokenizer, rows: Rows, seconds: float) -> None:
+    """The adapter, its card and the curve in the output folder; the summary; the upload."""
+    output_dir = Path(flags.output_dir)
+    adapter.write(output_dir)
+    tokenizer.save_pretrained(output_dir)
+    plot_losses(output_dir / METRICS, output_dir / "loss.png")
+    write_card(flags, adapter, rows)
+    print(summary(flags, seconds))
+    if flags.push_to_hub:
+        print(f"pushed to {push(output_dir, flags.hub_model_id)}")

@@ -1,0 +1,212 @@
+"""`DoraTrainer`: TRL's SFTTrainer with what nobody has.
+
+Magnitudes in a group of their own, checkpoints that survive a kill at any moment, exact resume in the middle of an
+epoch, a loss per token in evaluation, and a stop that says where a loss went NaN. All else is TRL's.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import TrainerState
+from trl import SFTTrainer
+
+from training.adapters import Adapter
+from training.checkpoint import load_checkpoint, save_checkpoint, sync
+from training.data import IGNORED, order_of_epoch, rows_of_step
+from training.metrics import METRICS, Meter
+from training.nonfinite import first_nonfinite, first_nonfinite_gradient
+from training.optimizer import parameter_groups
+from training.state import optimizer_state, random_state, set_optimizer_state, set_random_state
+
+TRAINER_STATE = "trainer_state.json"  # the name under which transformers looks for it
+
+
+class EpochOrder(Sampler):
+    """Row numbers in an order that is a pure function of (seed, epoch). The data loader sets the epoch."""
+
+    def __init__(self, rows: int, seed: int):
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(order_of_epoch(self.rows, self.seed, self.epoch))
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+class DoraTrainer(SFTTrainer):
+    """Trains `adapter.model`.
+
+    Args:
+        adapter: the model, and how its adapter is written and read.
+        run: what decides the numbers of the run, as JSON; a checkpoint is resumed only by an equal one.
+        options: SFTTrainer's other arguments.
+    """
+
+    def __init__(self, adapter: Adapter, run: dict, **options):
+        self.adapter, self.run = adapter, run
+        self.meter = Meter()
+        self._eval_sums: list[torch.Tensor] = []
+        with _adapters_count(adapter.model):
+            super().__init__(model=adapter.model, **options)
+
+    # Optimizer and order of the rows
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls(parameter_groups(self.model, self.args.weight_decay), **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        return EpochOrder(len(train_dataset if train_dataset is not None else self.train_dataset), self.args.seed)
+
+    # Checkpoints
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the end, from a checkpoint if there is one. A finished run is loaded and trained no further."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+            if state.global_step >= state.max_steps:  # transformers would take one more step
+                self._load_from_checkpoint(str(checkpoint))
+                self.state = state
+                return
+        self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """Stage, verify, rename, rotate: `training.checkpoint`. Only the process that may write does."""
+        if not self.args.should_save:
+            return
+        self.store_flos()
+        moments, groups = optimizer_state(self.optimizer)
+        generators, generator_json = random_state()
+        state = {
+            "step": self.state.global_step,
+            "run": self.run,
+            "optimizer": groups,
+            "random": generator_json,
+            "scheduler": self.lr_scheduler.state_dict(),
+            "tokens": self._total_train_tokens,
+        }
+
+        def write(folder: Path) -> None:
+            self.adapter.write(folder)
+            self.state.save_to_json(str(folder / TRAINER_STATE))
+
+        metrics = Path(self.args.output_dir, METRICS)
+        if metrics.exists():
+            sync(metrics)  # rows up to a durable checkpoint must be durable too
+        save_checkpoint(self.args.output_dir, self.state.global_step, moments | generators, state, write)
+        self.meter.leave_out()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        _, state = load_checkpoint(resume_from_checkpoint)
+        if changed := sorted(name for name in self.run if state["run"].get(name) != self.run[name]):
+            raise ValueError(
+                f"{resume_from_checkpoint} is of a run with other settings: {', '.join(changed)} differ; "
+                "resume with that run's own, or start another in a new --output_dir"
+            )
+        self.adapter.read(Path(resume_from_checkpoint))
+        self._total_train_tokens = state["tokens"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            tensors, state = load_checkpoint(checkpoint)
+            set_optimizer_state(self.optimizer, tensors, state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            tensors, state = load_checkpoint(checkpoint)
+            set_random_state(tensors, state["random"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing to load: bf16 and fp32 need no loss scaling."""
+
+    # What is measured
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.meter.since_last(self._total_train_tokens)
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """transformers averages the batches' means; this is the mean over all tokens, which perplexity needs."""
+        self._eval_sums = []
+        # The data loader draws from the global generator: evaluating would change the dropout of the steps after it.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, tokens = self.accelerator.reduce(torch.stack(self._eval_sums).sum(0)).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
+        self.meter.leave_out()
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum().to(result[0].device)
+        # In fp64 on the CPU: a sum of many sums.
+        self._eval_sums.append(torch.stack([result[0].double() * tokens, tokens.double()]).cpu())
+        return result
+
+    # What stops it
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss).all():
+            batch = self._prepare_inputs(dict(inputs))
+
+            def forward() -> None:
+                with self.compute_loss_context_manager():
+                    self.compute_loss(self.model, batch)
+
+            where = first_nonfinite(self.model, forward)
+            raise FloatingPointError(f"the loss of {self._step_and_rows()} is {loss.item()}: {where}")
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module):
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        # Before clipping, which would spread it to all of them.
+        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            where = first_nonfinite_gradient(self.model)
+            raise FloatingPointError(f"the gradient of {self._step_and_rows()} is not finite: {where} is the first")
+        return super()._clip_grad_norm(model)
+
+    def _step_and_rows(self) -> str:
+        """The step in progress, and where the rows of its batch stood in the data."""
+        step, rows = self.state.global_step, len(self.train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        chosen = rows_of_step(rows, batch, self.args.seed, step)
+        if "place" in self.train_dataset.column_names:
+            places = "; ".join(self.train_dataset[row]["place"] for row in chosen)
+        else:
+            places = f"packed sequences {', '.join(map(str, chosen))}"
+        return f"step {step + 1} ({places})"
+
+
+@contextmanager
+def _adapters_count(model: nn.Module) -> Iterator[None]:
+    """Lets a quantised base with an adapter into the trainer as it is.
+
+    transformers refuses a quantised model unless it knows the adapter as PEFT's, and TRL rounds the adapters of a 4-bit
+    model to bf16, where their small updates are lost. Both ask the model, and both only when the trainer is made.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    asked = {"is_loaded_in_4bit": False, "_hf_peft_config_loaded": True} if getattr(base, "is_quantized", False) else {}
+    before = {name: base.__dict__[name] for name in asked if name in base.__dict__}
+    base.__dict__.update(asked)
+    try:
+        yield
+    finally:
+        for name in asked:
+            del base.__dict__[name]
+        base.__dict__.update(before)
