@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import dora_kernels as dk
@@ -90,12 +91,11 @@ def test_parity_mode_follows_pefts_losses(folder, impl, peft_losses):
 
 def test_parity_mode_takes_pefts_norm(folder):
     """PEFT's is that of the weight rounded to bf16; the default's that of what was decoded."""
-    config = peft.LoraConfig(use_dora=True, target_modules=["q_proj"], **CONFIG)
-    layer = peft.get_peft_model(load(folder, torch.bfloat16), config).base_model.model.model.layers[0].self_attn.q_proj
-    theirs = layer.lora_magnitude_vector["default"].weight
+    linear = load(folder, torch.bfloat16).model.layers[0].self_attn.q_proj
+    theirs = dequantize_module_weight(linear).double().norm(dim=1)
     error = {}
     for parity in (True, False):
-        ours = dk.DoraLinear.from_linear(layer.base_layer, **CONFIG, nf4_parity=parity).weight_norm()[0]
+        ours = dk.DoraLinear.from_linear(linear, **CONFIG, nf4_parity=parity).weight_norm()[0]
         error[parity] = relative_error(ours, theirs)
     assert error[True] <= ORACLE_FP32 and error[False] > 5 * ORACLE_FP32
 
