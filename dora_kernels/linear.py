@@ -133,9 +133,17 @@ class DoraLinear(Freezable):
             return self._operations().weight_norm(base, *self._factors(), self.scaling)
 
     @torch.no_grad()
-    def merged_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """W' = g ⊙ (W + s B A) [out_features, in_features], in fp32, rounded once to `dtype`, or to the weight's."""
+    def dense_base(self, dtype: torch.dtype) -> torch.Tensor:
+        """W [out_features, in_features] as a matrix in `dtype`: a quantised weight decoded."""
         base = readable(self.base_weight)
+        with dispatch.on_device_of(base):
+            return self._operations().decode(base, dtype) if isinstance(base, Nf4Weight) else base.to(dtype)
+
+    @torch.no_grad()
+    def merged_weight(self, dtype: torch.dtype | None = None, base: torch.Tensor | None = None) -> torch.Tensor:
+        """W' = g ⊙ (W + s B A) [out_features, in_features], in fp32, rounded once to `dtype`, or to the weight's;
+        `base` [out_features, in_features] takes the place of W."""
+        base = readable(self.base_weight if base is None else base.to(self.lora_A.device))
         rounded = {"dtype": dtype or base.dtype, "rounding": self.rounding, "salt": self.salt}
         with dispatch.on_device_of(base):
             return self._operations().merge(base, *self._factors(), self.scaling, **rounded)[0]
@@ -163,9 +171,10 @@ class DoraLinear(Freezable):
             layer = cls(linear.weight, linear.bias, compute_dtype=getattr(linear, "compute_dtype", None), **options)
         return layer.train(linear.training)
 
-    def to_linear(self) -> nn.Linear | Conv1D:
-        """A plain layer of the base layer's class with the merged weight and the base layer's bias."""
-        weight = self.merged_weight()
+    def to_linear(self, base: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> nn.Linear | Conv1D:
+        """A plain layer with the merged weight and the base layer's bias: a `Conv1D` for one, else an `nn.Linear`;
+        `base` and `dtype` as in `merged_weight`."""
+        weight = self.merged_weight(dtype or self.base_weight.dtype, base)
         weight = nn.Parameter(weight.T.contiguous() if self.fan_in_fan_out else weight, requires_grad=False)
         with torch.device("meta"):
             if self.fan_in_fan_out:

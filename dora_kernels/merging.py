@@ -5,6 +5,7 @@ import logging
 import torch
 from torch import nn
 
+from .dequantizing import check_base, dense_dtype, dense_linear, mark, quantized_layers, unmark
 from .linear import DoraLinear
 from .patch import check_model, dora_layers, replace_module
 from .tying import broken_ties, check_can_untie, retie, untie
@@ -20,48 +21,66 @@ def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = Fals
     its partner keeps its values and the model's config says from then on that they are not tied.
 
     Args:
-        base: for NF4 weights, which this version does not read. A dense base takes none.
+        base: for a quantised base, of which the merged model keeps nothing, and required there: "dequantized" merges
+            into the weights that the adapter was trained on, rounded once; the path of the original model merges into
+            its weights instead, which differ by the quantisation's error. The log says what either costs.
         keep_base: keep the unmerged layers too (twice the memory), so that `unmerge_dora` restores them bit for bit.
 
     Raises:
-        ValueError: no DoRA layer (merged already, or never patched), NaN or infinity in an adapter, `base` with a dense
-            weight, or tied weights in a model whose config cannot describe them untied. The model is then unchanged.
+        ValueError: no DoRA layer (merged already, or never patched), NaN or infinity in an adapter, `base` with dense
+            weights or none with quantised ones, or tied weights in a model whose config cannot describe them untied.
+            The model is then unchanged.
     """
     check_model(model)
     layers = dora_layers(model)
     if not layers:
         hint = "unmerge_dora takes the merge back" if hasattr(model, "dora_unmerged") else "call apply_dora first"
         raise ValueError(f"There is nothing to merge: the model has no DoRA layers, or was merged already; {hint}")
-    if base is not None:
-        raise ValueError(f"`base` is for quantised weights, and this model's are dense: merge without base={base!r}")
     check_finite(layers)
+    original = check_base(model, layers, base)
     broken = broken_ties(model)
     if broken:
         check_can_untie(model)
 
-    unmerged = {"config": getattr(model, "dora_config", None), "layers": {}, "ties": None}
+    unmerged = {"config": getattr(model, "dora_config", None), "layers": {}, "ties": None, "quantized": None}
     if keep_base:
         model.dora_unmerged = unmerged
+    cause = "rounding the merged weight" if original is None else "merging into the original weight"
     errors = {}
     for path in list(layers):
         # Popped, so that each unmerged weight is freed before the next layer is merged.
         layer = layers.pop(path)
         if keep_base:
             unmerged["layers"][path] = layer
-        linear = layer.to_linear()
+        linear = layer.to_linear(
+            None if original is None else original.get_submodule(path).weight,
+            dtype=None if base is None else dense_dtype(model),
+        )
         errors[path] = merge_error(layer, linear.weight.T if layer.fan_in_fan_out else linear.weight)
-        logger.info("%s: rounding the merged weight costs %.2g of the update's norm", path, errors[path])
+        logger.info("%s: %s costs %.2g of the update's norm", path, cause, errors[path])
         replace_module(model, path, linear)
     worst = max(errors, key=errors.get)
     if errors[worst] > 1:
         logger.warning(
-            "Rounding the merged weights costs more than the whole update in %d of %d layers (%.2g times it in %s): "
-            "merge into an fp32 model, or keep the adapter unmerged",
+            "%s costs more than the whole update in %d of %d layers (%.2g times it in %s): merge into an fp32 model%s, "
+            "or keep the adapter unmerged",
+            cause.capitalize(),
             sum(error > 1 for error in errors.values()),
             len(errors),
             errors[worst],
             worst,
+            "" if original is None else " or into the dequantised base",
         )
+    if base is not None:
+        for path in quantized_layers(model):
+            layer = model.get_submodule(path)
+            source = None if original is None else original.get_submodule(path)
+            if keep_base:
+                unmerged["layers"][path] = layer
+            replace_module(
+                model, path, dense_linear(layer, source, dense_dtype(model))
+            )
+        unmerged["quantized"] = unmark(model)
     if broken:
         unmerged["ties"] = untie(model)
     if hasattr(model, "dora_config"):
@@ -82,6 +101,8 @@ def unmerge_dora(model: nn.Module) -> nn.Module:
         merged = model.get_submodule(path)
         # The model may have been moved, or switched to eval, while it was merged.
         replace_module(model, path, layer.to(merged.weight.device).train(merged.training))
+    if unmerged["quantized"] is not None:
+        mark(model, **unmerged["quantized"])
     if unmerged["ties"] is not None:
         retie(model, **unmerged["ties"])
     model.dora_config = unmerged["config"]
@@ -93,7 +114,7 @@ def unmerge_dora(model: nn.Module) -> nn.Module:
 def merge_error(layer: DoraLinear, merged: torch.Tensor) -> float:
     """‖merged − W'‖ / ‖W' − W‖ with W' in fp32: what rounding costs, as a share of the update. 0 without an update."""
     exact = layer.merged_weight(torch.promote_types(merged.dtype, torch.float32))
-    error, update = (exact - merged).norm(), (exact - layer.base_weight).norm()
+    error, update = (exact - merged).norm(), (exact - layer.dense_base(exact.dtype)).norm()
     return (error / update).item() if update > 0 else 0.0
 
 

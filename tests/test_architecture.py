@@ -17,7 +17,7 @@ LAYERS = [
     {"autograd"},
     {"functional"},
     {"linear"},
-    {"explain", "frozen", "targets", "tying"},
+    {"explain", "frozen", "targets", "tying", "dequantizing"},
     {"patch"},
     {"merging", "adapter_config"},
     {"adapter"},
