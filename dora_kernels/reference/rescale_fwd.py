@@ -29,7 +29,9 @@ def rescale_fwd(
     factor = lora_B.to(acc_dtype).T
     for rows in row_chunks(*base_out.shape):
         base = base_out[rows].to(acc_dtype)
-        product = torch.addmm(base, h[rows].to(acc_dtype), factor, alpha=scaling).mul_(mag_norm_scale)
+        # Where z may be overwritten and is not read again, without a copy of it.
+        product = base if in_place and undropped is None else base.clone()
+        product.addmm_(h[rows].to(acc_dtype), factor, alpha=scaling).mul_(mag_norm_scale)
         if undropped is not None:
             product += undropped[rows].to(acc_dtype) - base
         if bias is not None:
