@@ -1,0 +1,50 @@
+"""The table of one case: every contestant's times and memory, and their ratio to the frozen base and to PEFT's LoRA."""
+
+from .tables import mebibytes, milliseconds, ratio, table
+
+HEADER = ("contestant", "forward ms", "backward ms", "total ms", "± %", "peak MiB", "× base", "× LoRA")
+
+
+def seconds(row: dict | None, part: str = "total") -> float | None:
+    """The median time of one part, or None where there is none."""
+    return row["seconds"][part]["median"] if row and row.get("seconds", {}).get(part) else None
+
+
+def base_seconds(group: dict[str, dict], part: str = "total") -> float | None:
+    """The frozen base's time."""
+    return min((t for name, row in group.items() if name.startswith("frozen base") and (t := seconds(row, part))), default=None)
+
+
+def lora_seconds(group: dict[str, dict], part: str = "total") -> float | None:
+    """The time of the fastest PEFT LoRA in the group: a ratio to a slower one would flatter."""
+    return min((t for name, row in group.items() if name.startswith("PEFT LoRA") and (t := seconds(row, part))), default=None)
+
+
+def group_table(group: dict[str, dict]) -> str:
+    """`group` holds a result by contestant, as `records` stores them. A failed contestant's row says why."""
+    base, lora = base_seconds(group), lora_seconds(group)
+    rows = []
+    for name, row in group.items():
+        total = seconds(row)
+        if total is None:
+            rows.append((name, *["-"] * 5, "", row.get("failed") or "not timed"))
+            continue
+        times = row["seconds"]["total"]
+        spread = f"{50 * (times['high'] - times['low']) / total:.0f}" if "high" in times else "-"
+        rows.append(
+            (
+                name,
+                *(milliseconds(seconds(row, part)) for part in ("forward", "backward")),
+                milliseconds(total),
+                spread,
+                mebibytes(row.get("peak_bytes")),
+                ratio(total, base),
+                ratio(total, lora),
+            )
+        )
+    return table(HEADER, rows)
+
+
+def title(case: dict) -> str:
+    """The case on one line."""
+    return ", ".join(f"{name} {value}" for name, value in case.items() if value not in ("", False, None))
