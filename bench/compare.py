@@ -20,29 +20,32 @@ def lora_seconds(group: dict[str, dict], part: str = "total") -> float | None:
     return min((t for name, row in group.items() if name.startswith("PEFT LoRA") and (t := seconds(row, part))), default=None)
 
 
-def group_table(group: dict[str, dict]) -> str:
-    """`group` holds a result by contestant, as `records` stores them. A failed contestant's row says why."""
+def group_table(group: dict[str, dict], tokens: int = 0) -> str:
+    """`group` holds a result by contestant, as `records` stores them. A failed contestant's row says why.
+
+    With `tokens` per call there is a column of tokens a second.
+    """
     base, lora = base_seconds(group), lora_seconds(group)
     rows = []
     for name, row in group.items():
         total = seconds(row)
         if total is None:
-            rows.append((name, *["-"] * 5, "", row.get("failed") or "not timed"))
-            continue
-        times = row["seconds"]["total"]
-        spread = f"{50 * (times['high'] - times['low']) / total:.0f}" if "high" in times else "-"
-        rows.append(
-            (
-                name,
+            cells = ["-"] * 7
+            name = f"{name}: {row.get('failed') or 'not timed'}"
+        else:
+            times = row["seconds"]["total"]
+            cells = [
                 *(milliseconds(seconds(row, part)) for part in ("forward", "backward")),
                 milliseconds(total),
-                spread,
+                f"{50 * (times['high'] - times['low']) / total:.0f}" if "high" in times else "-",
                 mebibytes(row.get("peak_bytes")),
                 ratio(total, base),
                 ratio(total, lora),
-            )
-        )
-    return table(HEADER, rows)
+            ]
+        if tokens:
+            cells.append(f"{tokens / total:.0f}" if total else "-")
+        rows.append((name, *cells))
+    return table((*HEADER, "tokens/s") if tokens else HEADER, rows)
 
 
 def title(case: dict) -> str:
