@@ -12,26 +12,30 @@ def seconds(row: dict | None, part: str = "total") -> float | None:
 
 def base_seconds(group: dict[str, dict], part: str = "total") -> float | None:
     """The frozen base's time."""
-    return min((t for name, row in group.items() if name.startswith("frozen base") and (t := seconds(row, part))), default=None)
+    return min(
+        (t for name, row in group.items() if name.startswith("frozen base") and (t := seconds(row, part))), default=None
+    )
 
 
 def lora_seconds(group: dict[str, dict], part: str = "total") -> float | None:
     """The time of the fastest PEFT LoRA in the group: a ratio to a slower one would flatter."""
-    return min((t for name, row in group.items() if name.startswith("PEFT LoRA") and (t := seconds(row, part))), default=None)
+    return min(
+        (t for name, row in group.items() if name.startswith("PEFT LoRA") and (t := seconds(row, part))), default=None
+    )
 
 
 def group_table(group: dict[str, dict], tokens: int = 0) -> str:
-    """`group` holds a result by contestant, as `records` stores them. A failed contestant's row says why.
+    """`group` holds a result by contestant, as `records` stores them. Below it stands why a contestant failed.
 
     With `tokens` per call there is a column of tokens a second.
     """
     base, lora = base_seconds(group), lora_seconds(group)
-    rows = []
+    rows, notes = [], []
     for name, row in group.items():
         total = seconds(row)
         if total is None:
-            cells = ["-"] * 7
-            name = f"{name}: {row.get('failed') or 'not timed'}"
+            cells = ["FAILED", *["-"] * 6]
+            notes.append(f"{name} failed: {row.get('failed')}")
         else:
             times = row["seconds"]["total"]
             cells = [
@@ -45,7 +49,7 @@ def group_table(group: dict[str, dict], tokens: int = 0) -> str:
         if tokens:
             cells.append(f"{tokens / total:.0f}" if total else "-")
         rows.append((name, *cells))
-    return table((*HEADER, "tokens/s") if tokens else HEADER, rows)
+    return "\n".join([table((*HEADER, "tokens/s") if tokens else HEADER, rows), *notes])
 
 
 def title(case: dict) -> str:

@@ -4,8 +4,8 @@ All hold the same parameters, rounded so that each of them can represent them, a
 """
 
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import peft
@@ -126,7 +126,10 @@ def contestants(dtype: torch.dtype, device: torch.device, *, compiled: bool = Fa
 def left_out() -> list[str]:
     """Peers that cannot be a contestant of their own here, with the reason."""
     peers = {
-        "dorafactors": ("peft.tuners.lora.dora_fused", "it is a fork of peft: installed, the rows named PEFT are its own"),
+        "dorafactors": (
+            "peft.tuners.lora.dora_fused",
+            "it is a fork of peft: installed, the rows named PEFT are its own",
+        ),
         "axolotl": ("axolotl", "its kernels take whole attention and MLP blocks, not one layer"),
     }
     # find_spec imports the parents of a dotted name; peft is imported above.
@@ -134,6 +137,17 @@ def left_out() -> list[str]:
         f"{name}: {'' if importlib.util.find_spec(module) else 'not '}installed; {reason}"
         for name, (module, reason) in peers.items()
     ]
+
+
+def patch(model: nn.Module) -> None:
+    """`patch_peft`, which must fuse every layer: else the row would time PEFT under our name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = dk.patch_peft(model)
+    if report.skipped:
+        raise RuntimeError(
+            f"patch_peft left {len(report.skipped)} layers to PEFT: {next(iter(report.skipped.values()))}"
+        )
 
 
 def _linear(problem: Problem) -> nn.Linear:
@@ -174,7 +188,7 @@ def _peft(adapter_dtype, autocast, *, dora: bool, patched: bool = False) -> Call
             trained["dm"] = layer.lora_magnitude_vector["default"].weight
         _filled(trained, problem, adapter_dtype)
         if patched:
-            dk.patch_peft(model)
+            patch(model)
         return Entry(model.base_model.model, trained, autocast)
 
     return build

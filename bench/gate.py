@@ -20,7 +20,9 @@ def truth(kind: str, problem: Problem) -> dict[str, torch.Tensor]:
     )
     weight = problem.weight.double()
     bias = None if problem.bias is None else problem.bias.double()
-    leaves = {"base": {"dx": x}, "lora": {"dx": x, "dA": A, "dB": B}, "dora": {"dx": x, "dA": A, "dB": B, "dm": m}}[kind]
+    leaves = {"base": {"dx": x}, "lora": {"dx": x, "dA": A, "dB": B}, "dora": {"dx": x, "dA": A, "dB": B, "dm": m}}[
+        kind
+    ]
     if kind != "base":
         weight = weight + ALPHA_OVER_RANK * B @ A
     if kind == "dora":

@@ -73,7 +73,17 @@ def operations(ops, problem, norm, scale, base_out, h) -> dict[str, Callable]:
 
     def rescale_bwd(needs_base):
         return ops.rescale_bwd(
-            p.grad_y, base_out, h, p.lora_B, norm, scale, s, saved_is="output", needs_base=needs_base, **after, **ROUNDED
+            p.grad_y,
+            base_out,
+            h,
+            p.lora_B,
+            norm,
+            scale,
+            s,
+            saved_is="output",
+            needs_base=needs_base,
+            **after,
+            **ROUNDED,
         )
 
     given = {"weight_norm": norm, "mag_norm_scale": scale}

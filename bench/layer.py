@@ -53,7 +53,9 @@ def run(session: Session) -> None:
                     if failure:
                         print(f"the case itself does not fit: {failure}")
                         continue
-                    results = measure(problem, contestants(dtype, device, compiled=preset.compiled), session.repetitions)
+                    results = measure(
+                        problem, contestants(dtype, device, compiled=preset.compiled), session.repetitions
+                    )
                     session.records.add(COMMAND, case, results)
                     print(group_table(results), flush=True)
                     del problem

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dora_kernels as dk
 
 from .compare import group_table, title
-from .contestants import ALPHA_OVER_RANK, DTYPES
+from .contestants import ALPHA_OVER_RANK, DTYPES, patch
 from .memory import peak_bytes
 from .session import Session
 from .session import add_arguments as add_session_arguments
@@ -35,7 +35,9 @@ LOSS_BAR = 0.02
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_session_arguments(parser)
-    parser.add_argument("--model", choices=MODELS, help="instead of the preset's runs: this model, with the flags below")
+    parser.add_argument(
+        "--model", choices=MODELS, help="instead of the preset's runs: this model, with the flags below"
+    )
     parser.add_argument("--layers", type=int, default=0, help="decoder layers (default: the model's own number)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--sequence", type=int, default=512)
@@ -145,17 +147,23 @@ class Trained:
             yield "optimizer"
 
 
-def contestants(dtype: torch.dtype, rank: int) -> dict[str, tuple[Callable[[nn.Module], nn.Module], torch.dtype | None]]:
+def contestants(
+    dtype: torch.dtype, rank: int
+) -> dict[str, tuple[Callable[[nn.Module], nn.Module], torch.dtype | None]]:
     """By name: what makes the trained model out of the base, and autocast's dtype."""
 
     def by_peft(dora: bool, fp32_adapters: bool, patched: bool = False):
         def adapt(model):
             config = peft.LoraConfig(
-                r=rank, lora_alpha=ALPHA_OVER_RANK * rank, target_modules="all-linear", use_dora=dora, task_type="CAUSAL_LM"
+                r=rank,
+                lora_alpha=ALPHA_OVER_RANK * rank,
+                target_modules="all-linear",
+                use_dora=dora,
+                task_type="CAUSAL_LM",
             )
             model = peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
             if patched:
-                dk.patch_peft(model)
+                patch(model)
             return model
 
         return adapt

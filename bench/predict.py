@@ -149,8 +149,12 @@ def _compare(path: Path, roofs: Roofs, capability: tuple[int, int]) -> int:
         rows = []
         for name, row in group.items():
             for part in ("forward", "backward", "total"):
-                measured, guess = (r.get("seconds", {}).get(part, {}).get("median") for r in (row, predicted.get(name, {})))
+                measured, guess = (
+                    r.get("seconds", {}).get(part, {}).get("median") for r in (row, predicted.get(name, {}))
+                )
                 if measured and guess:
-                    rows.append((f"{name}, {part}", milliseconds(guess), milliseconds(measured), f"{measured / guess:.2f}"))
+                    rows.append(
+                        (f"{name}, {part}", milliseconds(guess), milliseconds(measured), f"{measured / guess:.2f}")
+                    )
         print(table(("contestant", "predicted ms", "measured ms", "measured / predicted"), rows))
     return 0

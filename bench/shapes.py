@@ -87,9 +87,7 @@ PRESETS = {
             Run("llama-3-8b", 0, 1, 4096, 384, checkpointing=True),
         ),
     ),
-    "compile": Preset(
-        ("llama-3-8b",), (512, 8192), (16, 384), (Run("llama-3-8b", 8, 2, 4096, 16),), compiled=True
-    ),
+    "compile": Preset(("llama-3-8b",), (512, 8192), (16, 384), (Run("llama-3-8b", 8, 2, 4096, 16),), compiled=True),
     "full": Preset(
         ("llama-3-8b", "llama-3-70b", "qwen2.5-7b"),
         (1, 512, 2048, 4096, 8192, 16384),

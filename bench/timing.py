@@ -56,7 +56,7 @@ def attempt(call: Callable):
     except Exception as error:
         out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         first_line = (str(error).strip().splitlines() or [""])[0]
-        failure = "out of memory" if out_of_memory else f"{type(error).__name__}: {first_line}"
+        failure = "out of memory" if out_of_memory else f"{type(error).__name__}: {first_line[:150]}"
     # Here the error is gone, and with it the frames that held its tensors.
     release()
     return None, failure

@@ -26,7 +26,16 @@ from dora_kernels.kernels import launch as launch_data
 from . import accounting
 
 # Allocations and questions; views are recognised by their schema.
-NO_LAUNCH = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "device", "detach", "_unsafe_view"}
+NO_LAUNCH = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "device",
+    "detach",
+    "_unsafe_view",
+}
 NO_LAUNCH |= {"set_", "is_same_size", "lift_fresh", "resize_"}
 RATES = {torch.float32: "fp32", torch.float64: "fp64"}
 
