@@ -7,9 +7,9 @@ from .contestants import ALPHA_OVER_RANK, Contestant, Problem
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-9}
 BAR = {torch.float32: 64.0, torch.float16: 16.0, torch.bfloat16: 16.0}
-"""Units of roundoff that ‖found − exact‖ / ‖exact‖ may reach. The longest chain rounds about six tensors to 16 bits, each
-of which adds at most one unit; in fp32 the noise of sums over thousands of terms comes on top. A dropped term, a wrong
-scale or a missing gradient is off by a hundred times more: the update is a third of the weight, m off its norm by 10 %.
+"""Units of roundoff that ‖found − exact‖ / ‖exact‖ may reach. The longest chain rounds about six tensors to 16 bits,
+each of which adds at most one unit; in fp32 the noise of sums over thousands of terms comes on top. A dropped term or a
+wrong scale is off by several times the bar: the update is a third of the weight, m off its norm by 10 %.
 It says that a contestant computes the right thing, not how well: tests/test_numerics.py compares that."""
 
 

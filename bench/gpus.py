@@ -38,6 +38,6 @@ ROOFS = {
     "4090": _from_data_sheet(1.008, 165, 82.6, 82.6, 1.3, "GeForce RTX 4090 (bf16 with fp32 accumulation)"),
     "b200": _from_data_sheet(8.0, 2250, 1125, 75, 37, "NVIDIA B200"),
 }  # fmt: skip
-"""By the names that `--gpu` takes. Every launch is assumed to take at least 3 µs, from start to start in a full queue."""
+"""By the names that `--gpu` takes. A launch is assumed to take at least 3 µs, from start to start in a full queue."""
 
 CAPABILITIES = {"h200": (9, 0), "h100": (9, 0), "a100": (8, 0), "4090": (8, 9), "b200": (10, 0)}

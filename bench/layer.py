@@ -71,7 +71,7 @@ def measure(problem: Problem, field: dict[str, Contestant], repetitions: int) ->
         for name, contestant in field.items():
             if contestant.kind != kind:
                 continue
-            found, failure = (None, lost) if lost else attempt(lambda c=contestant: errors(c, problem, exact))
+            found, failure = (None, lost) if lost else attempt(lambda c=contestant, e=exact: errors(c, problem, e))
             failure = failure or broken(found, dtype)
             results[name] = {"errors": found, "failed": failure}
             print(f"  {name}: {failure or 'correct'}", flush=True)

@@ -1,10 +1,12 @@
 """A real training run: loss curves of ours and of PEFT on the same data and seed, by `training`'s own loop.
 
-The base, the data and the settings are the embedded demo's. Contestants begin from the same adapter: PEFT's, fresh, whose
-A is copied into ours. Written are the losses per step, held-out losses, and seconds per step (first ten left out).
+The base, the data and the settings are the embedded demo's. Contestants begin from the same adapter: PEFT's,
+fresh, whose A is copied into ours. Written are the losses per step, held-out losses, and seconds per step without the
+first ten.
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -84,7 +86,7 @@ def losses(name: str, args: argparse.Namespace, seed: int) -> dict:
             pad_id=tokenizer.pad_token_id, write_adapter=lambda path: None, read_adapter=lambda path: None,
         )  # fmt: skip
         logged = read_rows(Path(folder) / "metrics.jsonl")
-    passed = [later - earlier for earlier, later in zip(ends[10:], ends[11:])]
+    passed = [later - earlier for earlier, later in itertools.pairwise(ends[10:])]
     return {
         "failed": None,
         "losses": [row["loss"] for row in logged if "loss" in row],

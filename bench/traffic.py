@@ -1,8 +1,8 @@
 """Bytes, FLOPs and memory of a call, counted launch by launch without running it.
 
 Inside `counting(...)` tensors are fake: nothing is computed or allocated. PyTorch's operations are counted by a
-dispatch mode, Triton's launches by `accounting`. Counted on fake CPU tensors, which torch without CUDA can differentiate;
-`dispatch` and the launchers see the GPU that is asked for.
+dispatch mode, Triton's launches by `accounting`. The fake tensors are the CPU's, which torch without CUDA can
+differentiate; `dispatch` and the launchers see the GPU that is asked for.
 """
 
 import importlib
@@ -142,7 +142,9 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _flops(func, args, kwargs, out, inputs) -> tuple[int, str]:
     """FLOPs of a matrix product as PyTorch counts them, and the rate of the format it multiplies in."""
-    count = flop_registry.get(func.overloadpacket)
+    # PyTorch's registry knows addmm and not addmm_.
+    packet = getattr(torch.ops.aten, func.overloadpacket.__name__.rstrip("_"), None)
+    count = flop_registry.get(packet)
     if count is None:
         return 0, "bf16"
     rate = RATES.get(inputs[0].dtype, "bf16")
