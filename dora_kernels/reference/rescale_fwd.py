@@ -36,5 +36,8 @@ def rescale_fwd(
             product += undropped[rows].to(acc_dtype) - base
         if bias is not None:
             product += bias.to(acc_dtype)
-        out[rows] = round_to(product, out.dtype, rounding, salt, rows.start)
+        rounded = round_to(product, out.dtype, rounding, salt, rows.start)
+        # Else y stands in z's memory already.
+        if rounded is not base:
+            out[rows] = rounded
     return out
