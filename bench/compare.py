@@ -2,7 +2,7 @@
 
 from .tables import mebibytes, milliseconds, ratio, table
 
-HEADER = ("contestant", "forward ms", "backward ms", "total ms", "± %", "peak MiB", "× base", "× LoRA")
+HEADER = ("contestant", "forward ms", "backward ms", "total ms", "± %", "min ms", "peak MiB", "× base", "× LoRA")
 
 
 def seconds(row: dict | None, part: str = "total") -> float | None:
@@ -34,7 +34,7 @@ def group_table(group: dict[str, dict], tokens: int = 0) -> str:
     for name, row in group.items():
         total = seconds(row)
         if total is None:
-            cells = ["FAILED", *["-"] * 6]
+            cells = ["FAILED", *["-"] * 7]
             notes.append(f"{name} failed: {row.get('failed')}")
         else:
             times = row["seconds"]["total"]
@@ -42,6 +42,7 @@ def group_table(group: dict[str, dict], tokens: int = 0) -> str:
                 *(milliseconds(seconds(row, part)) for part in ("forward", "backward")),
                 milliseconds(total),
                 f"{50 * (times['high'] - times['low']) / total:.0f}" if "high" in times else "-",
+                milliseconds(times.get("minimum")),
                 mebibytes(row.get("peak_bytes")),
                 ratio(total, base),
                 ratio(total, lora),

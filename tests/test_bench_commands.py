@@ -8,6 +8,7 @@ import torch
 
 from bench import contestants, gate, layer, predict, records, report, step
 from bench.__main__ import COMMANDS, main
+from bench.memory import peak_bytes
 from bench.session import Session
 from bench.shapes import PRESETS, layer_shapes
 
@@ -24,6 +25,19 @@ def tiny(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "tiny.jsonl"
     assert main(["all", "--preset", "tiny", "--device", "cpu", "--threads", "1", "--output", str(path)]) == 0
     return path
+
+
+def test_peak_memory_on_a_cpu():
+    def call():
+        a = torch.empty(1 << 20)  # 4 MiB
+        b = a + 1
+        del a
+        c = b + 1  # b and c at once
+        del b
+        return c.sum()
+
+    # 64 bytes of rounding per allocation, and the sum.
+    assert 8 << 20 <= peak_bytes(call, DEVICE) <= (8 << 20) + 1024
 
 
 def test_every_contestant_is_timed_and_correct(tiny):
