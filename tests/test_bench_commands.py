@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from bench import contestants, gate, layer, predict, records, report, step
+from bench import contestants, gate, layer, predict, records, report, step, timing
 from bench.__main__ import COMMANDS, main
 from bench.memory import peak_bytes
 from bench.session import Session
@@ -171,6 +171,32 @@ def test_a_failure_while_timing_is_a_row_too(monkeypatch):
     results = layer.measure(problem, field, repetitions=3)
     assert results["PEFT DoRA fp32"]["failed"] == "out of memory"
     assert results["PEFT LoRA fp32"]["seconds"]["total"]["repetitions"] == 3
+    # Each of those that broke did so once, and was left out from then on.
+    assert len(calls) == 9 + sum(row["failed"] is not None for row in results.values())
+
+
+def test_the_gpu_clock_reads_events_in_order(monkeypatch):
+    """With a stand-in for CUDA's events: an event's time is the number of events recorded before it, in ms."""
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            recorded.append(self)
+
+        def elapsed_time(self, end):
+            return float(recorded.index(end) ** 2 - recorded.index(self) ** 2)
+
+    def phases():
+        yield "forward"
+        yield "backward"
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 8)
+    assert timing._cuda_clock(DEVICE)(phases) == {"forward": 1e-3, "backward": 3e-3}
 
 
 def test_predictions_are_labelled_and_compared(tiny, capsys):
