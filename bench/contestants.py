@@ -98,8 +98,13 @@ def make_problem(shape: Shape, tokens: int, rank: int, dtype: torch.dtype, devic
     )
 
 
-def contestants(dtype: torch.dtype, device: torch.device, *, compiled: bool = False) -> dict[str, Contestant]:
-    """By name, in the order of the tables. In 16 bits an fp32 adapter runs under autocast, as Trainer does, or not."""
+def contestants(
+    dtype: torch.dtype, device: torch.device, *, compiled: bool = False, reference: bool = True
+) -> dict[str, Contestant]:
+    """By name, in the order of the tables. In 16 bits an fp32 adapter runs under autocast, as Trainer does, or not.
+
+    On a GPU `reference` adds our reference implementation, hundreds of small launches that take most of a run's time.
+    """
     half = dtype != torch.float32
     settings = [("fp32, autocast", torch.float32, dtype), ("fp32", torch.float32, None), ("bf16", dtype, None)]
     settings = settings if half else [("fp32", torch.float32, None)]
@@ -111,7 +116,8 @@ def contestants(dtype: torch.dtype, device: torch.device, *, compiled: bool = Fa
     found[f"PEFT DoRA {settings[0][0]}, patched"] = Contestant(
         "dora", _peft(settings[0][1], settings[0][2], dora=True, patched=True)
     )
-    implementations = ("triton", "reference") if device.type == "cuda" else ("reference",)
+    gpu = device.type == "cuda"
+    implementations = ("triton", "reference") if gpu and reference else ("triton",) if gpu else ("reference",)
     for impl in implementations:
         for space in ("token", "weight"):
             if not (dtype == torch.float16 and space == "weight"):

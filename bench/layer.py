@@ -53,9 +53,8 @@ def run(session: Session) -> None:
                     if failure:
                         print(f"the case itself does not fit: {failure}")
                         continue
-                    results = measure(
-                        problem, contestants(dtype, device, compiled=preset.compiled), session.repetitions
-                    )
+                    field = contestants(dtype, device, compiled=preset.compiled, reference=preset.reference)
+                    results = measure(problem, field, session.repetitions)
                     session.records.add(COMMAND, case, results)
                     print(group_table(results), flush=True)
                     del problem

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import peft
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dora_kernels as dk
 
@@ -91,7 +91,7 @@ def build_base(run: Run, dtype: torch.dtype, device: torch.device) -> nn.Module:
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if run.quantize:
         quantize(model, dtype, device)
     return model.requires_grad_(False)

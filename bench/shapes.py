@@ -72,6 +72,7 @@ class Preset(NamedTuple):
     dtype: str = "bf16"
     shapes: tuple[str, ...] = ()  # names of `layer_shapes`; empty: all
     compiled: bool = False
+    reference: bool = False  # on a GPU, also our reference implementation
     repetitions: int = 20
 
 
@@ -100,6 +101,7 @@ PRESETS = {
             for checkpointing in (False, True)
             for quantize in ("", "nf4")
         ),
+        reference=True,
     ),
     "cpu": Preset(
         ("tinyllama",),
