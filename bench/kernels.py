@@ -17,7 +17,6 @@ from .compare import seconds, title
 from .contestants import ALPHA_OVER_RANK, DTYPES, make_problem
 from .session import Session
 from .session import add_arguments as add_session_arguments
-from .shapes import layer_shapes
 from .tables import milliseconds, table
 from .timing import attempt, interleaved, release
 from .traffic import counting
@@ -41,28 +40,20 @@ def main(args: argparse.Namespace) -> int:
 
 def run(session: Session) -> None:
     """Measures every case of the session's preset."""
-    preset = session.preset
-    for model in preset.models:
-        for shape in layer_shapes(model):
-            if preset.shapes and shape.name not in preset.shapes:
-                continue
-            for tokens in preset.tokens:
-                for rank in preset.ranks:
-                    case = {
-                        "model": model, "layer": shape.name, "out": shape.out_features, "in": shape.in_features,
-                        "tokens": tokens, "rank": rank, "dtype": preset.dtype,
-                    }  # fmt: skip
-                    if session.skips(COMMAND, case):
-                        continue
-                    print(f"\n{title(case)}", flush=True)
-                    sizes = (shape, tokens, rank, DTYPES[preset.dtype], session.device)
-                    results, failure = attempt(lambda s=sizes: measure(*s, session.repetitions))
-                    if failure:
-                        print(f"the case itself failed: {failure}", flush=True)
-                        continue
-                    session.records.add(COMMAND, case, results)
-                    print(kernels_table(results), flush=True)
-                    release()
+    for case, *sizes in session.preset.layers():
+        if session.skips(COMMAND, case):
+            continue
+        print(f"\n{title(case)}", flush=True)
+        dtype = DTYPES[session.preset.dtype]
+        results, failure = attempt(
+            lambda sizes=sizes, dtype=dtype: measure(*sizes, dtype, session.device, session.repetitions)
+        )
+        if failure:
+            print(f"the case itself failed: {failure}", flush=True)
+            continue
+        session.records.add(COMMAND, case, results)
+        print(kernels_table(results), flush=True)
+        release()
 
 
 def operations(ops, problem, norm, scale, base_out, h) -> dict[str, Callable]:

@@ -14,7 +14,6 @@ from .gate import broken, errors, truth
 from .memory import peak_bytes
 from .session import Session
 from .session import add_arguments as add_session_arguments
-from .shapes import layer_shapes
 from .timing import attempt, interleaved, release
 
 COMMAND = "layer"
@@ -35,30 +34,20 @@ def run(session: Session) -> None:
     preset, device = session.preset, session.device
     print("\n".join(left_out()))
     dtype = DTYPES[preset.dtype]
-    for model in preset.models:
-        for shape in layer_shapes(model):
-            if preset.shapes and shape.name not in preset.shapes:
-                continue
-            for tokens in preset.tokens:
-                for rank in preset.ranks:
-                    case = {
-                        "model": model, "layer": shape.name, "out": shape.out_features, "in": shape.in_features,
-                        "bias": shape.bias, "tokens": tokens, "rank": rank, "dtype": preset.dtype,
-                        "compiled": preset.compiled,
-                    }  # fmt: skip
-                    if session.skips(COMMAND, case):
-                        continue
-                    print(f"\n{title(case)}", flush=True)
-                    problem, failure = attempt(lambda s=shape, m=tokens, r=rank: make_problem(s, m, r, dtype, device))
-                    if failure:
-                        print(f"the case itself does not fit: {failure}")
-                        continue
-                    field = contestants(dtype, device, compiled=preset.compiled, reference=preset.reference)
-                    results = measure(problem, field, session.repetitions)
-                    session.records.add(COMMAND, case, results)
-                    print(group_table(results), flush=True)
-                    del problem
-                    release()
+    for case, *sizes in preset.layers():
+        if session.skips(COMMAND, case):
+            continue
+        print(f"\n{title(case)}", flush=True)
+        problem, failure = attempt(lambda sizes=sizes: make_problem(*sizes, dtype, device))
+        if failure:
+            print(f"the case itself does not fit: {failure}", flush=True)
+            continue
+        field = contestants(dtype, device, compiled=preset.compiled, reference=preset.reference)
+        results = measure(problem, field, session.repetitions)
+        session.records.add(COMMAND, case, results)
+        print(group_table(results), flush=True)
+        del problem
+        release()
 
 
 def measure(problem: Problem, field: dict[str, Contestant], repetitions: int) -> dict[str, dict]:

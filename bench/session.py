@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo
 
 from .records import Records, default_path, stamp
 from .shapes import PRESETS, Preset
@@ -30,6 +31,10 @@ class Session:
         self.device = torch.device(args.device)
         self.preset: Preset = PRESETS[args.preset]
         self.repetitions = args.repetitions or self.preset.repetitions
+        if self.preset.compiled:
+            # Contestants share the code of their forward: beyond PyTorch's limit the rest would silently run eagerly.
+            torch._dynamo.config.recompile_limit = 64
+            torch._dynamo.config.fail_on_recompile_limit_hit = True
         self.stamp = stamp(self.device, args.commit)
         self.records = Records(args.output or default_path(self.stamp), self.stamp)
         self._again = args.again

@@ -1,5 +1,7 @@
 """The layer shapes of real models, by arithmetic on their published configurations, and the grids that commands run."""
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -74,6 +76,17 @@ class Preset(NamedTuple):
     compiled: bool = False
     reference: bool = False  # on a GPU, also our reference implementation
     repetitions: int = 20
+
+    def layers(self) -> Iterator[tuple[dict, Shape, int, int]]:
+        """What `kernels` and `layer` measure: the case as results name it, the shape, tokens and rank."""
+        for model in self.models:
+            shapes = [shape for shape in layer_shapes(model) if not self.shapes or shape.name in self.shapes]
+            for shape, tokens, rank in itertools.product(shapes, self.tokens, self.ranks):
+                case = {
+                    "model": model, "layer": shape.name, "out": shape.out_features, "in": shape.in_features,
+                    "bias": shape.bias, "tokens": tokens, "rank": rank, "dtype": self.dtype, "compiled": self.compiled,
+                }  # fmt: skip
+                yield case, shape, tokens, rank
 
 
 PRESETS = {
