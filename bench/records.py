@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ def stamp(device: torch.device, commit: str | None = None) -> dict:
         "kind": "GPU" if gpu else "CPU",
         "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
         "threads": None if gpu else torch.get_num_threads(),
+        "load": None if gpu else round(os.getloadavg()[0], 2),  # of the last minute, others' work
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
         "torch": torch.__version__,
@@ -78,7 +80,7 @@ def default_path(stamp: dict) -> Path:
 
 
 def _identity(row: dict) -> str:
-    software = {name: value for name, value in row["stamp"].items() if name != "date"}
+    software = {name: value for name, value in row["stamp"].items() if name not in ("date", "load")}
     return json.dumps([row["command"], row["case"], software], sort_keys=True)
 
 

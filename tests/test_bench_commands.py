@@ -61,6 +61,7 @@ def test_rows_are_stamped(tiny):
     stamp = rows_of(tiny)[0]["stamp"]
     assert stamp["kind"] == "CPU" and stamp["threads"] == 1
     assert stamp["torch"] == torch.__version__ and stamp["peft"] and stamp["triton"] and stamp["date"]
+    assert stamp["load"] >= 0
 
 
 def test_a_resumed_run_measures_nothing_twice_unless_asked(tiny, capsys):
