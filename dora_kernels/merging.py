@@ -77,9 +77,7 @@ def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = Fals
             source = None if original is None else original.get_submodule(path)
             if keep_base:
                 unmerged["layers"][path] = layer
-            replace_module(
-                model, path, dense_linear(layer, source, dense_dtype(model))
-            )
+            replace_module(model, path, dense_linear(layer, source, dense_dtype(model)))
         unmerged["quantized"] = unmark(model)
     if broken:
         unmerged["ties"] = untie(model)

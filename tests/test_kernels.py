@@ -19,7 +19,13 @@ from .buffers import LAYOUTS, count_launches, guard_bands
 from .oracle import make_problem, relative_error
 from .tolerances import TWIN
 
-SHAPES = {"small": (5, 4, 3, 1), "odd": (37, 29, 53, 7), "multiples": (32, 64, 128, 16), "rank-40": (19, 33, 21, 40)}
+SHAPES = {
+    "small": (5, 4, 3, 1),
+    "odd": (37, 29, 53, 7),
+    "multiples": (32, 64, 128, 16),
+    "rank-24": (9, 20, 21, 24),
+    "rank-40": (19, 33, 21, 40),
+}
 DTYPES = {
     "fp64": (torch.float64, torch.float64),
     "fp32": (torch.float32, torch.float32),

@@ -90,6 +90,13 @@ def test_decode(parity, options, shape):
         compare("decode", weight, dtype)
 
 
+def test_more_blocks_than_one_nested_block():
+    for shape in ((96, 512), (97, 511)):
+        weight, *_ = factors(*shape, 1)
+        assert weight.nested_absmax.numel() > 2
+        compare("decode", weight, torch.float32)
+
+
 @every_shape
 @every_statistic
 @every_parity

@@ -169,7 +169,8 @@ def rescale_bwd(
     from_base = needs_magnitude and saved_is == "base"
     needs_product = needs_B or from_base
     # Where nothing else needs the pass over dy, the product alone is a GEMM.
-    fused_product = needs_product and R <= MAX_FUSED_RANK and (needs_magnitude or needs_bias or needs_base)
+    fits = R <= min(MAX_FUSED_RANK, rank_block(R, dtype.itemsize))  # in fp64 a block holds less of the rank
+    fused_product = needs_product and fits and (needs_magnitude or needs_bias or needs_base)
     needs_sums = needs_magnitude or needs_product or needs_bias
 
     def empty(needed, *shape, like=dtype):

@@ -40,6 +40,7 @@ def merge(
             norm[rows] = row_norm(adapted)
             scale[rows] = norm_scale(magnitude[rows], norm[rows])
         merged[rows] = round_to(adapted.mul_(scale[rows, None]), dtype, stored, salt, rows.start)
+        del adapted  # a chunk that outlives its turn makes the next one allocate fresh pages
     if cast_A is not None:
         cast_A.copy_(round_to(lora_A.to(acc_dtype), cast_A.dtype, rounding, salt))
     return merged, norm, scale

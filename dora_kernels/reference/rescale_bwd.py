@@ -38,6 +38,7 @@ def rescale_bwd(
     product = torch.zeros(columns, lora_B.shape[1], **options) if needs_B or from_base else None
     correlation = torch.zeros(columns, **options) if needs_magnitude else None
     grad_bias = torch.zeros(columns, **options) if needs_bias else None
+    base_scale = mag_norm_scale - scale_shift
     for rows in row_chunks(*shape):
         grad = grad_y[rows].to(acc_dtype)
         if product is not None:
@@ -47,8 +48,8 @@ def rescale_bwd(
         if needs_bias:
             grad_bias += grad.sum(0)
         if needs_base:
-            scaled = grad * (mag_norm_scale - scale_shift)
-            grad_base[rows] = round_to(scaled, grad_base.dtype, rounding, salt, rows.start)
+            # Unnamed: a chunk that outlives its turn makes the next one allocate fresh pages.
+            grad_base[rows] = round_to(grad * base_scale, grad_base.dtype, rounding, salt, rows.start)
     grad_magnitude = grad_B = None
     if needs_magnitude:
         if from_base:

@@ -30,7 +30,9 @@ def rescale_fwd(
     for rows in row_chunks(*base_out.shape):
         base = base_out[rows].to(acc_dtype)
         if undropped is None:
-            product = torch.addmm(base, h[rows].to(acc_dtype), factor, alpha=scaling).mul_(mag_norm_scale)
+            # Where z may be overwritten and is not read again, without a copy of it.
+            product = base if in_place else base.clone()
+            product.addmm_(h[rows].to(acc_dtype), factor, alpha=scaling).mul_(mag_norm_scale)
         else:
             # g = 1 and B = 0 leave no trace of z.
             product = (h[rows].to(acc_dtype) @ factor).mul_(scaling * mag_norm_scale)
@@ -38,5 +40,8 @@ def rescale_fwd(
             product += undropped[rows].to(acc_dtype)
         if bias is not None:
             product += bias.to(acc_dtype)
-        out[rows] = round_to(product, out.dtype, rounding, salt, rows.start)
+        rounded = round_to(product, out.dtype, rounding, salt, rows.start)
+        # Else y stands in z's memory already.
+        if rounded is not base:
+            out[rows] = rounded
     return out

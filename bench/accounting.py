@@ -1,0 +1,178 @@
+"""What each Triton kernel of the engine reads, writes and multiplies, from the arguments of its launch alone.
+
+`loaded` counts every load, as the kernel's loops make them: what programs read again is served by the L2 cache where it
+fits. `unique` counts each element of an input once: what must come from memory. Both leave masked lanes out. A test
+holds loads and stores against those that the kernels make under the interpreter.
+"""
+
+import inspect
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import triton
+
+
+class Traffic(NamedTuple):
+    """Of one launch: bytes, and FLOPs of its matrix products, at the `rate` of their number format."""
+
+    loaded: int
+    unique: int
+    stored: int
+    flops: int = 0
+    rate: str = "bf16"
+
+    @property
+    def memory(self) -> int:
+        """Bytes that must cross the memory bus at least once."""
+        return self.unique + self.stored
+
+
+def of_launch(kernel, grid: tuple[int, ...], args: tuple) -> Traffic:
+    """Of `kernel[grid](*args)`."""
+    names = inspect.signature(kernel.fn).parameters
+    return ACCOUNTS[kernel.fn.__name__](SimpleNamespace(grid=grid, **dict(zip(names, args))))
+
+
+def _scaled_cast(a) -> Traffic:
+    elements = a.rows * a.columns
+    unique, loaded = elements * _size(a.factor_ptr), elements * _size(a.factor_ptr)
+    if a.HAS_SCALE:
+        unique += a.rows * _size(a.scale_ptr)
+        loaded += a.rows * triton.cdiv(a.columns, a.BLOCK_COLUMNS) * _size(a.scale_ptr)
+    return Traffic(loaded, unique, elements * _size(a.out_ptr))
+
+
+def _adapted(a, *, programs_k: int, blocks_k: int) -> Traffic:
+    """V = W + s B A once: W; A by each program of rows; B's first block by each program, and B again in each block of
+    K where one block does not hold the rank."""
+    left = min(a.R, a.BLOCK_R) * programs_k + (0 if a.ONE_BLOCK else a.R * blocks_k)
+    weight, rows = a.N * a.K * _size(a.w_ptr), triton.cdiv(a.N, a.BLOCK_N)
+    return Traffic(
+        weight + rows * a.R * a.K * _size(a.a_ptr) + a.N * left * _size(a.b_ptr),
+        weight + a.R * a.K * _size(a.a_ptr) + a.N * a.R * _size(a.b_ptr),
+        0,
+        2 * a.N * a.K * triton.cdiv(a.R, a.BLOCK_R) * a.BLOCK_R,
+        _rate(a),
+    )
+
+
+def _cast(a) -> tuple[int, int]:
+    """Bytes loaded and stored for A's copy in the compute dtype."""
+    return (a.R * a.K * _size(a.a_ptr), a.R * a.K * _size(a.cast_ptr)) if a.HAS_CAST else (0, 0)
+
+
+def _weight_norm(a) -> Traffic:
+    adapted = _adapted(a, programs_k=a.SPLITS, blocks_k=triton.cdiv(a.K, a.BLOCK_K))
+    cast_loaded, cast_stored = _cast(a)
+    magnitude = a.N * _size(a.m_ptr) if a.SPLITS == 1 else 0
+    vectors = 2 if a.SPLITS == 1 else 3 * a.SPLITS
+    return adapted._replace(
+        loaded=adapted.loaded + cast_loaded + magnitude,
+        unique=adapted.unique + magnitude,
+        stored=cast_stored + vectors * a.N * _size(a.norm_ptr),
+    )
+
+
+def _weight_norm_finish(a) -> Traffic:
+    loaded = 3 * a.SPLITS * a.N * _size(a.partial_ptr) + a.N * _size(a.m_ptr)
+    return Traffic(loaded, loaded, 2 * a.N * _size(a.norm_ptr))
+
+
+def _merge_fused(a) -> Traffic:
+    adapted = _adapted(a, programs_k=1, blocks_k=triton.cdiv(a.K, a.BLOCK_K))
+    cast_loaded, cast_stored = _cast(a)
+    magnitude = a.N * _size(a.m_ptr)
+    return adapted._replace(
+        # The second pass over the rows is what L2 is for.
+        loaded=2 * adapted.loaded + cast_loaded + magnitude,
+        unique=adapted.unique + magnitude,
+        stored=a.N * a.K * _size(a.merged_ptr) + 2 * a.N * _size(a.norm_ptr) + cast_stored,
+        flops=2 * adapted.flops,
+    )
+
+
+def _merge_scale(a) -> Traffic:
+    columns = max(1, triton.cdiv(a.K, a.BLOCK_K))
+    adapted = _adapted(a, programs_k=columns, blocks_k=triton.cdiv(a.K, a.BLOCK_K))
+    if a.SPLITS == 1:
+        vectors, kept = a.N * _size(a.scale_ptr), 0
+    else:
+        vectors, kept = 3 * a.SPLITS * a.N * _size(a.partial_ptr) + a.N * _size(a.m_ptr), 2 * a.N * _size(a.norm_ptr)
+    return adapted._replace(
+        loaded=adapted.loaded + columns * vectors,
+        unique=adapted.unique + vectors,
+        stored=a.N * a.K * _size(a.merged_ptr) + kept,
+    )
+
+
+def _rescale_fwd(a) -> Traffic:
+    rows, columns = triton.cdiv(a.M, a.BLOCK_M), triton.cdiv(a.N, a.BLOCK_N)
+    z, h, b = a.M * a.N * _size(a.z_ptr), a.M * _size(a.h_ptr), a.N * a.R * _size(a.b_ptr)
+    vectors = a.N * _size(a.scale_ptr) + (a.N * _size(a.bias_ptr) if a.HAS_BIAS else 0)
+    inputs = z + (a.M * a.N * _size(a.undropped_ptr) if a.HAS_UNDROPPED else 0)
+    h_columns = min(a.R, a.BLOCK_R) + (0 if a.ONE_BLOCK else a.R)
+    return Traffic(
+        inputs + h * h_columns * columns + (b + vectors) * rows,
+        inputs + h * a.R + b + vectors,
+        a.M * a.N * _size(a.y_ptr),
+        2 * a.M * a.N * triton.cdiv(a.R, a.BLOCK_R) * a.BLOCK_R,
+        _rate(a),
+    )
+
+
+def _rescale_bwd(a) -> Traffic:
+    columns, chunks = a.grid
+    dy = a.M * a.N * _size(a.dy_ptr)
+    loaded = unique = dy + (a.M * a.N * _size(a.saved_ptr) if a.NEEDS_CORRELATION else 0)
+    stored = dy if a.NEEDS_BASE else 0
+    flops = 0
+    if a.NEEDS_BASE:
+        loaded, unique = loaded + chunks * a.N * _size(a.scale_ptr), unique + a.N * _size(a.scale_ptr)
+    if a.NEEDS_PRODUCT:
+        h = a.M * a.R * _size(a.h_ptr)
+        loaded, unique, flops = loaded + columns * h, unique + h, 2 * a.M * a.N * a.BLOCK_R
+        stored += chunks * a.N * a.R * _size(a.product_ptr)
+    if a.NEEDS_CORRELATION:
+        stored += chunks * a.N * _size(a.correlation_ptr)
+    if a.NEEDS_BIAS:
+        stored += chunks * a.N * _size(a.bias_ptr)
+    return Traffic(loaded, unique, stored, flops, _rate(a))
+
+
+def _rescale_bwd_finish(a) -> Traffic:
+    loaded, stored = a.N * _size(a.scale_ptr), 0
+    if a.NEEDS_MAGNITUDE:
+        loaded += (a.chunks * _size(a.correlation_ptr) + _size(a.norm_ptr)) * a.N
+        stored += a.N * _size(a.dm_ptr)
+    if a.NEEDS_BIAS:
+        loaded += a.chunks * a.N * _size(a.bias_ptr)
+        stored += a.N * _size(a.dbias_ptr)
+    if a.NEEDS_B or (a.NEEDS_MAGNITUDE and a.FROM_BASE):
+        loaded += a.product_chunks * a.N * a.R * _size(a.product_ptr)
+        if a.NEEDS_MAGNITUDE and a.FROM_BASE:
+            loaded += a.N * a.R * _size(a.b_ptr)
+        if a.NEEDS_B:
+            stored += a.N * a.R * _size(a.db_lora_ptr)
+    return Traffic(loaded, loaded, stored)
+
+
+def _size(pointer) -> int:
+    return pointer.dtype.itemsize
+
+
+def _rate(a) -> str:
+    """Which of a GPU's rates the launch's products run at."""
+    return "tf32x3" if a.INPUT_PRECISION == "tf32x3" else "fp64" if str(a.DOT) == "fp64" else "bf16"
+
+
+ACCOUNTS: dict[str, Callable[[SimpleNamespace], Traffic]] = {
+    "_scaled_cast_kernel": _scaled_cast,
+    "_weight_norm_kernel": _weight_norm,
+    "_weight_norm_finish_kernel": _weight_norm_finish,
+    "_merge_fused_kernel": _merge_fused,
+    "_merge_scale_kernel": _merge_scale,
+    "_rescale_fwd_kernel": _rescale_fwd,
+    "_rescale_bwd_kernel": _rescale_bwd,
+    "_rescale_bwd_finish_kernel": _rescale_bwd_finish,
+}

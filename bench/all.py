@@ -1,0 +1,24 @@
+"""Runs `kernels`, `layer` and `model` of one preset in a row, within a number of minutes, into one results file.
+
+    python -m bench all --preset h200 --minutes 9
+
+What the time does not reach is left to the same command, run again.
+"""
+
+import argparse
+
+from . import kernels, layer, model
+from .session import Session
+from .session import add_arguments as add_session_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_session_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    session = Session(args)
+    for command in (kernels, layer, model):
+        print(f"\n== {command.COMMAND}", flush=True)
+        command.run(session)
+    return session.finish()

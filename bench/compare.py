@@ -1,0 +1,58 @@
+"""The table of one case: every contestant's times and memory, and their ratio to the frozen base and to PEFT's LoRA."""
+
+from .tables import mebibytes, milliseconds, ratio, table
+
+HEADER = ("contestant", "forward ms", "backward ms", "total ms", "± %", "min ms", "peak MiB", "× base", "× LoRA")
+
+
+def seconds(row: dict | None, part: str = "total") -> float | None:
+    """The median time of one part, or None where there is none."""
+    return row["seconds"][part]["median"] if row and row.get("seconds", {}).get(part) else None
+
+
+def base_seconds(group: dict[str, dict], part: str = "total") -> float | None:
+    """The frozen base's time."""
+    return min(
+        (t for name, row in group.items() if name.startswith("frozen base") and (t := seconds(row, part))), default=None
+    )
+
+
+def lora_seconds(group: dict[str, dict], part: str = "total") -> float | None:
+    """The time of the fastest PEFT LoRA in the group: a ratio to a slower one would flatter."""
+    return min(
+        (t for name, row in group.items() if name.startswith("PEFT LoRA") and (t := seconds(row, part))), default=None
+    )
+
+
+def group_table(group: dict[str, dict], tokens: int = 0) -> str:
+    """`group` holds a result by contestant, as `records` stores them. Below it stands why a contestant failed.
+
+    With `tokens` per call there is a column of tokens a second.
+    """
+    base, lora = base_seconds(group), lora_seconds(group)
+    rows, notes = [], []
+    for name, row in group.items():
+        total = seconds(row)
+        if total is None:
+            cells = ["FAILED", *["-"] * 7]
+            notes.append(f"{name} failed: {row.get('failed')}")
+        else:
+            times = row["seconds"]["total"]
+            cells = [
+                *(milliseconds(seconds(row, part)) for part in ("forward", "backward")),
+                milliseconds(total),
+                f"{50 * (times['high'] - times['low']) / total:.0f}" if "high" in times else "-",
+                milliseconds(times.get("minimum")),
+                mebibytes(row.get("peak_bytes")),
+                ratio(total, base),
+                ratio(total, lora),
+            ]
+        if tokens:
+            cells.append(f"{tokens / total:.0f}" if total else "-")
+        rows.append((name, *cells))
+    return "\n".join([table((*HEADER, "tokens/s") if tokens else HEADER, rows), *notes])
+
+
+def title(case: dict) -> str:
+    """The case on one line."""
+    return ", ".join(f"{name} {value}" for name, value in case.items() if value not in ("", False, None))

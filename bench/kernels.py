@@ -1,0 +1,193 @@
+"""Times each kernel against its floor: its bytes at the copy bandwidth, or its FLOPs at the rate of a GEMM.
+
+Both roofs are measured in the same run, interleaved with the kernels: a device-to-device copy, and a product of random
+matrices (bf16 on a GPU; fp32 on a CPU, where the reference runs in the kernels' place and the bytes are those that the
+kernels would move). Bytes are what must cross the memory bus once; `loads` is what the programs load, the L2 cache's
+work included. The floor of products in fp32 precision is that of three tf32 products, each at half bf16's rate.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from dora_kernels import dispatch
+
+from .compare import seconds, title
+from .contestants import ALPHA_OVER_RANK, DTYPES, make_problem
+from .session import Session
+from .session import add_arguments as add_session_arguments
+from .tables import milliseconds, table
+from .timing import attempt, interleaved, release
+from .traffic import counting
+
+COMMAND = "kernels"
+COPY, GEMM = "device copy", "GEMM"
+ROUNDED = {"rounding": "dithered", "salt": 0}
+SLOWER = {"bf16": 1, "tf32x3": 6, "fp32": 1, "fp64": 1}
+"""How many times longer than the measured GEMM's format a product takes; fp32 and fp64 are only timed on a CPU."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_session_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    session = Session(args)
+    run(session)
+    return session.finish()
+
+
+def run(session: Session) -> None:
+    """Measures every case of the session's preset."""
+    for case, *sizes in session.preset.layers():
+        if session.skips(COMMAND, case):
+            continue
+        print(f"\n{title(case)}", flush=True)
+        dtype = DTYPES[session.preset.dtype]
+        results, failure = attempt(
+            lambda sizes=sizes, dtype=dtype: measure(*sizes, dtype, session.device, session.repetitions)
+        )
+        if failure:
+            print(f"the case itself failed: {failure}", flush=True)
+            continue
+        session.records.add(COMMAND, case, results)
+        print(kernels_table(results), flush=True)
+        release()
+
+
+def operations(ops, problem, norm, scale, base_out, h) -> dict[str, Callable]:
+    """Each operation as the layer calls it, by name."""
+    p, s, dtype = problem, ALPHA_OVER_RANK, problem.x.dtype
+    factors = (p.weight, p.lora_A, p.lora_B)
+    after = {"magnitude_dtype": torch.float32, "B_dtype": torch.float32, "bias_dtype": None}
+
+    def rescale_bwd(needs_base):
+        return ops.rescale_bwd(
+            p.grad_y,
+            base_out,
+            h,
+            p.lora_B,
+            norm,
+            scale,
+            s,
+            saved_is="output",
+            needs_base=needs_base,
+            **after,
+            **ROUNDED,
+        )
+
+    given = {"weight_norm": norm, "mag_norm_scale": scale}
+    return {
+        "weight_norm": lambda: ops.weight_norm(*factors, p.magnitude, s, **ROUNDED),
+        "merge": lambda: ops.merge(*factors, p.magnitude, s, dtype=dtype, **ROUNDED),
+        "merge, g given": lambda: ops.merge(*factors, None, s, dtype=dtype, **given, **ROUNDED),
+        "rescale_fwd": lambda: ops.rescale_fwd(base_out, h, p.lora_B, scale, None, s, in_place=False, **ROUNDED),
+        "rescale_bwd, token space": lambda: rescale_bwd(True),
+        "rescale_bwd, weight space": lambda: rescale_bwd(False),
+        "scaled_cast of B": lambda: ops.scaled_cast(p.lora_B, dtype, scale=scale, scaling=s, **ROUNDED),
+    }
+
+
+def measure(shape, tokens: int, rank: int, dtype: torch.dtype, device: torch.device, repetitions: int) -> dict:
+    """By operation: its time, bytes and FLOPs; and the two roofs."""
+    impl = dispatch.choose_impl(device)[0]
+    ops = dispatch.implementation(impl)
+    with torch.no_grad():
+        problem = make_problem(shape, tokens, rank, dtype, device)
+        factors = (problem.weight, problem.lora_A, problem.lora_B, problem.magnitude)
+        norm, scale = ops.weight_norm(*factors, ALPHA_OVER_RANK)
+        base_out, h = problem.x @ problem.weight.T, problem.x @ problem.lora_A.to(dtype).T
+        calls = operations(ops, problem, norm, scale, base_out, h)
+        counted = count(problem, base_out, h, scale)
+        roofs, sizes = roof_calls(device)
+        phases = {name: _whole(call) for name, call in (roofs | calls).items()}
+        times, failed = interleaved(phases, device, repetitions=repetitions)
+    results = {}
+    for name in phases:
+        done = {part: t._asdict() for part, t in times[name].items()} if name in times else {}
+        results[name] = {"impl": impl, "seconds": done, "failed": failed.get(name), **(sizes | counted)[name]}
+    return results
+
+
+def count(problem, base_out, h, scale) -> dict[str, dict]:
+    """Bytes and FLOPs of each operation's launches, from fake tensors of the same sizes."""
+    device = problem.x.device
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    found = {}
+    with counting(capability) as counter, torch.no_grad():
+
+        def fake(tensor):
+            return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype)
+
+        fakes = [fake(tensor) for tensor in (scale, scale, base_out, h)]
+        calls = operations(dispatch.implementation("triton"), type(problem)(*map(fake, problem)), *fakes)
+        for name, call in calls.items():
+            counter.take()
+            call()
+            made = counter.take()
+            found[name] = {
+                "launches": [o.name for o in made],
+                "memory_bytes": sum(o.memory for o in made),
+                "loaded_bytes": sum(o.loaded for o in made),
+                "flops": {rate: sum(o.flops for o in made if o.rate == rate) for rate in {o.rate for o in made}},
+            }
+    return found
+
+
+def roof_calls(device: torch.device) -> tuple[dict[str, Callable], dict[str, dict]]:
+    """The copy and the GEMM that stand for the roofs, and what they move and multiply."""
+    gpu = device.type == "cuda"
+    elements, side, dtype = (1 << 28, 8192, torch.bfloat16) if gpu else (1 << 22, 512, torch.float32)
+    source, target = torch.ones(elements, dtype=dtype, device=device), torch.empty(elements, dtype=dtype, device=device)
+    # Random: products of zeros draw less power and run at a higher clock.
+    left, right = torch.randn(2, side, side, device=device).to(dtype)
+    calls = {COPY: lambda: target.copy_(source), GEMM: lambda: left @ right}
+    moved, matrices = 2 * source.nbytes, 3 * left.nbytes
+    return calls, {
+        COPY: {"memory_bytes": moved, "loaded_bytes": moved // 2, "flops": {}},
+        GEMM: {"memory_bytes": matrices, "loaded_bytes": matrices, "flops": {"bf16": 2 * side**3}},
+    }
+
+
+def floor(row: dict, group: dict[str, dict]) -> float | None:
+    """Seconds that a call's bytes or FLOPs take at the roofs of its run, whichever is longer."""
+    copy, gemm = group[COPY], group[GEMM]
+    if not (seconds(copy) and seconds(gemm)):
+        return None
+    bandwidth = copy["memory_bytes"] / seconds(copy)
+    rate = gemm["flops"]["bf16"] / seconds(gemm)
+    product = sum(flops * SLOWER[name] for name, flops in row["flops"].items()) / rate
+    return max(row["memory_bytes"] / bandwidth, product)
+
+
+def kernels_table(group: dict[str, dict]) -> str:
+    """One row per operation; the roofs first."""
+    rows = []
+    for name, row in group.items():
+        time = seconds(row)
+        if time is None:
+            rows.append((f"{name}: {row['failed']}", *["-"] * 7))
+            continue
+        lowest = floor(row, group)
+        rows.append(
+            (
+                f"{name} ({row['impl']})" if "launches" in row else name,
+                milliseconds(time),
+                f"{row['memory_bytes'] / 1e6:.1f}",
+                f"{row['loaded_bytes'] / 1e6:.1f}",
+                f"{row['memory_bytes'] / time / 1e9:.0f}",
+                f"{sum(row['flops'].values()) / time / 1e12:.2f}",
+                milliseconds(lowest),
+                f"{time / lowest:.2f}" if lowest else "-",
+            )
+        )
+    return table(("operation", "ms", "MB", "loads MB", "GB/s", "TFLOP/s", "floor ms", "× floor"), rows)
+
+
+def _whole(call: Callable):
+    def phases():
+        call()
+        yield "call"
+
+    return phases

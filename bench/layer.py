@@ -1,0 +1,86 @@
+"""Times one DoRA linear layer, forward and backward, against the frozen base, PEFT's LoRA and PEFT's DoRA.
+
+Every contestant has the same parameters and is held to fp64 first, for the very shape that is timed; one that fails is
+printed as failed. Repetitions are interleaved in one process; times are medians, ± half the distance between the
+quartiles, "× LoRA" compares with PEFT's fastest LoRA. Memory is the peak beyond parameters and inputs, including the
+gradients. `--preset full` runs every shape of three models; an interrupted run continues where it was.
+"""
+
+import argparse
+
+from .compare import group_table, title
+from .contestants import DTYPES, Contestant, Problem, contestants, left_out, make_problem
+from .gate import broken, errors, truth
+from .memory import peak_bytes
+from .session import Session
+from .session import add_arguments as add_session_arguments
+from .timing import attempt, interleaved, release
+
+COMMAND = "layer"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_session_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    session = Session(args)
+    run(session)
+    return session.finish()
+
+
+def run(session: Session) -> None:
+    """Measures every case of the session's preset."""
+    preset, device = session.preset, session.device
+    print("\n".join(left_out()))
+    dtype = DTYPES[preset.dtype]
+    for case, *sizes in preset.layers():
+        if session.skips(COMMAND, case):
+            continue
+        print(f"\n{title(case)}", flush=True)
+        problem, failure = attempt(lambda sizes=sizes: make_problem(*sizes, dtype, device))
+        if failure:
+            print(f"the case itself does not fit: {failure}", flush=True)
+            continue
+        field = contestants(dtype, device, compiled=preset.compiled, reference=preset.reference)
+        results = measure(problem, field, session.repetitions)
+        session.records.add(COMMAND, case, results)
+        print(group_table(results), flush=True)
+        del problem
+        release()
+
+
+def measure(problem: Problem, field: dict[str, Contestant], repetitions: int) -> dict[str, dict]:
+    """By contestant: its error against fp64, and its times and peak memory, or why it failed."""
+    device, dtype = problem.x.device, problem.x.dtype
+    results: dict[str, dict] = {name: {} for name in field}
+    for kind in ("base", "lora", "dora"):
+        exact, lost = attempt(lambda kind=kind: truth(kind, problem))
+        for name, contestant in field.items():
+            if contestant.kind != kind:
+                continue
+            found, failure = (None, lost) if lost else attempt(lambda c=contestant, e=exact: errors(c, problem, e))
+            failure = failure or broken(found, dtype)
+            results[name] = {"errors": found, "failed": failure}
+            print(f"  {name}: {failure or 'correct'}", flush=True)
+        del exact
+        release()
+
+    phases = {}
+    for name, contestant in field.items():
+        if results[name]["failed"]:
+            continue
+        entry, failure = attempt(lambda c=contestant: c.build(problem))
+        if entry is None:
+            results[name]["failed"] = failure
+            continue
+        phases[name] = entry.phases(problem)
+    # The first pass of a compiled contestant compiles it.
+    times, failed = interleaved(phases, device, repetitions=repetitions)
+    for name, run_phases in phases.items():
+        if name in failed:
+            results[name]["failed"] = failed[name]
+            continue
+        results[name]["seconds"] = {part: t._asdict() for part, t in times[name].items()}
+        results[name]["peak_bytes"], _ = attempt(lambda p=run_phases: peak_bytes(lambda: list(p()), device))
+    return results

@@ -1,0 +1,128 @@
+"""The layer shapes of real models, by arithmetic on their published configurations, and the grids that commands run."""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+
+class Model(NamedTuple):
+    """The sizes in a Llama-like model's config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    attention_bias: bool = False
+
+
+MODELS = {
+    "llama-3-8b": Model(4096, 14336, 32, 32, 8, 128256),
+    "llama-3-70b": Model(8192, 28672, 80, 64, 8, 128256),
+    "qwen2.5-7b": Model(3584, 18944, 28, 28, 4, 152064, attention_bias=True),
+    # 1.1 billion parameters, the sizes of TinyLlama: its layers are what a CPU can time.
+    "tinyllama": Model(2048, 5632, 22, 32, 4, 32000),
+    # For the tests, and for a first run anywhere.
+    "tiny": Model(64, 96, 2, 4, 2, 128),
+}
+
+
+class Shape(NamedTuple):
+    """One linear layer: weight [out_features, in_features]."""
+
+    name: str
+    out_features: int
+    in_features: int
+    bias: bool = False
+
+
+def layer_shapes(model: str) -> list[Shape]:
+    """The distinct linear layers of a decoder block."""
+    m = MODELS[model]
+    kv_features = m.hidden_size // m.num_attention_heads * m.num_key_value_heads
+    shapes = [
+        Shape("q_proj", m.hidden_size, m.hidden_size, m.attention_bias),
+        Shape("k,v_proj", kv_features, m.hidden_size, m.attention_bias),
+        Shape("gate,up_proj", m.intermediate_size, m.hidden_size),
+        Shape("down_proj", m.hidden_size, m.intermediate_size),
+    ]
+    if m.attention_bias:
+        return [*shapes, Shape("o_proj", m.hidden_size, m.hidden_size)]
+    return [shapes[0]._replace(name="q,o_proj"), *shapes[1:]]
+
+
+class Run(NamedTuple):
+    """One training step of a whole model."""
+
+    model: str
+    layers: int  # of the model's own number; 0: all
+    batch: int
+    sequence: int
+    rank: int
+    checkpointing: bool = False
+    quantize: str = ""  # "" or "nf4"
+
+
+class Preset(NamedTuple):
+    """What `--preset` runs: the grid of `kernels` and `layer`, and the runs of `model`."""
+
+    models: tuple[str, ...]
+    tokens: tuple[int, ...]
+    ranks: tuple[int, ...]
+    runs: tuple[Run, ...]
+    dtype: str = "bf16"
+    shapes: tuple[str, ...] = ()  # names of `layer_shapes`; empty: all
+    compiled: bool = False
+    reference: bool = False  # on a GPU, also our reference implementation
+    repetitions: int = 20
+
+    def layers(self) -> Iterator[tuple[dict, Shape, int, int]]:
+        """What `kernels` and `layer` measure: the case as results name it, the shape, tokens and rank."""
+        for model in self.models:
+            shapes = [shape for shape in layer_shapes(model) if not self.shapes or shape.name in self.shapes]
+            for shape, tokens, rank in itertools.product(shapes, self.tokens, self.ranks):
+                case = {
+                    "model": model, "layer": shape.name, "out": shape.out_features, "in": shape.in_features,
+                    "bias": shape.bias, "tokens": tokens, "rank": rank, "dtype": self.dtype, "compiled": self.compiled,
+                }  # fmt: skip
+                yield case, shape, tokens, rank
+
+
+PRESETS = {
+    "h200": Preset(
+        ("llama-3-8b",),
+        (512, 8192),
+        (16, 384),
+        (
+            Run("llama-3-8b", 0, 1, 512, 16),
+            Run("llama-3-8b", 0, 2, 4096, 16),
+            Run("llama-3-8b", 0, 2, 4096, 384, checkpointing=True),
+            Run("llama-3-8b", 0, 1, 4096, 384, checkpointing=True),
+        ),
+    ),
+    "compile": Preset(("llama-3-8b",), (512, 8192), (16, 384), (Run("llama-3-8b", 8, 2, 4096, 16),), compiled=True),
+    "full": Preset(
+        ("llama-3-8b", "llama-3-70b", "qwen2.5-7b"),
+        (1, 512, 2048, 4096, 8192, 16384),
+        (8, 16, 64, 128, 384),
+        tuple(
+            Run(model, layers, 2, sequence, rank, checkpointing, quantize)
+            for model, layers in (("llama-3-8b", 0), ("llama-3-70b", 8), ("qwen2.5-7b", 0))
+            for sequence in (512, 2048, 4096)
+            for rank in (16, 384)
+            for checkpointing in (False, True)
+            for quantize in ("", "nf4")
+        ),
+        reference=True,
+    ),
+    "cpu": Preset(
+        ("tinyllama",),
+        (512,),
+        (16,),
+        (Run("tinyllama", 2, 1, 256, 16), Run("tinyllama", 2, 1, 256, 16, checkpointing=True)),
+        dtype="fp32",
+        shapes=("q,o_proj", "gate,up_proj", "down_proj"),
+    ),
+    "tiny": Preset(("tiny",), (8,), (4,), (Run("tiny", 0, 2, 8, 4),), dtype="fp32", repetitions=2),
+}

@@ -1,0 +1,108 @@
+"""Time of competing calls, interleaved, and what happens to one that fails."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
+Phases = Callable[[], Iterator[str]]
+"""A call in parts: it yields the name of each part when that part is over."""
+
+
+class Times(NamedTuple):
+    """Seconds of one part: the median over repetitions, the quartiles around it, and the smallest."""
+
+    median: float
+    low: float
+    high: float
+    minimum: float
+    repetitions: int
+
+
+def interleaved(
+    contestants: dict[str, Phases], device: torch.device, *, repetitions: int, warmup: int = 3
+) -> tuple[dict[str, dict[str, Times]], dict[str, str]]:
+    """Times by contestant and part, and the reasons of those that raised, which are not timed.
+
+    Each repetition runs every contestant once, so that a machine that slows down or heats up does so for all. Before
+    each of them the GPU is idle and its L2 cache holds nothing of theirs.
+    """
+    seconds: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+    failed: dict[str, str] = {}
+    clock = _cuda_clock(device) if device.type == "cuda" else _cpu_clock
+    for repetition in range(-warmup, repetitions):
+        for name, phases in contestants.items():
+            if name in failed:
+                continue
+            passed, failure = attempt(lambda phases=phases: clock(phases))
+            if failure:
+                failed[name] = failure
+            elif repetition >= 0:
+                seconds[name].append(passed)
+    return {name: summary(runs) for name, runs in seconds.items() if name not in failed}, failed
+
+
+def attempt(call: Callable):
+    """What `call` returns and None, or None and why it failed: memory that ran out, or the error's first line.
+
+    A benchmark outlives its contestants: one that cannot run is a row that says so.
+    """
+    try:
+        return call(), None
+    except Exception as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        failure = "out of memory" if out_of_memory else f"{type(error).__name__}: {first_line[:150]}"
+    # Here the error is gone, and with it the frames that held its tensors.
+    release()
+    return None, failure
+
+
+def release() -> None:
+    """Hands back the memory of what is no longer used."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def summary(runs: list[dict[str, float]]) -> dict[str, Times]:
+    """By part, and their sum as "total"."""
+    parts = {name: [run[name] for run in runs] for name in runs[0]}
+    parts["total"] = [sum(run.values()) for run in runs]
+    return {name: _times(values) for name, values in parts.items()}
+
+
+def _times(values: list[float]) -> Times:
+    median = statistics.median(values)
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (median,) * 3
+    return Times(median, low, high, min(values), len(values))
+
+
+def _cpu_clock(phases: Phases) -> dict[str, float]:
+    passed, start = {}, time.perf_counter()
+    for name in phases():
+        now = time.perf_counter()
+        passed[name], start = now - start, now
+    return passed
+
+
+def _cuda_clock(device: torch.device):
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def clock(phases: Phases) -> dict[str, float]:
+        torch.cuda.synchronize(device)
+        flush.zero_()
+        marks, names = [torch.cuda.Event(enable_timing=True)], []
+        marks[0].record()
+        for name in phases():
+            names.append(name)
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[-1].record()
+        torch.cuda.synchronize(device)
+        return {name: marks[i].elapsed_time(marks[i + 1]) / 1e3 for i, name in enumerate(names)}
+
+    return clock

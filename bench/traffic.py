@@ -1,0 +1,151 @@
+"""Bytes, FLOPs and memory of a call, counted launch by launch without running it.
+
+Inside `counting(...)` tensors are fake: nothing is computed or allocated. PyTorch's operations are counted by a
+dispatch mode, Triton's launches by `accounting`. The fake tensors are the CPU's, which torch without CUDA can
+differentiate; `dispatch` and the launchers see the GPU that is asked for.
+"""
+
+import importlib
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from dora_kernels import autograd, dispatch
+from dora_kernels.kernels import launch as launch_data
+
+from . import accounting
+
+# Allocations and questions; views are recognised by their schema.
+NO_LAUNCH = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "device",
+    "detach",
+    "_unsafe_view",
+}
+NO_LAUNCH |= {"set_", "is_same_size", "lift_fresh", "resize_"}
+RATES = {torch.float32: "fp32", torch.float64: "fp64"}
+
+
+class Operation(NamedTuple):
+    """One launch: bytes that must cross the memory bus, bytes its programs load, FLOPs and their rate."""
+
+    name: str
+    memory: int
+    loaded: int
+    flops: int
+    rate: str
+
+
+class Counter(TorchDispatchMode):
+    """Notes each operation, and the most bytes that were alive at once of those allocated inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.peak_bytes = self._held = 0
+        self._known = weakref.WeakSet()
+
+    def take(self) -> list[Operation]:
+        """What was launched since it was last asked."""
+        taken, self.operations = self.operations, []
+        return taken
+
+    def restart(self) -> int:
+        """Begins a new peak at what is held now, which it returns."""
+        self.peak_bytes = self._held
+        return self._held
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        held_before = {id(tensor.untyped_storage()) for tensor in inputs}
+        for tensor in outputs:
+            if id(tensor.untyped_storage()) not in held_before:
+                self._hold(tensor.untyped_storage())
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in NO_LAUNCH:
+            read, written = sum(map(_bytes, inputs)), sum(map(_bytes, outputs))
+            self.operations.append(Operation(name, read + written, read, *_flops(func, args, kwargs, out, inputs)))
+        return out
+
+    def launched(self, kernel, *args, grid, warmup=False, **options) -> None:
+        """Stands where Triton launches."""
+        traffic = accounting.of_launch(kernel, grid, args)
+        name = kernel.fn.__name__.strip("_")
+        self.operations.append(Operation(name, traffic.memory, traffic.loaded, traffic.flops, traffic.rate))
+
+    def _hold(self, storage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self._held += size
+        self.peak_bytes = max(self.peak_bytes, self._held)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self._held -= size
+
+
+@contextmanager
+def counting(capability: tuple[int, int] = (9, 0)) -> Iterator[Counter]:
+    """Yields the counter of everything that runs inside, as it would run on a GPU of `capability`."""
+    counter = Counter()
+
+    def launched(kernel, *args, **options):
+        counter.launched(kernel, *args, **options)
+
+    def mm_fp32(a, b):
+        # As on a GPU. On CPU tensors the engine's own is a loop.
+        return torch.mm(a, b, out_dtype=torch.float32)
+
+    with ExitStack() as stack:
+        for kind in (JITFunction, InterpretedFunction):
+            stack.enter_context(mock.patch.object(kind, "run", launched))
+        stack.enter_context(mock.patch.object(dispatch, "_why_no_triton", lambda device: None))
+        stack.enter_context(mock.patch.object(launch_data, "DEFAULT_GPU", launch_data.GPUS[capability]))
+        stack.enter_context(mock.patch.object(autograd, "mm_fp32", mm_fp32))
+        # By name: the package has a function of the module's name.
+        backward = importlib.import_module("dora_kernels.kernels.rescale_bwd")
+        stack.enter_context(mock.patch.object(backward, "mm_fp32", mm_fp32))
+        # Fake tensors go below the counter, which then sees what is issued and not what a fake tensor does inside.
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(counter)
+        yield counter
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """A dimension of stride 0 repeats one element."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        elements *= size if stride or size == 0 else 1
+    return elements * tensor.element_size()
+
+
+def _flops(func, args, kwargs, out, inputs) -> tuple[int, str]:
+    """FLOPs of a matrix product as PyTorch counts them, and the rate of the format it multiplies in."""
+    # PyTorch's registry knows addmm and not addmm_.
+    packet = getattr(torch.ops.aten, func.overloadpacket.__name__.rstrip("_"), None)
+    count = flop_registry.get(packet)
+    if count is None:
+        return 0, "bf16"
+    rate = RATES.get(inputs[0].dtype, "bf16")
+    return count(*args, **{k: v for k, v in (kwargs or {}).items() if k != "out_dtype"}, out_val=out), rate

@@ -1,0 +1,259 @@
+"""Every command of the suite runs on a CPU, end to end and in small, and its rows say what they should."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from bench import contestants, gate, layer, predict, records, report, step, timing
+from bench.__main__ import COMMANDS, main
+from bench.memory import peak_bytes
+from bench.session import Session
+from bench.shapes import PRESETS, layer_shapes
+
+DEVICE = torch.device("cpu")
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The results of the whole suite's smallest preset: kernels, layer and model."""
+    path = tmp_path_factory.mktemp("bench") / "tiny.jsonl"
+    assert main(["all", "--preset", "tiny", "--device", "cpu", "--threads", "1", "--output", str(path)]) == 0
+    return path
+
+
+def test_peak_memory_on_a_cpu():
+    def call():
+        a = torch.empty(1 << 20)  # 4 MiB
+        b = a + 1
+        del a
+        c = b + 1  # b and c at once
+        del b
+        return c.sum()
+
+    # 64 bytes of rounding per allocation, and the sum.
+    assert 8 << 20 <= peak_bytes(call, DEVICE) <= (8 << 20) + 1024
+
+
+def test_every_contestant_is_timed_and_correct(tiny):
+    rows = rows_of(tiny)
+    assert {row["command"] for row in rows} == {"kernels", "layer", "model"}
+    assert not [row for row in rows if row["failed"]]
+    shapes = len(layer_shapes("tiny"))
+    names = set(contestants.contestants(torch.float32, DEVICE))
+    for name in names:
+        mine = [row for row in rows if row["command"] == "layer" and row["contestant"] == name]
+        assert len(mine) == shapes
+        for row in mine:
+            parts = row["seconds"]
+            assert set(parts) == {"forward", "backward", "total"}
+            assert all(0 < part["minimum"] <= part["median"] for part in parts.values())
+            assert row["peak_bytes"] > 0
+            assert max(row["errors"].values()) < 1e-5
+
+
+def test_rows_are_stamped(tiny):
+    stamp = rows_of(tiny)[0]["stamp"]
+    assert stamp["kind"] == "CPU" and stamp["threads"] == 1
+    assert stamp["torch"] == torch.__version__ and stamp["peft"] and stamp["triton"] and stamp["date"]
+    assert stamp["load"] >= 0
+
+
+def test_a_resumed_run_measures_nothing_twice_unless_asked(tiny, capsys):
+    command = ["layer", "--preset", "tiny", "--device", "cpu", "--threads", "1", "--output", str(tiny)]
+    before = tiny.read_text()
+    assert main(command) == 0
+    assert tiny.read_text() == before
+    assert "frozen base" not in capsys.readouterr().out
+    # Another machine, or another commit, is another measurement.
+    other = records.Records(tiny, rows_of(tiny)[0]["stamp"] | {"commit": "other"})
+    assert not other.has("layer", next(row["case"] for row in rows_of(tiny) if row["command"] == "layer"))
+
+
+def test_no_case_is_started_after_the_deadline(tmp_path, capsys):
+    path = tmp_path / "late.jsonl"
+    command = ["layer", "--preset", "tiny", "--device", "cpu", "--output", str(path), "--minutes", "1e-9"]
+    assert main(command) == 0
+    assert not path.exists()
+    assert f"{len(layer_shapes('tiny'))} cases left" in capsys.readouterr().out
+
+
+def test_report_shows_every_row_and_draws(tiny, tmp_path, capsys):
+    assert main(["step", "--steps", "2", "--batch", "2", "--output", str(tmp_path / "s.jsonl"), "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert main(["report", str(tiny), str(tmp_path / "s.jsonl"), "--full", "--plots", str(tmp_path / "plots")]) == 0
+    text = capsys.readouterr().out
+    for row in rows_of(tiny):
+        assert row["contestant"] in text
+    assert "max % from PEFT DoRA" in text and "CPU" in text
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"cpu-0-roofline.png", "cpu-0-losses.png"}
+
+
+def test_ours_learns_as_peft_does(tmp_path):
+    """The same adapter, data and seed: the curves are PEFT's to fp32 noise, and not those of LoRA."""
+    args = argparse.Namespace(steps=4, rank=4, batch=4, device="cpu")
+    peft, ours, lora = (step.losses(name, args, seed=3)["losses"] for name in ("PEFT DoRA", "ours", "PEFT LoRA"))
+    # fp32 noise of 4 steps; LoRA is off by a thousand times more.
+    assert ours == pytest.approx(peft, rel=1e-5)
+    assert lora != pytest.approx(peft, rel=1e-3)
+
+
+def test_four_bit_weights(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    path = tmp_path / "nf4.jsonl"
+    command = ["model", "--model", "tiny", "--rank", "4", "--sequence", "8", "--quantize", "nf4", "--checkpointing"]
+    assert main([*command, "--device", "cpu", "--repetitions", "1", "--output", str(path)]) == 0
+    rows = {row["contestant"]: row for row in rows_of(path)}
+    for name in ("frozen base", "PEFT LoRA fp32", "PEFT DoRA fp32"):
+        assert rows[name]["failed"] is None and rows[name]["seconds"]["total"]["median"] > 0
+
+
+def test_a_contestant_that_is_wrong_or_breaks_is_not_timed(monkeypatch):
+    """A gate that cannot close is no gate: a scaled output, a missing gradient and a raised error each keep out."""
+    problem = contestants.make_problem(layer_shapes("tiny")[0], 8, 4, torch.float32, DEVICE)
+    right = contestants.contestants(torch.float32, DEVICE)["ours fp32, token, reference"]
+
+    def scaled(problem):
+        entry = right.build(problem)
+        entry.module.lora_alpha *= 1.1
+        return entry
+
+    def incomplete(problem):
+        entry = right.build(problem)
+        return entry._replace(trained={name: p for name, p in entry.trained.items() if name != "dm"})
+
+    def full(problem):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB")
+
+    field = {"right": right}
+    field |= {build.__name__: right._replace(build=build) for build in (scaled, incomplete, full)}
+    results = layer.measure(problem, field, repetitions=1)
+    assert results["right"]["failed"] is None and results["right"]["seconds"]
+    assert "wrong: y" in results["scaled"]["failed"]
+    assert results["incomplete"]["failed"].startswith("wrong: dm inf")
+    assert results["full"]["failed"] == "out of memory"
+    assert not any("seconds" in results[name] for name in ("scaled", "incomplete", "full"))
+
+
+def test_sixteen_bits_pass_the_gate_with_room():
+    """The bar is for wrong contestants: the right ones, PEFT's too, stay well below."""
+    problem = contestants.make_problem(layer_shapes("tiny")[2], 40, 4, torch.bfloat16, DEVICE)
+    field = contestants.contestants(torch.bfloat16, DEVICE)
+    exact = {kind: gate.truth(kind, problem) for kind in ("base", "lora", "dora")}
+    bar = gate.BAR[torch.bfloat16] * gate.UNIT_ROUNDOFF[torch.bfloat16]
+    for name, contestant in field.items():
+        assert max(gate.errors(contestant, problem, exact[contestant.kind]).values()) < bar / 2, name
+
+
+def test_a_failure_while_timing_is_a_row_too(monkeypatch):
+    problem = contestants.make_problem(layer_shapes("tiny")[0], 8, 4, torch.float32, DEVICE)
+    field = contestants.contestants(torch.float32, DEVICE)
+    phases, calls = contestants.Entry.phases, []
+
+    def breaks(self, problem):
+        run = phases(self, problem)
+        if "dm" not in self.trained:
+            return run
+
+        def broken():
+            calls.append(1)
+            if len(calls) > 9:
+                raise torch.OutOfMemoryError("later")
+            yield from run()
+
+        return broken
+
+    monkeypatch.setattr(contestants.Entry, "phases", breaks)
+    results = layer.measure(problem, field, repetitions=3)
+    assert results["PEFT DoRA fp32"]["failed"] == "out of memory"
+    assert results["PEFT LoRA fp32"]["seconds"]["total"]["repetitions"] == 3
+    # Each of those that broke did so once, and was left out from then on.
+    assert len(calls) == 9 + sum(row["failed"] is not None for row in results.values())
+
+
+def test_the_gpu_clock_reads_events_in_order(monkeypatch):
+    """With a stand-in for CUDA's events: an event's time is the number of events recorded before it, in ms."""
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            recorded.append(self)
+
+        def elapsed_time(self, end):
+            return float(recorded.index(end) ** 2 - recorded.index(self) ** 2)
+
+    def phases():
+        yield "forward"
+        yield "backward"
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(timing, "FLUSH_BYTES", 8)
+    assert timing._cuda_clock(DEVICE)(phases) == {"forward": 1e-3, "backward": 3e-3}
+
+
+def test_predictions_are_labelled_and_compared(tiny, capsys):
+    arguments = ["predict", "--gpu", "h200", "--model", "tiny", "--tokens", "8", "--ranks", "4"]
+    assert main([*arguments, "--verbose"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("PREDICTION") == 1 + len(layer_shapes("tiny")) and "4.30 TB/s" in text
+    assert main([*arguments, "--measured", str(tiny)]) == 0
+    assert "measured / predicted" in capsys.readouterr().out
+
+
+def test_the_summary_shows_ratios_where_ours_loses():
+    stamp = {"kind": "CPU", "device": "d", "threads": 1}
+    times = {
+        "frozen base": 1.0,
+        "PEFT LoRA slow": 5.0,
+        "PEFT LoRA": 2.0,
+        "PEFT DoRA": 3.0,
+        "ours, a": 6.0,
+        "ours, b": 9.0,
+    }
+    group = {
+        name: {"command": "layer", "case": {"tokens": 8}, "stamp": stamp, "seconds": {"total": {"median": t}}}
+        for name, t in times.items()
+    }
+    last = [cell.strip() for cell in report.summary([group]).splitlines()[-1].strip("|").split("|")]
+    # × base, × the fastest LoRA, × PEFT's best and worst DoRA, LoRA × base
+    assert last == ["tokens 8", "ours, a", "6000.00", "6.00", "3.00", "2.00", "2.00", "2.00"]
+
+
+def test_help_of_every_command(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+    assert "tokens" in capsys.readouterr().out
+
+
+def test_the_h200_preset_is_the_issues():
+    preset = PRESETS["h200"]
+    assert [shape[1:3] for shape in layer_shapes("llama-3-8b")] == [
+        (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336),
+    ]  # fmt: skip
+    assert (preset.tokens, preset.ranks, preset.compiled) == ((512, 8192), (16, 384), False)
+
+
+def test_cuda_is_asked_for_by_name():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises((AssertionError, RuntimeError)):
+        Session(argparse.Namespace(device="cuda", preset="tiny", threads=None, repetitions=None, commit=None))
+
+
+def test_predicted_seconds_are_the_longest_of_three():
+    roofs = predict.ROOFS["h200"]
+    operation = predict.Operation("mm", memory=0, loaded=0, flops=0, rate="bf16")
+    assert predict.seconds(operation, roofs) == roofs.launch
+    assert predict.seconds(operation._replace(memory=4_300_000_000), roofs) == pytest.approx(1e-3)
+    assert predict.seconds(operation._replace(flops=790 * 10**9), roofs) == pytest.approx(1e-3)
