@@ -47,14 +47,40 @@ def _adapted(a, *, programs_k: int, blocks_k: int) -> Traffic:
     """V = W + s B A once: W; A by each program of rows; B's first block by each program, and B again in each block of
     K where one block does not hold the rank."""
     left = min(a.R, a.BLOCK_R) * programs_k + (0 if a.ONE_BLOCK else a.R * blocks_k)
-    weight, rows = a.N * a.K * _size(a.w_ptr), triton.cdiv(a.N, a.BLOCK_N)
+    (weight_loaded, weight), rows = _weight(a), triton.cdiv(a.N, a.BLOCK_N)
     return Traffic(
-        weight + rows * a.R * a.K * _size(a.a_ptr) + a.N * left * _size(a.b_ptr),
+        weight_loaded + rows * a.R * a.K * _size(a.a_ptr) + a.N * left * _size(a.b_ptr),
         weight + a.R * a.K * _size(a.a_ptr) + a.N * a.R * _size(a.b_ptr),
         0,
         2 * a.N * a.K * triton.cdiv(a.R, a.BLOCK_R) * a.BLOCK_R,
         _rate(a),
     )
+
+
+def _weight(a) -> tuple[int, int]:
+    """Bytes loaded, and unique ones, of W once: a matrix, or NF4 with its tables and statistics."""
+    elements = a.N * a.K
+    if a.NF4_BLOCK == 0:
+        return elements * _size(a.w_ptr), elements * _size(a.w_ptr)
+    tiles = triton.cdiv(a.N, a.BLOCK_N) * triton.cdiv(a.K, a.BLOCK_K)
+    if a.WHOLE_BLOCKS:
+        group = min(a.NF4_BLOCK, a.BLOCK_K)
+        codes, scales, lookups, tables = elements // 2, a.N * (a.K // group), a.BLOCK_N * (a.BLOCK_K // group), 2
+    else:
+        codes, scales, lookups, tables = elements, elements, a.BLOCK_N * a.BLOCK_K, 1
+    blocks = triton.cdiv(elements, a.NF4_BLOCK)
+    loaded = codes + scales * _size(a.absmax_ptr) + tiles * tables * 16 * _size(a.code_ptr)
+    unique = triton.cdiv(elements, 2) + blocks * _size(a.absmax_ptr) + 16 * _size(a.code_ptr)
+    if a.NESTED_BLOCK:
+        nested, code, offset = (_size(p) for p in (a.nested_absmax_ptr, a.nested_code_ptr, a.offset_ptr))
+        loaded += scales * nested + tiles * (lookups * code + offset)
+        unique += triton.cdiv(blocks, a.NESTED_BLOCK) * nested + 256 * code + offset
+    return loaded, unique
+
+
+def _nf4_decode(a) -> Traffic:
+    loaded, unique = _weight(a)
+    return Traffic(loaded, unique, a.N * a.K * _size(a.decoded_ptr))
 
 
 def _cast(a) -> tuple[int, int]:
@@ -172,6 +198,7 @@ ACCOUNTS: dict[str, Callable[[SimpleNamespace], Traffic]] = {
     "_weight_norm_finish_kernel": _weight_norm_finish,
     "_merge_fused_kernel": _merge_fused,
     "_merge_scale_kernel": _merge_scale,
+    "_nf4_decode_kernel": _nf4_decode,
     "_rescale_fwd_kernel": _rescale_fwd,
     "_rescale_bwd_kernel": _rescale_bwd,
     "_rescale_bwd_finish_kernel": _rescale_bwd_finish,

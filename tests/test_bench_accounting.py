@@ -8,12 +8,14 @@ import torch
 import dora_kernels as dk
 from bench import accounting
 from tests.loads_and_stores import count_bytes
+from tests.nf4 import linear_4bit
 from tests.oracle import make_problem, solve
 from tests.test_bench_offline import ROOT
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 # Sizes that no block divides, and ranks on both sides of every block: one, several, and those that are not fused.
 SHAPES = {"odd": (77, 101, 83, 5), "two rank blocks": (33, 70, 130, 40), "whole blocks": (64, 128, 128, 16)}
+NF4_SHAPES = {"whole blocks": (9, 70, 192, 5), "straddling": (9, 70, 83, 5), "several rank blocks": (9, 70, 128, 40)}
 DTYPES = {"bf16/fp32": (BF16, FP32), "bf16/bf16": (BF16, BF16), "fp32/fp32": (FP32, FP32), "fp64/fp64": (FP64, FP64)}
 
 
@@ -56,6 +58,19 @@ def test_one_gradient_alone(trained):
         y = dk.dora_linear(weight=problem.weight, scaling=2.0, space="token", impl="triton", **leaves)
         y.backward(problem.grad_y)
     held_to_the_interpreter(launches)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("shape", NF4_SHAPES.values(), ids=NF4_SHAPES)
+@pytest.mark.parametrize(
+    "options", [{"space": "weight"}, {"training": True, "lora_dropout": 0.3}], ids=["weight", "token"]
+)
+def test_a_4_bit_layer(shape, nested, options):
+    problem = make_problem(*shape, dtype=BF16, adapter_dtype=FP32)
+    problem.weight = linear_4bit(problem.weight, nested=nested).weight
+    with count_bytes() as launches:
+        solve(problem, impl="triton", **options)
+    assert len(held_to_the_interpreter(launches)) >= 3
 
 
 @pytest.mark.parametrize("rank", [5, 40], ids="r{}".format)
