@@ -109,7 +109,7 @@ def test_four_bit_weights(tmp_path):
     command = ["model", "--model", "tiny", "--rank", "4", "--sequence", "8", "--quantize", "nf4", "--checkpointing"]
     assert main([*command, "--device", "cpu", "--repetitions", "1", "--output", str(path)]) == 0
     rows = {row["contestant"]: row for row in rows_of(path)}
-    for name in ("frozen base", "PEFT LoRA fp32", "PEFT DoRA fp32"):
+    for name in ("frozen base", "PEFT LoRA fp32", "PEFT DoRA fp32", "PEFT DoRA fp32, patched", "ours fp32, auto"):
         assert rows[name]["failed"] is None and rows[name]["seconds"]["total"]["median"] > 0
 
 

@@ -166,6 +166,14 @@ def test_a_fresh_adapter_changes_nothing():
             assert torch.equal(layer(x), expected)
 
 
+def test_a_compute_dtype_of_the_layers_own():
+    """As bitsandbytes' layer: computed in its dtype, answered in x's."""
+    linear = linear_4bit(torch.randn(48, 128, dtype=torch.bfloat16) * 0.1, compute_dtype=torch.bfloat16)
+    layer = dk.DoraLinear.from_linear(linear, r=4, lora_alpha=8)
+    x = torch.randn(5, 128)
+    assert layer(x).dtype == torch.float32 and torch.equal(layer(x), linear(x))
+
+
 def test_explain_says_how_the_weight_is_read():
     def reason(**options):
         linear = linear_4bit(torch.randn(48, 64), **options.pop("linear", {}))
