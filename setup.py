@@ -10,7 +10,8 @@ train = [
     "tqdm>=4.66",
     "trl>=1.16",
 ]
-bench = [*peft, "matplotlib>=3.10"]
+bench = [*peft, "matplotlib>=3.10", "tqdm>=4.66"]
+quantized = ["bitsandbytes>=0.50"]
 
 setup(
     name="dora-kernels",
@@ -30,6 +31,7 @@ setup(
         "peft": peft,
         "train": train,
         "bench": bench,
-        "dev": [*train, *bench, "hypothesis>=6.100", "pytest>=9.0", "pytest-xdist>=3.6", "ruff>=0.17"],
+        "quantized": quantized,
+        "dev": [*train, *bench, *quantized, "hypothesis>=6.100", "pytest>=9.0", "pytest-xdist>=3.6", "ruff>=0.17"],
     },
 )
