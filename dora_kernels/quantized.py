@@ -91,6 +91,8 @@ def description(weight: Weight) -> str | None:
 def is_quantized(module: nn.Module) -> bool:
     """Whether a linear layer's weight is of a quantised format that `weight_of` knows."""
     weight = getattr(module, "weight", None)
+    if type(weight) is nn.Parameter and weight.is_floating_point():
+        return False
     return needs_its_layer(module) or type(weight).__name__ == "Params4bit" or _is_torchao(weight)
 
 

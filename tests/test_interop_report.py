@@ -108,7 +108,7 @@ def _moved(layer):
 STATES = {
     "trained_base": (_trained_base, "its base weight is trained"),
     "meta": (_meta, "on the meta device or offloaded: load it"),
-    "quantised": (_quantised, "quantised or sharded, not dense"),
+    "quantised": (_quantised, "sharded, or of an unknown format"),
     "sharded": (_sharded, "a sharded weight must be gathered"),
     "hooked_adapter": (_hooked, "has hooks"),
     "wrapped_layer": (_replaced, "its own forward was replaced"),
