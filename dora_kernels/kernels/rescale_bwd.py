@@ -33,7 +33,10 @@ def rescale_bwd_config(tokens: int, out_features: int, rank: int, itemsize: int)
     block_m, block_n = (32, 64) if itemsize < 8 else (16, 32)
     wanted = triton.cdiv(4 * 132, triton.cdiv(out_features, block_n))
     chunks = max(1, min(wanted, tokens // 128))
-    return RescaleBwdConfig(block_m, block_n, rank_block(rank, itemsize), chunks, num_warps=4, num_stages=2)
+    block_r = rank_block(rank, itemsize)
+    # A wider sum of products beside the other sums: more threads, or they spill.
+    num_warps = 8 if block_r == 32 else 4
+    return RescaleBwdConfig(block_m, block_n, block_r, chunks, num_warps, num_stages=2)
 
 
 @triton.jit(do_not_specialize=["salt"])
