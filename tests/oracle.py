@@ -102,17 +102,18 @@ def peft_model(problem, dropout=0.0):
         r=rank, lora_alpha=problem.scaling * rank, lora_dropout=dropout, target_modules=["linear"], use_dora=True
     )
     model = peft.get_peft_model(_OneLinear(linear), config, autocast_adapter_dtype=False)
-    layer = model.base_model.model.linear
-    with torch.no_grad():
-        for parameter, value in (
-            (layer.lora_A["default"], problem.lora_A),
-            (layer.lora_B["default"], problem.lora_B),
-            (layer.lora_magnitude_vector["default"], problem.magnitude),
-        ):
-            parameter.weight.data = value.clone()
+    set_adapter(model.base_model.model.linear, problem)
     if problem.bias is not None:
         linear.bias.requires_grad_()
     return model
+
+
+def set_adapter(layer, problem):
+    """Gives a PEFT layer the problem's A, B and m; returns its parameters in this order."""
+    parts = (layer.lora_A["default"], layer.lora_B["default"], layer.lora_magnitude_vector["default"])
+    for part, value in zip(parts, (problem.lora_A, problem.lora_B, problem.magnitude)):
+        part.weight.data = value.clone()
+    return [part.weight for part in parts]
 
 
 def solve_peft(problem, autocast=None):

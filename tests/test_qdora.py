@@ -12,7 +12,7 @@ from dora_kernels.quantized import keep_packing
 
 from .buffers import count_launches
 from .nf4 import decoded, linear_4bit
-from .oracle import errors, exact, make_problem, relative_error, solve
+from .oracle import errors, exact, make_problem, relative_error, set_adapter, solve
 from .tolerances import ORACLE_FP32
 
 VOCAB, LAYERS = 64, 1
@@ -112,16 +112,9 @@ def test_the_default_mode_is_nearer_to_fp64_than_peft(impl):
         model.is_loaded_in_4bit = True
         config = peft.LoraConfig(r=8, lora_alpha=8 * problem.scaling, target_modules=["0"], use_dora=True)
         layer = peft.get_peft_model(model, config, autocast_adapter_dtype=False).base_model.model[0]
-        with torch.no_grad():
-            for parameter, value in (
-                (layer.lora_A["default"], problem.lora_A),
-                (layer.lora_B["default"], problem.lora_B),
-                (layer.lora_magnitude_vector["default"], problem.magnitude),
-            ):
-                parameter.weight.data = value.clone()
         x = problem.x.clone().requires_grad_()
+        leaves = [x, *set_adapter(layer, problem)]
         y = layer(x)
-        leaves = [x, *(part["default"].weight for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector))]
         theirs = dict(zip(("y", "dx", "dA", "dB", "dm"), (y, *torch.autograd.grad(y, leaves, problem.grad_y))))
         problem.weight = linear.weight
         ours = solve(problem, impl=impl)
