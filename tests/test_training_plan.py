@@ -145,9 +145,9 @@ def assert_predicted(config, batch_size, cutoff_len, *, quantize=False, checkpoi
         loss=loss,
     )
     static = plan.weights + plan.adapters + plan.gradients + plan.optimizer
-    assert static == pytest.approx(before, rel=0.02), "bitsandbytes' tables and Adam's step counters are left out"
-    assert plan.peak == pytest.approx(peak, rel=PLAN)
-    # Stricter: what depends on the tokens alone, without the weights in whose shadow an error could hide.
+    # bitsandbytes' tables and Adam's step counters are left out.
+    assert static == pytest.approx(before, rel=0.01)
+    # Without the weights, in whose shadow an error could hide.
     assert plan.peak - static == pytest.approx(peak - before, rel=PLAN)
 
 
@@ -165,10 +165,11 @@ def test_other_models(config, checkpointing):
     assert_predicted(config(**SIZES, head_dim=16), 2, 128, checkpointing=checkpointing)
 
 
-def test_few_tokens_run_in_token_space():
-    config = LlamaConfig(**SIZES | {"hidden_size": 256, "intermediate_size": 768})
-    assert_predicted(config, 1, 64)
-    assert_predicted(config, 1, 64, checkpointing=True)
+@pytest.mark.parametrize("quantize", [False, True], ids=["dense", "nf4"])
+def test_few_tokens_for_the_weight(quantize):
+    """Dense weights run in token space, which writes dZ; of NF4 W' weighs as much as the tokens' own tensors."""
+    config = LlamaConfig(**SIZES | {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 1})
+    assert_predicted(config, 1, 256, quantize=quantize, checkpointing=True)
 
 
 def test_tied_embeddings_count_once():
