@@ -30,6 +30,8 @@ USABLE = 0.92
 # TRL's fused LM head projects tiles of this many tokens by this many words.
 TRL_TILE = (4096, 32768)
 BF16, FP32 = 2, 4
+# An RMSNorm's backward has this many fp32 tensors of its input's shape beside the one that it kept.
+NORM_BACKWARD = 5
 
 
 class Memory(NamedTuple):
@@ -109,8 +111,9 @@ def predict(
         gradients=planned.adapters,
         optimizer=2 * planned.adapters,
         activations=activations,
-        # What the final norm keeps, and then the loss, or that norm's own backward: five more like it.
-        loss=hidden * FP32 + max(loss_bytes(loss, tokens, config.hidden_size, config.vocab_size), 5 * hidden * FP32),
+        # What the final norm keeps, and then the loss, or that norm's own backward.
+        loss=hidden * FP32
+        + max(loss_bytes(loss, tokens, config.hidden_size, config.vocab_size), NORM_BACKWARD * hidden * FP32),
         layer_backward=backward,
     )
 
@@ -155,17 +158,11 @@ def loss_bytes(loss: str, tokens: int, hidden: int, vocab: int) -> int:
         # In the backward: log-probabilities, their gradient and the logits' gradient, all fp32.
         return 3 * tokens * vocab * FP32
     if loss == "liger":
-        # Logits and, in their place, gradients of one chunk; the head's input and its gradient.
-        return liger_chunk(tokens, hidden, vocab) * vocab * BF16 + 2 * tokens * hidden * BF16
+        # A chunk's logits, at most two such tensors and usually one; the head's input and its gradient.
+        return 4 * tokens * hidden * BF16
     # The head's input, its gradient in fp32 and then rounded.
     tile = min(tokens, TRL_TILE[0]) * TRL_TILE[1] * BF16
     return tile + tokens * hidden * (BF16 + FP32 + BF16)
-
-
-def liger_chunk(tokens: int, hidden: int, vocab: int) -> int:
-    """Tokens in a chunk of Liger's: such that a chunk's logits have about as many elements as the head's input."""
-    wanted = math.ceil(tokens / math.ceil(vocab / hidden))
-    return min(tokens, 1 << (wanted - 1).bit_length())
 
 
 class _Layer:
@@ -176,15 +173,16 @@ class _Layer:
         self.adapted = {id(module) for module in planned.targets.values()}
         self.head_dim = layer.self_attn.head_dim
         attention, mlp = layer.self_attn, layer.mlp
-        self.kept = self._norm(layer.input_layernorm) + self._attention(attention) + self._norm(layer.input_layernorm)
-        self.kept += self._mlp(mlp)
+        mlp_kept = self._mlp(mlp)
+        self.kept = 2 * self._norm(layer.input_layernorm) + self._attention(attention) + mlp_kept
         hidden, wide = (tokens * size * BF16 for size in (mlp.down_proj.out_features, mlp.gate_proj.out_features))
-        # The two heights of the layer's backward, with the gradient of its output: in down_proj's, and in the
-        # product's, where the gradients of both factors stand beside their own. Attention's is lower: by then what
-        # the MLP kept is gone.
+        # Three heights of the layer's backward, each with the gradient of the layer's output: in down_proj's; in the
+        # product's, where the gradients of both factors stand beside its own; and in the norm's before the MLP, which
+        # takes five fp32 tensors when what the MLP kept is gone. Attention's is lower.
         down = hidden + wide + self._transient(mlp.down_proj)
         product = hidden + 3 * wide - ((wide + hidden) if self._is_adapted(mlp.down_proj) else 0)
-        self.backward = max(down, product)
+        norm = hidden + NORM_BACKWARD * self._norm(layer.input_layernorm) - mlp_kept
+        self.backward = max(down, product, norm)
 
     def _norm(self, norm: nn.Module) -> int:
         """An RMSNorm keeps its input in fp32."""
