@@ -162,14 +162,16 @@ def test_the_peak_of_a_step(quantize, checkpointing, shape):
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config])
 def test_other_models(config, checkpointing):
     """Qwen2 has biases, before which the product is kept; Qwen3 normalises each head."""
-    assert_predicted(config(**SIZES, head_dim=16), 2, 128, checkpointing=checkpointing)
+    assert_predicted(config(**SIZES | {"num_key_value_heads": 4}, head_dim=16), 2, 128, checkpointing=checkpointing)
 
 
-@pytest.mark.parametrize("quantize", [False, True], ids=["dense", "nf4"])
-def test_few_tokens_for_the_weight(quantize):
-    """Dense weights run in token space, which writes dZ; of NF4 W' weighs as much as the tokens' own tensors."""
-    config = LlamaConfig(**SIZES | {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 1})
-    assert_predicted(config, 1, 256, quantize=quantize, checkpointing=True)
+@pytest.mark.parametrize(
+    ("quantize", "intermediate_size", "tokens"), [(False, 512, 256), (True, 1024, 128)], ids=["dense", "nf4"]
+)
+def test_few_tokens_for_the_weight(quantize, intermediate_size, tokens):
+    """Dense weights run in token space and a norm's backward is the highest; of NF4 it is W' beside the tokens' own."""
+    sizes = {"hidden_size": 512, "intermediate_size": intermediate_size, "num_hidden_layers": 1}
+    assert_predicted(LlamaConfig(**SIZES | sizes), 1, tokens, quantize=quantize, checkpointing=True)
 
 
 def test_tied_embeddings_count_once():
