@@ -12,6 +12,7 @@ train = [
 ]
 bench = [*peft, "matplotlib>=3.10", "tqdm>=4.66"]
 quantized = ["bitsandbytes>=0.50"]
+liger = ["liger-kernel>=0.8"]
 
 setup(
     name="dora-kernels",
@@ -32,6 +33,16 @@ setup(
         "train": train,
         "bench": bench,
         "quantized": quantized,
-        "dev": [*train, *bench, *quantized, "hypothesis>=6.100", "pytest>=9.0", "pytest-xdist>=3.6", "ruff>=0.17"],
+        "liger": liger,
+        "dev": [
+            *train,
+            *bench,
+            *quantized,
+            *liger,
+            "hypothesis>=6.100",
+            "pytest>=9.0",
+            "pytest-xdist>=3.6",
+            "ruff>=0.17",
+        ],
     },
 )

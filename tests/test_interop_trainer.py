@@ -5,6 +5,7 @@ In fp64, where two right engines differ by 1e-15 a step and a wrong gradient by 
 
 import copy
 from contextlib import contextmanager
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import datasets
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from dora_kernels.autograd import DoraLinearFunction
 from dora_kernels.interop import patched_peft, unpatch_peft
-from dora_kernels.interop.trainer import DoraKernelsCallback
+from dora_kernels.interop.trainer import DoraKernelsCallback, check_liger
 from tests.interop import assert_close, count_fused, dora_config
 from tests.tiny_models import VOCAB, llama
 
@@ -153,3 +154,15 @@ def test_the_callback_says_what_is_wrong(tmp_path):
     callback = DoraKernelsCallback()
     with pytest.raises(ValueError, match="found no LoRA layer"):
         callback.on_train_begin(None, None, None, model=copy.deepcopy(llama()))
+
+
+def test_liger_kernels_that_overwrite_outputs_are_refused():
+    """tests/test_liger.py shows what they do to the magnitude's gradient."""
+    callback = DoraKernelsCallback()
+    with pytest.raises(ValueError, match=r"Liger's rope and swiglu and geglu overwrite .*'swiglu': False"):
+        callback.on_train_begin(SimpleNamespace(use_liger_kernel=True, liger_kernel_config=None), None, None)
+    off = {"rope": False, "geglu": False}
+    with pytest.raises(ValueError, match=r"Liger's swiglu overwrite"):
+        callback.on_train_begin(SimpleNamespace(use_liger_kernel=True, liger_kernel_config=off), None, None)
+    check_liger(SimpleNamespace(use_liger_kernel=True, liger_kernel_config=off | {"swiglu": False}))
+    check_liger(SimpleNamespace(use_liger_kernel=False, liger_kernel_config=None))

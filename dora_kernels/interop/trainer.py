@@ -28,5 +28,21 @@ class DoraKernelsCallback(TrainerCallback):
         self.report: PatchReport | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        check_liger(args)
         self.report = patch_peft(model, **self.options)
         logger.info("%s", self.report)
+
+
+def check_liger(args) -> None:
+    """Raises ValueError where Liger kernels are on that write over what DoRA layers keep for the backward pass.
+
+    Its SwiGLU overwrites the outputs of gate_proj and up_proj, its rotary embedding those of q_proj and k_proj: the
+    magnitude's gradient is read off these, and would be wrong without a word.
+    """
+    config = getattr(args, "liger_kernel_config", None) or {}
+    harmful = [name for name in ("rope", "swiglu", "geglu") if config.get(name, True)]
+    if getattr(args, "use_liger_kernel", False) and harmful:
+        raise ValueError(
+            f"Liger's {' and '.join(harmful)} overwrite what DoRA layers keep for the magnitude's gradient: pass "
+            f"liger_kernel_config={ {name: False for name in harmful} } to the trainer's arguments"
+        )
