@@ -146,13 +146,8 @@ def test_lora_is_not_continued_as_dora(data, whole, tmp_path):  # noqa: F811
         run(data, tmp_path, "--no_use_dora", init_adapter=whole, lora_r=None)
 
 
-NOT_YET = pytest.mark.xfail(reason="apply_dora refuses 4-bit weights as yet", raises=SystemExit)
-
-
 @pytest.mark.parametrize(
-    "engine",
-    [pytest.param([], marks=NOT_YET), ["--use_peft"], ["--use_peft", "--no-fused"]],
-    ids=["ours", "peft", "peft unfused"],
+    "engine", [[], ["--use_peft"], ["--use_peft", "--no-fused"]], ids=["ours", "peft", "peft unfused"]
 )
 def test_a_quantised_run(data, whole, tmp_path, engine):  # noqa: F811
     rows = run(data, tmp_path, *engine, "--quantize")
