@@ -56,7 +56,7 @@ def run(flags: Flags, command: str) -> None:
         make_repository(flags.hub_model_id)
     print("\n".join([*said, *rows.said]))
 
-    with sole_run(output_dir), stop_on_sigterm() as request:
+    with stop_on_sigterm() as request, sole_run(output_dir):
         if rows.skipped:
             lines = [json.dumps(row) + "\n" for row in rows.skipped]
             (output_dir / "skipped_rows.jsonl").write_text("".join(lines))
