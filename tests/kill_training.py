@@ -3,8 +3,9 @@
     python -m tests.kill_training --points 100 --stops 100 --seed 0
 
 One process imports everything once and forks a child per attempt; `--points` of them get SIGKILL, `--stops` SIGTERM.
-Every other kill waits for a save to begin. A chain of attempts ends when a run has finished: its losses and its adapter
-must be those of the untouched run, bit for bit. Exits non-zero otherwise, and if a kill cost more than `SAVE_STEP` steps.
+Every other kill waits for a save to begin. A chain of attempts ends when a run has finished: its losses and its
+adapter must be those of the untouched run, bit for bit. Exits non-zero otherwise, and if a kill cost more than
+`SAVE_STEP` steps.
 """
 
 import argparse
