@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import dora_kernels as dk
 from tests.training_runs import arguments, data, metrics, numbers, run  # noqa: F401
 from training import checkpoint as checkpoints
 from training import demo
@@ -195,7 +196,7 @@ def poisoned(kind, seen):
         model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
         layer = model.model.layers[1].mlp.up_proj
         if kind == "weight":
-            a = layer.lora_A["default"].weight if hasattr(layer, "base_layer") else layer.lora_A
+            a = layer.lora_A if isinstance(layer, dk.DoraLinear) else layer.lora_A["default"].weight
             with torch.no_grad():
                 a[0, 0] = torch.inf
         else:
