@@ -1,6 +1,7 @@
 """Whole runs of `python -m training` on a tiny model: each engine, each kind of data, and what they leave behind."""
 
 import json
+import shlex
 import shutil
 import sys
 
@@ -14,9 +15,9 @@ import dora_kernels as dk
 from tests.training_runs import arguments, data, demo_rows, metrics, numbers, run, write_rows  # noqa: F401
 from training import demo
 from training.__main__ import main
-from training.data import IGNORED, encode
+from training.data import encode
 from training.evaluate import held_out_loss
-from training.trainer import DoraTrainer
+from training.merge import main as merge
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 WEIGHTS = "adapter_model.safetensors"
@@ -31,20 +32,6 @@ def base():
 def logits(model):
     tokens = AutoTokenizer.from_pretrained(demo.BASE)(TEXT, return_tensors="pt")["input_ids"]
     return model.eval()(tokens).logits
-
-
-@pytest.fixture
-def batches(monkeypatch):
-    """Every batch that is trained on, as it reaches the trainer's step."""
-    seen = []
-    step = DoraTrainer.training_step
-
-    def recorded(self, model, inputs, *rest):
-        seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
-        return step(self, model, inputs, *rest)
-
-    monkeypatch.setattr(DoraTrainer, "training_step", recorded)
-    return seen
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +78,15 @@ def test_magnitudes_have_their_own_group(whole):
     assert (len(others["params"]), len(magnitudes["params"])) == (28, 14)
     assert others["weight_decay"] == 0.01 and magnitudes["weight_decay"] == 0
     assert others["lr"] == magnitudes["lr"], "not scaled"
+
+
+def test_the_summarys_next_command_works(data, tmp_path, capsys):  # noqa: F811
+    run(data, tmp_path / "out", max_steps=1, save_step=0, eval_step=0)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "python -m training.merge" in line)
+    merge(shlex.split(line)[3:])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out-merged", dtype=torch.float32)
+    # Merging changes the order of the sums in fp32.
+    torch.testing.assert_close(logits(merged), logits(dk.load_adapter(base(), tmp_path / "out")), rtol=1e-4, atol=1e-4)
 
 
 def test_magnitudes_move(whole):
@@ -227,52 +223,6 @@ def test_a_yaml_run(data, whole, tmp_path):  # noqa: F811
     config.write_text("".join(f"{name[2:]}: {value}\n" for name, value in pairs[::2]) + "seed: 5\n")
     main([*[word for pair in pairs[1::2] for word in pair], "--config", str(config), "--seed", "0"])
     assert numbers(metrics(tmp_path / "out")) == numbers(metrics(whole))
-
-
-def test_end_of_text_is_learned_though_it_pads(data, tmp_path, batches, capsys):  # noqa: F811
-    model = tmp_path / "model"
-    shutil.copytree(demo.BASE, model)
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    del config["pad_token"]
-    (model / "tokenizer_config.json").write_text(json.dumps(config))
-    run(data, tmp_path / "out", base_model=model, max_steps=3, batch_size=4, save_step=0)
-    assert "the tokenizer has no pad token: <eos> pads" in capsys.readouterr().out
-    eos = AutoTokenizer.from_pretrained(demo.BASE).eos_token_id
-    assert any((batch["attention_mask"] == 0).any() for batch in batches), "there is padding"
-    for labels in (row for batch in batches for row in batch["labels"]):
-        targets = labels[labels != IGNORED]
-        assert targets[-1] == eos and (targets == eos).sum() == 1
-
-
-def test_only_the_assistant_is_learned(tmp_path, batches, capsys):
-    rows = [
-        {"messages": [{"role": "user", "content": "two red mugs"}, {"role": "assistant", "content": f"red {index}"}]}
-        for index in range(12)
-    ]
-    run(write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out", "--assistant_only_loss", val_set_size=2, max_steps=1)
-    assert "no chat template" in capsys.readouterr().out
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    for labels in batches[0]["labels"]:
-        text = tokenizer.decode(labels[labels != IGNORED])
-        assert text.startswith("red ") and text.endswith(tokenizer.eos_token) and "mugs" not in text
-
-
-def test_packed_rows_do_not_see_each_other(tmp_path):
-    """The loss of one step over the same rows, packed into one batch of fewer sequences and not."""
-    path = write_rows(tmp_path / "a.jsonl", demo_rows(12))
-    flags = {"val_set_size": 0, "max_steps": 1, "save_step": 0, "batch_size": 12, "cutoff_len": 256}
-    (plain,) = run(path, tmp_path / "plain", **flags)
-    (packed,) = run(path, tmp_path / "packed", "--packing", **flags)
-    # The same tokens in fp32, in other shapes.
-    assert packed["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-
-
-def test_packing(tmp_path, batches):
-    rows = [{"text": row["prompt"] + row["completion"]} for row in demo_rows(30)]
-    run(write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out", "--packing", max_steps=1, save_step=0, cutoff_len=256)
-    eos = AutoTokenizer.from_pretrained(demo.BASE).eos_token_id
-    assert (batches[0]["input_ids"] == eos).sum() > 2, "two sequences hold more than two rows"
-    assert (batches[0]["position_ids"] == 0).sum() == (batches[0]["input_ids"] == eos).sum(), "each row starts at 0"
 
 
 def test_a_repositorys_code_runs_only_when_asked(data, tmp_path, monkeypatch):  # noqa: F811

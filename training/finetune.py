@@ -13,7 +13,7 @@ from transformers import ProgressCallback
 from trl import SFTConfig
 
 from training.adapters import Adapter, add_adapter
-from training.base import compute_dtype, load_model, load_tokenizer
+from training.base import check_targets, compute_dtype, load_model, load_tokenizer
 from training.callbacks import QuietProgress, StopOnRequest, WriteMetrics
 from training.checkpoint import newest_checkpoint, step_of
 from training.flags import Flags
@@ -47,6 +47,8 @@ def run(flags: Flags, command: str) -> None:
     output_dir = Path(flags.output_dir)
     check_folder(output_dir, flags.resume)
     tokenizer, said = load_tokenizer(flags.base_model, flags.trust_remote_code)
+    if not flags.init_adapter:
+        check_targets(flags.base_model, flags.dora, flags.trust_remote_code)
     rows = load_rows(
         flags.data_path,
         tokenizer,
