@@ -16,10 +16,12 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.training_runs import arguments, demo_rows, metrics, numbers, write_rows
@@ -163,6 +165,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
     torch.set_num_threads(1)  # a fork does not take threads along
+    # tqdm's own is a semaphore that all children share, and that a killed one never gives back.
+    tqdm.set_lock(threading.RLock())
     gc.freeze()  # what is imported need not be looked through in every child
     with tempfile.TemporaryDirectory() as folder:
         harness = Harness(Path(folder), asked.seed)

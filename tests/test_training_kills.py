@@ -7,7 +7,7 @@ import sys
 
 def test_killed_and_stopped_runs_end_with_the_same_bits():
     words = [sys.executable, "-m", "tests.kill_training", "--points", "20", "--stops", "5", "--seed", "0"]
-    ended = subprocess.run(words, capture_output=True, text=True)
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     kills, stops = ended.stdout.splitlines()
     assert kills.startswith("SIGKILL points: 20") and stops.startswith("SIGTERM points: 5"), ended.stdout
