@@ -103,3 +103,10 @@ def test_an_engine_that_does_not_work_is_refused(data, tmp_path, monkeypatch, as
     with pytest.raises(SystemExit, match=f"{reason}.*: use DDP, `torchrun --nproc_per_node N -m training"):
         main(arguments(data, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_is_one_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(SystemExit, match="the demo runs in one process"):
+        main(["--output_dir", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
