@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import dora_kernels as dk
 from tests.training_runs import arguments, data, metrics, numbers, run  # noqa: F401
-from tests.two_processes import FLAGS, STOP, torchrun
+from tests.two_processes import FLAGS, PACKED, STOP, torchrun
 from training import demo
 from training.__main__ import main
 from training.checkpoint import damage, list_checkpoints
@@ -74,6 +74,14 @@ def test_a_checkpoint_of_two_loads_in_one_and_is_not_resumed_there(runs, data): 
     assert torch.equal(layer.lora_B, tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"])
     with pytest.raises(SystemExit, match="run with other settings: processes differ"):
         main(arguments(data, folder / "whole", "--resume", **FLAGS))
+
+
+def test_packed_or_not_no_held_out_row_counts_twice(runs, data, tmp_path):  # noqa: F811
+    """The 10 held-out rows of two processes end in repeated ones; packing lays them into one sequence."""
+    folder, _ = runs
+    one = run(data, tmp_path, "--packing", **PACKED)[0]
+    # fp64 sums of fp32 losses, in other batches.
+    assert metrics(folder / "packed")[0]["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-6)
 
 
 def test_a_nan_in_one_process_stops_both(runs):

@@ -1,7 +1,7 @@
 """Two processes on one machine: launching them, and what each does under `torchrun -m tests.two_processes`.
 
-That is one launch, in which importing is paid once, of four runs: a whole one; one that SIGTERM reaches in one process
-only; its continuation; and one whose loss goes NaN in one process only.
+That is one launch, in which importing is paid once, of five runs: a whole one; one that SIGTERM reaches in one process
+only; its continuation; one on packed rows; and one whose loss goes NaN in one process only.
 """
 
 import os
@@ -20,6 +20,7 @@ from training.trainer import DoraTrainer
 FLAGS = {"batch_size": 1, "max_steps": None, "num_epochs": 2, "gradient_accumulation_steps": 3, "save_step": 100}
 FLAGS |= {"lora_dropout": 0.2}
 STOP = 9
+PACKED = {"batch_size": 1, "max_steps": 1, "save_step": 0, "cutoff_len": 256}
 
 
 def torchrun(*words):
@@ -52,6 +53,7 @@ def runs(data, folder):
     main(arguments(data, folder / "stopped", **FLAGS))
     undo()
     main(arguments(data, folder / "stopped", "--resume", **FLAGS))
+    main(arguments(data, folder / "packed", "--packing", **PACKED))
     before_step(3, poison)
     try:
         main(arguments(data, folder / "poisoned", **FLAGS | {"save_step": 1}))

@@ -170,7 +170,7 @@ class DoraTrainer(SFTTrainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs["labels"][self._own_rows(len(inputs["labels"])) :] = IGNORED
+        inputs["labels"][self._repeated(inputs)] = IGNORED
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum().to(result[0].device)
         # In fp64 on the CPU: a sum of many sums. The mean over no token is NaN.
@@ -178,13 +178,18 @@ class DoraTrainer(SFTTrainer):
         self._eval_sums.append(torch.stack([loss, tokens.double()]).cpu())
         return result
 
-    def _own_rows(self, batch: int) -> int:
-        """How many of a batch's rows are the data's: to give each process as many rows, accelerate repeats the first
-        ones at the end."""
-        loader = self.accelerator.gradient_state
+    def _repeated(self, inputs: dict) -> torch.Tensor:
+        """Which tokens of a batch are of rows that accelerate took from the beginning once more, to give each process
+        as many. Bool, [batch, length]."""
+        labels, loader = inputs["labels"], self.accelerator.gradient_state
         if self.args.world_size == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
-            return batch
-        return min(max(loader.remainder - self.args.process_index * batch, 0), batch)
+            return torch.zeros_like(labels, dtype=torch.bool)
+        own = loader.remainder - self.args.process_index * self.args.eval_batch_size
+        if "position_ids" in inputs:  # rows in one sequence, as packing has them
+            row = (inputs["position_ids"] == 0).cumsum(-1) - 1
+        else:
+            row = torch.arange(len(labels), device=labels.device)[:, None]
+        return (row >= own).expand_as(labels)
 
     # What stops it
 
