@@ -1,6 +1,7 @@
 """Flags: the reference's command line, the YAML file, and every refusal before work starts."""
 
 import shlex
+import shutil
 
 import pytest
 
@@ -142,9 +143,47 @@ def test_bad_input_is_an_error_before_work_starts(data, tmp_path, monkeypatch, f
     with pytest.raises(SystemExit, match=message) as error:
         main(arguments(given.pop("data_path"), output_dir, **given))
     assert str(error.value).startswith("error: ")
-    # A target that is not there shows when the model is, and nothing but the lock is left by then.
-    left = sorted(path.name for path in output_dir.iterdir()) if output_dir.exists() else []
-    assert left == ([".lock", "metrics.jsonl"] if flags.get("lora_target_modules") else [])
+    assert not output_dir.exists()
+
+
+def test_a_misspelled_target_is_found_before_the_weights_are_read(data, tmp_path):  # noqa: F811
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo.BASE / name, tmp_path)
+    flags = {"base_model": tmp_path, "lora_target_modules": "q_proj,kproj"}
+    with pytest.raises(SystemExit, match=r"\['kproj'\] not found .* named: .*k_proj"):
+        main(arguments(data, tmp_path / "out", **flags))
+    with pytest.raises(SystemExit, match=r"no file named model\.safetensors"):
+        main(arguments(data, tmp_path / "out", **flags | {"lora_target_modules": "q_proj,k_proj"}))
+
+
+@pytest.mark.parametrize(
+    "device, expected",
+    [
+        ("", "cuda:1"),
+        ("cuda", "cuda:1"),
+        ("cuda:1", "cuda:1"),
+        ("cpu", "cpu"),
+        ("cuda:0", "`--device` cuda:0 is one GPU for several processes: use --device cuda"),
+    ],
+    ids=["default", "cuda", "its own", "cpu", "another's"],
+)
+def test_each_process_takes_the_gpu_of_its_number(monkeypatch, device, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if expected.startswith("`"):
+        with pytest.raises(ValueError, match=expected):
+            _ = Flags(device=device).torch_device
+    else:
+        assert str(Flags(device=device).torch_device) == expected
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"cuda:2, for process 2 of this machine, is not there \(2 CUDA devices"):
+        _ = Flags().torch_device
 
 
 @pytest.mark.parametrize("name", ["meta-llama/Meta-Llama-3-8B", "timdettmers/openassistant-guanaco", "gpt2"], ids=str)

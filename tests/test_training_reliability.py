@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+import dora_kernels as dk
 from tests.training_runs import arguments, data, metrics, numbers, run  # noqa: F401
 from training import checkpoint as checkpoints
 from training import demo
@@ -195,7 +196,7 @@ def poisoned(kind, seen):
         model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
         layer = model.model.layers[1].mlp.up_proj
         if kind == "weight":
-            a = layer.lora_A["default"].weight if hasattr(layer, "base_layer") else layer.lora_A
+            a = layer.lora_A if isinstance(layer, dk.DoraLinear) else layer.lora_A["default"].weight
             with torch.no_grad():
                 a[0, 0] = torch.inf
         else:
@@ -245,10 +246,11 @@ def test_sigterm_means_what_it_did_once_the_run_is_over(data, tmp_path):  # noqa
 
 
 def test_the_order_is_a_pure_function_of_seed_and_epoch():
-    sampler = EpochOrder(20, seed=3)
+    epoch = 0
+    sampler = EpochOrder(20, seed=3, epoch=lambda: epoch)
     first = list(sampler)
     assert list(sampler) == first == order_of_epoch(20, 3, 0)
-    sampler.set_epoch(1)
+    epoch = 1
     assert sorted(first) == sorted(sampler) == list(range(20)) and list(sampler) != first
     assert len(sampler) == 20
 

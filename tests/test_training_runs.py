@@ -1,8 +1,10 @@
 """Whole runs of `python -m training` on a tiny model: each engine, each kind of data, and what they leave behind."""
 
 import json
+import shlex
 import shutil
 import sys
+from collections import defaultdict
 
 import peft
 import pytest
@@ -14,9 +16,9 @@ import dora_kernels as dk
 from tests.training_runs import arguments, data, demo_rows, metrics, numbers, run, write_rows  # noqa: F401
 from training import demo
 from training.__main__ import main
-from training.data import IGNORED, encode
+from training.data import encode
 from training.evaluate import held_out_loss
-from training.trainer import DoraTrainer
+from training.merge import main as merge
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 WEIGHTS = "adapter_model.safetensors"
@@ -31,20 +33,6 @@ def base():
 def logits(model):
     tokens = AutoTokenizer.from_pretrained(demo.BASE)(TEXT, return_tensors="pt")["input_ids"]
     return model.eval()(tokens).logits
-
-
-@pytest.fixture
-def batches(monkeypatch):
-    """Every batch that is trained on, as it reaches the trainer's step."""
-    seen = []
-    step = DoraTrainer.training_step
-
-    def recorded(self, model, inputs, *rest):
-        seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
-        return step(self, model, inputs, *rest)
-
-    monkeypatch.setattr(DoraTrainer, "training_step", recorded)
-    return seen
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +79,15 @@ def test_magnitudes_have_their_own_group(whole):
     assert (len(others["params"]), len(magnitudes["params"])) == (28, 14)
     assert others["weight_decay"] == 0.01 and magnitudes["weight_decay"] == 0
     assert others["lr"] == magnitudes["lr"], "not scaled"
+
+
+def test_the_summarys_next_command_works(data, tmp_path, capsys):  # noqa: F811
+    run(data, tmp_path / "out", max_steps=1, save_step=0, eval_step=0)
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "python -m training.merge" in line)
+    merge(shlex.split(line)[3:])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out-merged", dtype=torch.float32)
+    # Merging changes the order of the sums in fp32.
+    torch.testing.assert_close(logits(merged), logits(dk.load_adapter(base(), tmp_path / "out")), rtol=1e-4, atol=1e-4)
 
 
 def test_magnitudes_move(whole):
@@ -146,13 +143,8 @@ def test_lora_is_not_continued_as_dora(data, whole, tmp_path):  # noqa: F811
         run(data, tmp_path, "--no_use_dora", init_adapter=whole, lora_r=None)
 
 
-NOT_YET = pytest.mark.xfail(reason="apply_dora refuses 4-bit weights as yet", raises=SystemExit)
-
-
 @pytest.mark.parametrize(
-    "engine",
-    [pytest.param([], marks=NOT_YET), ["--use_peft"], ["--use_peft", "--no-fused"]],
-    ids=["ours", "peft", "peft unfused"],
+    "engine", [[], ["--use_peft"], ["--use_peft", "--no-fused"]], ids=["ours", "peft", "peft unfused"]
 )
 def test_a_quantised_run(data, whole, tmp_path, engine):  # noqa: F811
     rows = run(data, tmp_path, *engine, "--quantize")
@@ -167,9 +159,14 @@ def test_a_quantised_run(data, whole, tmp_path, engine):  # noqa: F811
     assert resumed == rows
 
 
-def test_the_references_command(data, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_the_references_command(tmp_path, monkeypatch, capsys):
     """As printed, on the CPU, with its placeholders filled in and a stub for the hub. Compiling to machine code takes
-    minutes here, so the compiler's last stage is left out: the graphs are captured and run eagerly."""
+    minutes here, so the compiler's last stage is left out: the graphs are captured and run eagerly. The rows have one
+    length, as each other one is captured anew."""
+    tokenizer, alike = AutoTokenizer.from_pretrained(demo.BASE), defaultdict(list)
+    for row in demo_rows(400):
+        alike[len(tokenizer(row["prompt"] + row["completion"])["input_ids"])].append(row)
+    rows = write_rows(tmp_path / "rows.jsonl", max(alike.values(), key=len)[:21])
     uploaded, compile, compiled = tmp_path / "uploaded", torch.compile, []
 
     def eager(model=None, **options):
@@ -187,9 +184,9 @@ def test_the_references_command(data, tmp_path, monkeypatch, capsys):  # noqa: F
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
     out = tmp_path / "out"
     command = [
-        *("--base_model", str(demo.BASE), "--data_path", str(data), "--output_dir", str(out)),
+        *("--base_model", str(demo.BASE), "--data_path", str(rows), "--output_dir", str(out)),
         *("--batch_size", "1", "--num_epochs", "3", "--learning_rate", "3e-4", "--cutoff_len", "512"),
-        *("--val_set_size", "45", "--use_compile", "True", "--use_peft", "--quantize", "--eval_step", "10"),
+        *("--val_set_size", "16", "--use_compile", "True", "--use_peft", "--quantize", "--eval_step", "10"),
         *("--save_step", "100", "--device", "cpu", "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0.05"),
         *("--lora_target_modules", "q_proj,k_proj,v_proj,o_proj", "--hub_model_id", "someone/adapter"),
     ]
@@ -232,52 +229,6 @@ def test_a_yaml_run(data, whole, tmp_path):  # noqa: F811
     config.write_text("".join(f"{name[2:]}: {value}\n" for name, value in pairs[::2]) + "seed: 5\n")
     main([*[word for pair in pairs[1::2] for word in pair], "--config", str(config), "--seed", "0"])
     assert numbers(metrics(tmp_path / "out")) == numbers(metrics(whole))
-
-
-def test_end_of_text_is_learned_though_it_pads(data, tmp_path, batches, capsys):  # noqa: F811
-    model = tmp_path / "model"
-    shutil.copytree(demo.BASE, model)
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    del config["pad_token"]
-    (model / "tokenizer_config.json").write_text(json.dumps(config))
-    run(data, tmp_path / "out", base_model=model, max_steps=3, batch_size=4, save_step=0)
-    assert "the tokenizer has no pad token: <eos> pads" in capsys.readouterr().out
-    eos = AutoTokenizer.from_pretrained(demo.BASE).eos_token_id
-    assert any((batch["attention_mask"] == 0).any() for batch in batches), "there is padding"
-    for labels in (row for batch in batches for row in batch["labels"]):
-        targets = labels[labels != IGNORED]
-        assert targets[-1] == eos and (targets == eos).sum() == 1
-
-
-def test_only_the_assistant_is_learned(tmp_path, batches, capsys):
-    rows = [
-        {"messages": [{"role": "user", "content": "two red mugs"}, {"role": "assistant", "content": f"red {index}"}]}
-        for index in range(12)
-    ]
-    run(write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out", "--assistant_only_loss", val_set_size=2, max_steps=1)
-    assert "no chat template" in capsys.readouterr().out
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-    for labels in batches[0]["labels"]:
-        text = tokenizer.decode(labels[labels != IGNORED])
-        assert text.startswith("red ") and text.endswith(tokenizer.eos_token) and "mugs" not in text
-
-
-def test_packed_rows_do_not_see_each_other(tmp_path):
-    """The loss of one step over the same rows, packed into one batch of fewer sequences and not."""
-    path = write_rows(tmp_path / "a.jsonl", demo_rows(12))
-    flags = {"val_set_size": 0, "max_steps": 1, "save_step": 0, "batch_size": 12, "cutoff_len": 256}
-    (plain,) = run(path, tmp_path / "plain", **flags)
-    (packed,) = run(path, tmp_path / "packed", "--packing", **flags)
-    # The same tokens in fp32, in other shapes.
-    assert packed["loss"] == pytest.approx(plain["loss"], rel=1e-5)
-
-
-def test_packing(tmp_path, batches):
-    rows = [{"text": row["prompt"] + row["completion"]} for row in demo_rows(30)]
-    run(write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out", "--packing", max_steps=1, save_step=0, cutoff_len=256)
-    eos = AutoTokenizer.from_pretrained(demo.BASE).eos_token_id
-    assert (batches[0]["input_ids"] == eos).sum() > 2, "two sequences hold more than two rows"
-    assert (batches[0]["position_ids"] == 0).sum() == (batches[0]["input_ids"] == eos).sum(), "each row starts at 0"
 
 
 def test_a_repositorys_code_runs_only_when_asked(data, tmp_path, monkeypatch):  # noqa: F811

@@ -2,11 +2,15 @@
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+
+import dora_kernels as dk
+from dora_kernels.targets import find_targets
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, list[str]]:
@@ -47,6 +51,14 @@ def load_model(
     # A cache of keys and values is for generating; beside checkpointed activations it is also in the way.
     model.config.use_cache = False
     return model if quantize else model.to(device)
+
+
+def check_targets(path: str, config: dk.DoraConfig, trust_remote_code: bool = False) -> None:
+    """Raise ValueError if `config` names a module that the model does not have, before its weights are read."""
+    options = {"trust_remote_code": trust_remote_code}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **options), **options)
+    find_targets(model, config)
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -6,6 +6,7 @@ from transformers import ProgressCallback, TrainerCallback
 
 from training.interrupt import StopRequest
 from training.metrics import append_row
+from training.processes import gathered
 
 # Of what transformers and TRL log, the columns that are not about the data itself.
 LEFT_OUT = ("total_flos", "epoch", "entropy", "eval_entropy", "eval_epoch")
@@ -37,13 +38,15 @@ class QuietProgress(ProgressCallback):
 
 
 class StopOnRequest(TrainerCallback):
-    """Saves and ends training at the step, or the evaluation, in which the request came."""
+    """Saves and ends training at the step, or the evaluation, in which the request came to any of the processes."""
 
     def __init__(self, request: StopRequest):
         self.request = request
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        if self.request.requested and state.global_step < state.max_steps:
+        # Together: a process that stops alone would leave the others waiting for its gradients.
+        if any(gathered(self.request.requested)) and state.global_step < state.max_steps:
+            self.request.requested = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 

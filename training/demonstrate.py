@@ -18,6 +18,7 @@ from training.flags import Flags
 from training.folder import check_folder
 from training.loop import LoopSettings, total_steps, train
 from training.metrics import plot_losses
+from training.processes import local_rank
 
 # What the demo must show to count as learned: the base cannot do the task, the tuned model can.
 BASE_AT_MOST = 0.05
@@ -29,6 +30,8 @@ def run(flags: Flags) -> None:
     """Check, evaluate the base, fine-tune, evaluate again, merge, report."""
     started = time.perf_counter()
     flags.check()
+    if local_rank() is not None:
+        raise ValueError("the demo runs in one process: start it without torchrun")
     torch.set_num_threads(demo.THREADS)
     output_dir = Path(flags.output_dir)
     rows = read_splits(flags.data_path, flags.seed)

@@ -3,15 +3,17 @@
 import json
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import ProgressCallback
 from trl import SFTConfig
 
 from training.adapters import Adapter, add_adapter
-from training.base import compute_dtype, load_model, load_tokenizer
+from training.base import check_targets, compute_dtype, load_model, load_tokenizer
 from training.callbacks import QuietProgress, StopOnRequest, WriteMetrics
 from training.checkpoint import newest_checkpoint, step_of
 from training.flags import Flags
@@ -19,6 +21,7 @@ from training.folder import check_folder, sole_run
 from training.hub import make_repository, push
 from training.interrupt import StopRequest, stop_on_sigterm
 from training.metrics import METRICS, keep_until, plot_losses
+from training.processes import join, of_main
 from training.report import summary, write_card
 from training.rows import Rows, load_rows
 from training.trainer import DoraTrainer
@@ -39,9 +42,13 @@ def run(flags: Flags, command: str) -> None:
     """
     flags.check()
     device = flags.torch_device
+    processes = join(device)
+    say = print if processes.is_main_process else no_words
     output_dir = Path(flags.output_dir)
     check_folder(output_dir, flags.resume)
     tokenizer, said = load_tokenizer(flags.base_model, flags.trust_remote_code)
+    if not flags.init_adapter:
+        check_targets(flags.base_model, flags.dora, flags.trust_remote_code)
     rows = load_rows(
         flags.data_path,
         tokenizer,
@@ -52,18 +59,19 @@ def run(flags: Flags, command: str) -> None:
     )
     if flags.assistant_only_loss and rows.kind != "messages":
         raise ValueError(f"`--assistant_only_loss` needs the column `messages`; the data has {rows.kind}")
-    if flags.push_to_hub:
+    if flags.push_to_hub and processes.is_main_process:
         make_repository(flags.hub_model_id)
-    print("\n".join([*said, *rows.said]))
+    say("\n".join([*said, *rows.said]))
 
-    with sole_run(output_dir), stop_on_sigterm() as request:
-        if rows.skipped:
+    with stop_on_sigterm() as request, sole_run(output_dir) if processes.is_main_process else nullcontext():
+        if rows.skipped and processes.is_main_process:
             lines = [json.dumps(row) + "\n" for row in rows.skipped]
             (output_dir / "skipped_rows.jsonl").write_text("".join(lines))
-        checkpoint = resume_point(output_dir, flags.resume)
+        checkpoint = of_main(resume_point(output_dir, flags.resume) if processes.is_main_process else None)
         model = load_model(flags.base_model, device, quantize=flags.quantize, trust_remote_code=flags.trust_remote_code)
         adapter = add_adapter(model, flags)
-        print(f"{adapter.description}; base in {'NF4' if flags.quantize else str(model.dtype)[6:]} on {device}")
+        together = f", in {processes.num_processes} processes" if processes.num_processes > 1 else ""
+        say(f"{adapter.description}; base in {'NF4' if flags.quantize else str(model.dtype)[6:]} on {device}{together}")
         trainer = build_trainer(flags, adapter, tokenizer, rows, request, resumed=checkpoint is not None)
         started = time.perf_counter()
         try:
@@ -73,9 +81,13 @@ def run(flags: Flags, command: str) -> None:
             kept = f"{sound} is sound: continue with\n  {command} --resume" if sound else "nothing was saved before"
             raise OSError(f"{error}; {kept}") from error
         if request.requested and trainer.state.global_step < trainer.state.max_steps:
-            print(f"\nstopped and saved at step {trainer.state.global_step}; continue with\n  {command} --resume")
-            return
-        finish(flags, adapter, tokenizer, rows, seconds=time.perf_counter() - started)
+            say(f"\nstopped and saved at step {trainer.state.global_step}; continue with\n  {command} --resume")
+        elif processes.is_main_process:
+            finish(flags, adapter, tokenizer, rows, seconds=time.perf_counter() - started)
+
+
+def no_words(text: str) -> None:
+    """What a process says that is not the main one."""
 
 
 def resume_point(output_dir: Path, resume: bool) -> Path | None:
@@ -96,7 +108,8 @@ def build_trainer(
     # `place` says where a row stood; `_prepare_dataset` keeps it and the collator never sees it.
     trainer = DoraTrainer(
         adapter,
-        run={name: value for name, value in asdict(flags).items() if name not in FREE} | {"data": rows.fingerprint},
+        run={name: value for name, value in asdict(flags).items() if name not in FREE}
+        | {"data": rows.fingerprint, "processes": PartialState().num_processes},
         args=trainer_config(flags, evaluates=bool(rows.validation and flags.eval_step), resumed=resumed),
         train_dataset=rows.train,
         eval_dataset=rows.validation if flags.eval_step else None,
@@ -148,6 +161,8 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
         logging_nan_inf_filter=False,
         bf16=compute_dtype(flags.torch_device) == torch.bfloat16,
         use_cpu=flags.torch_device.type == "cpu",
+        # Every parameter of an adapter is used in every step.
+        ddp_find_unused_parameters=False,
         torch_compile=flags.use_compile,
         use_liger_kernel=flags.use_liger,
         gradient_checkpointing=flags.activation_checkpointing,

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 import dora_kernels as dk
 from training import demo
+from training.processes import local_rank
 
 
 def flag(default, text: str):
@@ -127,17 +128,27 @@ class Flags:
 
     @property
     def torch_device(self) -> torch.device:
-        """Where the model goes. Raises ValueError for a device that is not there."""
+        """Where the model goes: of several processes each takes the GPU of its own number.
+
+        Raises ValueError for a device that is not there, and for one GPU named to several processes.
+        """
         present = torch.cuda.device_count() if torch.cuda.is_available() else 0
         try:
-            device = torch.device(self.device or ("cuda:0" if present else "cpu"))
+            device = torch.device(self.device or ("cuda" if present else "cpu"))
         except RuntimeError:
             device = None
         if device is None or device.type not in ("cpu", "cuda"):
             raise ValueError(f"`--device` should be cpu, cuda or cuda:N but the value passed is {self.device}")
-        if device.type == "cuda" and (device.index or 0) >= present:
-            raise ValueError(f"`--device` {self.device} is not there ({present} CUDA devices found): use --device cpu")
-        return torch.device("cuda", device.index or 0) if device.type == "cuda" else torch.device("cpu")
+        if device.type == "cpu":
+            return device
+        rank = local_rank()
+        if rank is not None and device.index not in (None, rank):
+            raise ValueError(f"`--device` {self.device} is one GPU for several processes: use --device cuda")
+        index = rank or 0 if device.index is None else device.index
+        if index >= present:
+            wanted = self.device if rank is None else f"cuda:{index}, for process {rank} of this machine,"
+            raise ValueError(f"`--device` {wanted} is not there ({present} CUDA devices found): use --device cpu")
+        return torch.device("cuda", index)
 
 
 # The embedded demo's own settings: flags before the user's, so that the user's win.

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from training.checkpoint import list_checkpoints
 
+LOCK = ".lock"
+
 
 def check_folder(output_dir: Path, resume: bool) -> None:
     """Refuse to mix a new run into the checkpoints of another."""
@@ -21,7 +23,7 @@ def check_folder(output_dir: Path, resume: bool) -> None:
 def sole_run(output_dir: Path) -> Iterator[None]:
     """Holds the folder, made if need be, until the scope or the process ends. Raises ValueError if another holds it."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / ".lock").open("w") as file:
+    with (output_dir / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -5,7 +5,7 @@ epoch, a loss per token in evaluation, and a stop that says where a loss went Na
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,26 +17,28 @@ from trl import SFTTrainer
 
 from training.adapters import Adapter
 from training.checkpoint import load_checkpoint, save_checkpoint, sync
-from training.data import IGNORED, order_of_epoch, rows_of_step
+from training.data import IGNORED, order_of_epoch, rows_of_step, steps_per_epoch
 from training.metrics import METRICS, Meter
 from training.nonfinite import first_nonfinite, first_nonfinite_gradient
 from training.optimizer import parameter_groups
+from training.processes import gathered
 from training.state import optimizer_state, random_state, set_optimizer_state, set_random_state
 
 TRAINER_STATE = "trainer_state.json"  # the name under which transformers looks for it
 
 
 class EpochOrder(Sampler):
-    """Row numbers in an order that is a pure function of (seed, epoch). The data loader sets the epoch."""
+    """Row numbers in an order that is a pure function of (seed, epoch).
 
-    def __init__(self, rows: int, seed: int):
-        self.rows, self.seed, self.epoch = rows, seed, 0
+    `epoch()` is asked when an epoch begins. A data loader would set it, but of several processes' loaders the one that
+    skips to where a resumed run stands does not pass it on.
+    """
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, rows: int, seed: int, epoch: Callable[[], int]):
+        self.rows, self.seed, self.epoch = rows, seed, epoch
 
     def __iter__(self) -> Iterator[int]:
-        return iter(order_of_epoch(self.rows, self.seed, self.epoch))
+        return iter(order_of_epoch(self.rows, self.seed, self.epoch()))
 
     def __len__(self) -> int:
         return self.rows
@@ -67,7 +69,14 @@ class DoraTrainer(SFTTrainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
-        return EpochOrder(len(train_dataset if train_dataset is not None else self.train_dataset), self.args.seed)
+        rows = len(train_dataset if train_dataset is not None else self.train_dataset)
+        steps = steps_per_epoch(rows, self.batch)
+        return EpochOrder(rows, self.args.seed, lambda: self.state.global_step // steps)
+
+    @property
+    def batch(self) -> int:
+        """Rows per optimizer step, those of all processes."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     # Checkpoints
 
@@ -79,20 +88,25 @@ class DoraTrainer(SFTTrainer):
                 self._load_from_checkpoint(str(checkpoint))
                 self.state = state
                 return
+        # The base and the adapter were drawn alike in all processes; their dropout is not. The main process's is that
+        # of a run of its own.
+        if self.args.process_index:
+            torch.manual_seed(self.args.seed + self.args.process_index)
         self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """Stage, verify, rename, rotate: `training.checkpoint`. Only the process that may write does."""
+        """Stage, verify, rename, rotate: `training.checkpoint`. The main process writes, the generators of all."""
+        self.store_flos()
+        generators = gathered(random_state())
         if not self.args.should_save:
             return
-        self.store_flos()
         moments, groups = optimizer_state(self.optimizer)
-        generators, generator_json = random_state()
+        tensors = moments | {f"{rank}.{name}": one[name] for rank, (one, _) in enumerate(generators) for name in one}
         state = {
             "step": self.state.global_step,
             "run": self.run,
             "optimizer": groups,
-            "random": generator_json,
+            "random": [values for _, values in generators],
             "scheduler": self.lr_scheduler.state_dict(),
             "tokens": self._total_train_tokens,
         }
@@ -104,7 +118,7 @@ class DoraTrainer(SFTTrainer):
         metrics = Path(self.args.output_dir, METRICS)
         if metrics.exists():
             sync(metrics)  # rows up to a durable checkpoint must be durable too
-        save_checkpoint(self.args.output_dir, self.state.global_step, moments | generators, state, write)
+        save_checkpoint(self.args.output_dir, self.state.global_step, tensors, state, write)
         self.meter.leave_out()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -126,7 +140,11 @@ class DoraTrainer(SFTTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             tensors, state = load_checkpoint(checkpoint)
-            set_random_state(tensors, state["random"])
+            rank = self.args.process_index
+            own = {
+                name.removeprefix(f"{rank}."): value for name, value in tensors.items() if name.startswith(f"{rank}.")
+            }
+            set_random_state(own, state["random"][rank])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Nothing to load: bf16 and fp32 need no loss scaling."""
@@ -146,31 +164,44 @@ class DoraTrainer(SFTTrainer):
         # The data loader draws from the global generator: evaluating would change the dropout of the steps after it.
         with torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        loss, tokens = self.accelerator.reduce(torch.stack(self._eval_sums).sum(0)).tolist()
+        loss, tokens = self.accelerator.reduce(torch.stack(self._eval_sums).sum(0).to(self.args.device)).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
         self.meter.leave_out()
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs["labels"][self._repeated(inputs)] = IGNORED
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum().to(result[0].device)
-        # In fp64 on the CPU: a sum of many sums.
-        self._eval_sums.append(torch.stack([result[0].double() * tokens, tokens.double()]).cpu())
+        # In fp64 on the CPU: a sum of many sums. The mean over no token is NaN.
+        loss = result[0].double() * tokens if tokens else torch.zeros_like(tokens).double()
+        self._eval_sums.append(torch.stack([loss, tokens.double()]).cpu())
         return result
+
+    def _repeated(self, inputs: dict) -> torch.Tensor:
+        """Which tokens of a batch are of rows that accelerate took from the beginning once more, to give each process
+        as many. Bool, [batch, length]."""
+        labels, loader = inputs["labels"], self.accelerator.gradient_state
+        if self.args.world_size == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
+            return torch.zeros_like(labels, dtype=torch.bool)
+        own = loader.remainder - self.args.process_index * self.args.eval_batch_size
+        if "position_ids" in inputs:  # rows in one sequence, as packing has them
+            row = (inputs["position_ids"] == 0).cumsum(-1) - 1
+        else:
+            row = torch.arange(len(labels), device=labels.device)[:, None]
+        return (row >= own).expand_as(labels)
 
     # What stops it
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss).all():
-            batch = self._prepare_inputs(dict(inputs))
-
-            def forward() -> None:
-                with self.compute_loss_context_manager():
-                    self.compute_loss(self.model, batch)
-
-            where = first_nonfinite(self.model, forward)
+        finite = self.accelerator.gather(torch.isfinite(loss).all().float().reshape(1)).bool()  # [processes]
+        if not finite[self.args.process_index]:
+            # Not `compute_loss`, in which the processes wait for each other.
+            where = first_nonfinite(self.model, lambda: self.model(**self._prepare_inputs(dict(inputs))))
             raise FloatingPointError(f"the loss of {self._step_and_rows()} is {loss.item()}: {where}")
+        if not finite.all():
+            raise FloatingPointError(f"the loss of {self._step_and_rows()} is not finite in another process")
         return loss
 
     def _clip_grad_norm(self, model: nn.Module):
@@ -184,8 +215,7 @@ class DoraTrainer(SFTTrainer):
     def _step_and_rows(self) -> str:
         """The step in progress, and where the rows of its batch stood in the data."""
         step, rows = self.state.global_step, len(self.train_dataset)
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        chosen = rows_of_step(rows, batch, self.args.seed, step)
+        chosen = rows_of_step(rows, self.batch, self.args.seed, step)
         if "place" in self.train_dataset.column_names:
             places = "; ".join(self.train_dataset[row]["place"] for row in chosen)
         else:

@@ -1,0 +1,75 @@
+"""What reaches the model: the tokens that are learned, and rows that are packed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from tests.training_runs import data, demo_rows, run, write_rows  # noqa: F401
+from training import demo
+from training.data import IGNORED
+from training.trainer import DoraTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Every batch that is trained on, as it reaches the trainer's step."""
+    seen = []
+    step = DoraTrainer.training_step
+
+    def recorded(self, model, inputs, *rest):
+        seen.append({name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)})
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(DoraTrainer, "training_step", recorded)
+    return seen
+
+
+def test_end_of_text_is_learned_though_it_pads(data, tmp_path, batches, capsys):  # noqa: F811
+    model = tmp_path / "model"
+    shutil.copytree(demo.BASE, model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    run(data, tmp_path / "out", base_model=model, max_steps=3, batch_size=4, save_step=0)
+    assert "the tokenizer has no pad token: <eos> pads" in capsys.readouterr().out
+    eos = AutoTokenizer.from_pretrained(demo.BASE).eos_token_id
+    assert any((batch["attention_mask"] == 0).any() for batch in batches), "there is padding"
+    for labels in (row for batch in batches for row in batch["labels"]):
+        targets = labels[labels != IGNORED]
+        assert targets[-1] == eos and (targets == eos).sum() == 1
+
+
+def test_only_the_assistant_is_learned(tmp_path, batches, capsys):
+    rows = [
+        {"messages": [{"role": "user", "content": "two red mugs"}, {"role": "assistant", "content": f"red {index}"}]}
+        for index in range(12)
+    ]
+    run(write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out", "--assistant_only_loss", val_set_size=2, max_steps=1)
+    assert "no chat template" in capsys.readouterr().out
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for labels in batches[0]["labels"]:
+        text = tokenizer.decode(labels[labels != IGNORED])
+        assert text.startswith("red ") and text.endswith(tokenizer.eos_token) and "mugs" not in text
+
+
+def test_packed_rows_do_not_see_each_other(tmp_path):
+    """The loss of one step over the same rows, packed into one batch of fewer sequences and not."""
+    path = write_rows(tmp_path / "a.jsonl", demo_rows(12))
+    flags = {"val_set_size": 0, "max_steps": 1, "save_step": 0, "batch_size": 12, "cutoff_len": 256}
+    (plain,) = run(path, tmp_path / "plain", **flags)
+    (packed,) = run(path, tmp_path / "packed", "--packing", **flags)
+    # The same tokens in fp32, in other shapes.
+    assert packed["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+
+
+def test_packing(tmp_path, batches):
+    rows = [{"text": row["prompt"] + row["completion"]} for row in demo_rows(30)]
+    run(write_rows(tmp_path / "a.jsonl", rows), tmp_path / "out", "--packing", max_steps=1, save_step=0, cutoff_len=256)
+    eos = AutoTokenizer.from_pretrained(demo.BASE).eos_token_id
+    assert (batches[0]["input_ids"] == eos).sum() > 2, "two sequences hold more than two rows"
+    assert (batches[0]["position_ids"] == 0).sum() == (batches[0]["input_ids"] == eos).sum(), "each row starts at 0"
