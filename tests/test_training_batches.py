@@ -5,11 +5,12 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaForCausalLM
 
-from tests.training_runs import data, demo_rows, run, write_rows  # noqa: F401
+from tests.training_runs import data, demo_rows, numbers, run, write_rows  # noqa: F401
 from training import demo
 from training.data import IGNORED
+from training.flags import Flags
 from training.trainer import DoraTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -73,3 +74,23 @@ def test_packing(tmp_path, batches):
     eos = AutoTokenizer.from_pretrained(demo.BASE).eos_token_id
     assert (batches[0]["input_ids"] == eos).sum() > 2, "two sequences hold more than two rows"
     assert (batches[0]["position_ids"] == 0).sum() == (batches[0]["input_ids"] == eos).sum(), "each row starts at 0"
+
+
+def test_the_fused_loss_is_the_models_own_and_counts_as_many_tokens(data, tmp_path, monkeypatch):  # noqa: F811
+    """With `--use_liger` the model computes its loss itself. Liger needs a GPU; here the model's own stands for it, and
+    trains as TRL's head does."""
+    fused = []
+    monkeypatch.setattr("training.finetune.use_fused_loss", fused.append)
+    monkeypatch.setattr(Flags, "check", lambda flags: None)
+    forward = LlamaForCausalLM.forward
+    monkeypatch.setattr(
+        LlamaForCausalLM,
+        "forward",
+        lambda self, *args, **inputs: fused.append("labels" in inputs) or forward(self, *args, **inputs),
+    )
+    plain = numbers(run(data, tmp_path / "plain", eval_step=0, max_steps=4, save_step=0))
+    assert not any(fused)
+    own = numbers(run(data, tmp_path / "own", "--use_liger", eval_step=0, max_steps=4, save_step=0))
+    assert any(isinstance(one, LlamaForCausalLM) for one in fused) and fused.count(True) == 4
+    for ours, trls in zip(own, plain, strict=True):
+        assert ours == pytest.approx(trls, rel=1e-4)

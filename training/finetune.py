@@ -20,6 +20,7 @@ from training.flags import Flags
 from training.folder import check_folder, sole_run
 from training.hub import make_repository, push
 from training.interrupt import StopRequest, stop_on_sigterm
+from training.liger import use_fused_loss
 from training.metrics import METRICS, keep_until, plot_losses
 from training.processes import join, of_main
 from training.report import summary, write_card
@@ -70,6 +71,8 @@ def run(flags: Flags, command: str) -> None:
         checkpoint = of_main(resume_point(output_dir, flags.resume) if processes.is_main_process else None)
         model = load_model(flags.base_model, device, quantize=flags.quantize, trust_remote_code=flags.trust_remote_code)
         adapter = add_adapter(model, flags)
+        if flags.use_liger:
+            use_fused_loss(model)
         together = f", in {processes.num_processes} processes" if processes.num_processes > 1 else ""
         say(f"{adapter.description}; base in {'NF4' if flags.quantize else str(model.dtype)[6:]} on {device}{together}")
         trainer = build_trainer(flags, adapter, tokenizer, rows, request, resumed=checkpoint is not None)
@@ -111,6 +114,7 @@ def build_trainer(
         run={name: value for name, value in asdict(flags).items() if name not in FREE}
         | {"data": rows.fingerprint, "processes": PartialState().num_processes},
         args=trainer_config(flags, evaluates=bool(rows.validation and flags.eval_step), resumed=resumed),
+        fused_loss=flags.use_liger,
         train_dataset=rows.train,
         eval_dataset=rows.validation if flags.eval_step else None,
         processing_class=tokenizer,
@@ -164,7 +168,6 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
         # Every parameter of an adapter is used in every step.
         ddp_find_unused_parameters=False,
         torch_compile=flags.use_compile,
-        use_liger_kernel=flags.use_liger,
         gradient_checkpointing=flags.activation_checkpointing,
         report_to=flags.trackers,
         seed=flags.seed,

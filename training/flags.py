@@ -61,7 +61,7 @@ class Flags:
     device: str = flag("", "cpu, cuda or cuda:N; default: the first GPU, or the CPU where there is none")
     quantize: bool = flag(False, "load the base in 4 bits (NF4, double quantisation)")
     use_compile: bool = flag(False, "torch.compile the model")
-    use_liger: bool = flag(False, "Liger's kernels for the model's other layers (needs a GPU)")
+    use_liger: bool = flag(False, "Liger's fused linear cross-entropy (needs a GPU)")
     activation_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     report_to: str = flag("none", "comma-separated trackers, as transformers knows them: wandb, tensorboard, ...")
     hub_model_id: str = flag("", "repository on the hub, for --push_to_hub")

@@ -49,12 +49,13 @@ class DoraTrainer(SFTTrainer):
 
     Args:
         adapter: the model, and how its adapter is written and read.
+        fused_loss: the model computes its loss itself (`training.liger`); TRL's own head would pass that by.
         run: what decides the numbers of the run, as JSON; a checkpoint is resumed only by an equal one.
         options: SFTTrainer's other arguments.
     """
 
-    def __init__(self, adapter: Adapter, run: dict, **options):
-        self.adapter, self.run = adapter, run
+    def __init__(self, adapter: Adapter, run: dict, *, fused_loss: bool = False, **options):
+        self.adapter, self.run, self.fused_loss = adapter, run, fused_loss
         self.meter = Meter()
         self._eval_sums: list[torch.Tensor] = []
         with _adapters_count(adapter.model):
@@ -190,6 +191,15 @@ class DoraTrainer(SFTTrainer):
         else:
             row = torch.arange(len(labels), device=labels.device)[:, None]
         return (row >= own).expand_as(labels)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not (self.fused_loss and model.training) or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # As TRL counts them; packing sends no mask.
+        seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+        self._total_train_tokens += self.accelerator.gather_for_metrics(seen).sum().item()
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss
 
     # What stops it
 
