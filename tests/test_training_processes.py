@@ -19,8 +19,9 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def test_the_command_in_two_processes_is_the_command_in_one(data, tmp_path):  # noqa: F811
-    """The same global batches over two epochs. The 10 held-out rows do not divide by 2 x 8: none may count twice."""
-    flags = {"max_steps": None, "num_epochs": 2, "gradient_accumulation_steps": 3, "eval_step": 7}
+    """The same global batches over two epochs. Neither 41 training rows nor 9 held-out ones divide by the processes'
+    batches: accelerate repeats some, and none may count twice."""
+    flags = {"val_set_size": 9, "max_steps": None, "num_epochs": 2, "gradient_accumulation_steps": 3, "eval_step": 7}
     with data.open() as rows:  # and one that cannot be used
         (tmp_path / "rows.jsonl").write_text(rows.read() + '{"prompt": "", "completion": "nothing"}\n')
     one = run(tmp_path / "rows.jsonl", tmp_path / "one", **flags)

@@ -171,7 +171,7 @@ class DoraTrainer(SFTTrainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs["labels"][self._repeated(inputs)] = IGNORED
+        self._ignore_repeated(inputs, self.args.eval_batch_size)
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum().to(result[0].device)
         # In fp64 on the CPU: a sum of many sums. The mean over no token is NaN.
@@ -179,18 +179,25 @@ class DoraTrainer(SFTTrainer):
         self._eval_sums.append(torch.stack([loss, tokens.double()]).cpu())
         return result
 
-    def _repeated(self, inputs: dict) -> torch.Tensor:
-        """Which tokens of a batch are of rows that accelerate took from the beginning once more, to give each process
-        as many. Bool, [batch, length]."""
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor | int | None:
+        if batch_samples and self.model.training:
+            self._ignore_repeated(batch_samples[-1], self.args.train_batch_size)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _ignore_repeated(self, inputs: dict, batch: int) -> None:
+        """Nothing is learned or measured on the rows that accelerate takes once more, to give each process as many.
+
+        They follow the data's own in the last batch of an epoch, of `batch` rows in each process.
+        """
         labels, loader = inputs["labels"], self.accelerator.gradient_state
-        if self.args.world_size == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
-            return torch.zeros_like(labels, dtype=torch.bool)
-        own = loader.remainder - self.args.process_index * self.args.eval_batch_size
+        if self.args.world_size == 1 or not loader.end_of_dataloader:
+            return
+        own = len(loader.active_dataloader.dataset) % (batch * self.args.world_size) or batch * self.args.world_size
         if "position_ids" in inputs:  # rows in one sequence, as packing has them
             row = (inputs["position_ids"] == 0).cumsum(-1) - 1
         else:
             row = torch.arange(len(labels), device=labels.device)[:, None]
-        return (row >= own).expand_as(labels)
+        labels[(row + self.args.process_index * batch >= own).expand_as(labels)] = IGNORED
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not (self.fused_loss and model.training) or return_outputs:
