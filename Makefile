@@ -24,7 +24,7 @@ peft-suite-kernels: $(VENV)/.peft-suite  ## the same with the kernels under Trit
 	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.peft_suite build/peft-suite --engines triton
 
 $(VENV)/.peft-suite: $(VENV)/.installed
-	$(BIN)/python -m pip install diffusers scipy parameterized pillow  # what PEFT's tests import
+	$(BIN)/python -m pip install attrs diffusers scipy parameterized pillow  # what PEFT's tests import
 	touch $@
 
 $(VENV)/.installed: requirements.txt setup.py

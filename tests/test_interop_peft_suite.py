@@ -51,6 +51,16 @@ def test_a_plain_run_in_which_nothing_passed():
     assert "nothing was compared" in line
 
 
+def test_a_file_that_did_not_load(tmp_path):
+    (tmp_path / "run.xml").write_text(
+        '<testsuites><testsuite><testcase classname="" name="t.B"><error message="collection failure"/></testcase>'
+        "</testsuite></testsuites>"
+    )
+    outcomes, _ = read(tmp_path / "run.xml")
+    assert outcomes == {"t.B": "not loaded"}
+    assert compare("reference", PLAIN | outcomes, PLAIN, COUNTS) == ["t.B did not load: its tests were not compared"]
+
+
 def test_results_are_read(tmp_path):
     (tmp_path / "run.xml").write_text(
         """<testsuites><testsuite>

@@ -68,10 +68,14 @@ def run(sources: Path, engine: str, workers: int, selection: str) -> Path:
 
 
 def read(results: Path) -> tuple[dict[str, str], Counter]:
-    """{test: "passed", "skipped" or "failed"} and the sums of the plugin's counts."""
+    """{test: "passed", "skipped" or "failed"}, a file that did not load as "not loaded", and the sums of the
+    plugin's counts."""
     outcomes, counts = {}, Counter()
     for case in ElementTree.parse(results).iter("testcase"):
         kinds = {child.tag for child in case}
+        if any(child.get("message") == "collection failure" for child in case):
+            outcomes[case.get("name")] = "not loaded"
+            continue
         outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
         outcomes[f"{case.get('classname')}::{case.get('name')}"] = outcome
         for entry in case.iter("property"):
@@ -87,6 +91,7 @@ def compare(engine: str, plain: dict[str, str], outcomes: dict[str, str], counts
         for test, outcome in plain.items()
         if outcome == "passed" and outcomes.get(test) != "passed" and (engine, test) not in ROUNDED_APART
     ]
+    wrong += [f"{file} did not load: its tests were not compared" for file in plain if plain[file] == "not loaded"]
     if "passed" not in plain.values():
         wrong.append("no test passes on plain PEFT: nothing was compared")
     if counts["fused"] < FUSED_SHARE * (counts["fused"] + counts["left_to_peft"]) or not counts["fused"]:
