@@ -2,13 +2,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint offline peft-suite peft-suite-kernels clean
+.PHONY: demo test scorecard lint offline peft-suite peft-suite-kernels clean
 
 demo: $(VENV)/.installed  ## fine-tune the embedded model on the embedded data
 	$(BIN)/python -m training
 
 test: $(VENV)/.installed  ## run the tests; kernels run under Triton's interpreter where there is no GPU
 	$(BIN)/python -m pytest -n 2
+
+scorecard: $(VENV)/.installed  ## measure the reliability scorecard and write tests/SCORECARD.md; hours, resumable
+	$(BIN)/python -m tests.scorecard --write
 
 lint: $(VENV)/.installed  ## check style and formatting
 	$(BIN)/ruff check .

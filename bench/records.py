@@ -13,6 +13,8 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[1]
+# What measuring itself writes: it changes no figure.
+WRITTEN = ("bench/results", "tests/SCORECARD.md")
 
 
 def stamp(device: torch.device, commit: str | None = None) -> dict:
@@ -92,7 +94,8 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    others = [f":(exclude){path}" for path in WRITTEN]
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
     return _output("git", "rev-parse", "--short=12", "HEAD") + ("-changed" if changed not in ("", "unknown") else "")
 
 

@@ -1,0 +1,25 @@
+"""Running some of our own tests in a process of their own, for rows whose cases are tests."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.peft_suite.__main__ import read
+
+ROOT = Path(__file__).parents[2]
+
+
+def outcomes(*words: str, root: Path = ROOT, timeout: float = 3600) -> dict[str, str]:
+    """{test: "passed", "skipped", "failed" or "not loaded"} of `pytest *words`, run in the tree `root`.
+
+    Raises:
+        RuntimeError: no test ran, or pytest itself failed; with its last lines.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder, "results.xml")
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=line", f"--junitxml={results}", *words]
+        ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=timeout)
+        if ended.returncode not in (0, 1) or not results.exists():
+            raise RuntimeError(f"pytest {' '.join(words)} ended with {ended.returncode}: {ended.stdout[-2000:]}")
+        return read(results)[0]
