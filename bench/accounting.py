@@ -135,7 +135,7 @@ def _merge_scale(a) -> Traffic:
 def _rescale_fwd(a) -> Traffic:
     rows, columns = triton.cdiv(a.M, a.BLOCK_M), triton.cdiv(a.N, a.BLOCK_N)
     z, h, b = a.M * a.N * _size(a.z_ptr), a.M * _size(a.h_ptr), a.N * a.R * _size(a.b_ptr)
-    vectors = a.N * _size(a.scale_ptr) + (a.N * _size(a.bias_ptr) if a.HAS_BIAS else 0)
+    vectors = a.N * _size(a.scale_ptr) + (a.N * _size(a.bias_ptr) if a.HAS_BIAS or a.BASE_HAS_BIAS else 0)
     inputs = z + (a.M * a.N * _size(a.undropped_ptr) if a.HAS_UNDROPPED else 0)
     h_columns = min(a.R, a.BLOCK_R) + (0 if a.ONE_BLOCK else a.R)
     return Traffic(
@@ -155,6 +155,8 @@ def _rescale_bwd(a) -> Traffic:
     flops = 0
     if a.NEEDS_BASE:
         loaded, unique = loaded + chunks * a.N * _size(a.scale_ptr), unique + a.N * _size(a.scale_ptr)
+    if a.SAVED_HAS_BIAS:
+        loaded, unique = loaded + chunks * a.N * _size(a.base_bias_ptr), unique + a.N * _size(a.base_bias_ptr)
     if a.NEEDS_PRODUCT:
         h = a.M * a.R * _size(a.h_ptr)
         loaded, unique, flops = loaded + columns * h, unique + h, 2 * a.M * a.N * a.BLOCK_R

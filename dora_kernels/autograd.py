@@ -31,7 +31,8 @@ class DoraLinearFunction(torch.autograd.Function):
              token space:   dx = dh A [M,R]·[R,K] + (dy ⊙ g) W [M,N]·[N,K]
              weight space:  dx = dy W' [M,N]·[N,K], merged again with the saved g
     dm comes from y, which the consumer usually keeps anyway. A bias, fp16 or PEFT's dropout would spoil y for that:
-    then the product before the bias (z in token space) is kept instead. Never both.
+    then the product before the bias (z in token space; in fp32 with the bias, which is taken off again) is kept
+    instead. Never both.
 
     Under dropout `x_dropped` feeds A alone (mode "lora"), or A and the (g − 1) term (mode "peft": a second base GEMM,
     y = x Wᵀ + b + (g − 1) ⊙ x_dropped Wᵀ + g ⊙ s h Bᵀ).
@@ -43,7 +44,7 @@ class DoraLinearFunction(torch.autograd.Function):
         rounded = {"rounding": call.rounding, "salt": call.salt}
         needs_A, needs_B, needs_magnitude = (call.trains and n for n in ctx.needs_input_grad[2:5])
         with dispatch.on_device_of(x), torch.autocast(x.device.type, enabled=False):
-            lora_x = x if x_dropped is None else x_dropped
+            lora_x, base_bias = x if x_dropped is None else x_dropped, None
             frozen_weight, weight = weight, readable(weight)
             needs_h = call.space == "token" or needs_B
             A_cast, cast = _cast_of(lora_A, x.dtype) if needs_h else (lora_A, {})
@@ -55,19 +56,18 @@ class DoraLinearFunction(torch.autograd.Function):
                     A_cast = ops.scaled_cast(lora_A, x.dtype, **rounded) if cast else lora_A
                 h = lora_x @ A_cast.T
                 base_weight = _dense(ops, weight, x.dtype)
-                undropped, late_bias = None, bias
-                if _sums_from_bias(call, x, bias):
-                    undropped, late_bias = F.linear(x, base_weight, bias.to(x.dtype)), None
-                    base_out = undropped - bias.to(x.dtype)
-                else:
-                    base_out = x @ base_weight.T
+                # A GEMM may start its sums from the bias: only with the base layer's own product a fresh adapter equals
+                # that layer to the last bit. In 16 bits what dm needs would not survive taking the bias off again.
+                gemm_bias = bias.to(x.dtype) if bias is not None and x.element_size() >= 4 else None
+                base_out, undropped = F.linear(x, base_weight, gemm_bias), None
                 if call.dropout == "peft":
-                    undropped, base_out = base_out if undropped is None else undropped, x_dropped @ base_weight.T
+                    undropped, base_out = base_out, x_dropped @ base_weight.T
+                base_bias = gemm_bias if undropped is None else None
                 # From y, dm would cancel against a large bias and underflow in fp16; PEFT's dropout is not of its form.
                 keeps_base = needs_magnitude and (bias is not None or undropped is not None or x.dtype == torch.float16)
                 y = ops.rescale_fwd(
-                    base_out, h, lora_B, scale, late_bias, call.scaling,
-                    undropped=undropped, in_place=not keeps_base, **rounded,
+                    base_out, h, lora_B, scale, bias if gemm_bias is None else None, call.scaling,
+                    base_bias=base_bias, undropped=undropped, in_place=not keeps_base, **rounded,
                 )  # fmt: skip
                 saved, ctx.saved_is = (base_out, "base") if keeps_base else (y, "output")
             else:
@@ -102,6 +102,7 @@ class DoraLinearFunction(torch.autograd.Function):
             lora_B,
             norm,
             scale,
+            base_bias if needs_magnitude else None,
         )
         return y
 
@@ -113,7 +114,7 @@ class DoraLinearFunction(torch.autograd.Function):
         call = ctx.call
         ops = dispatch.implementation(call.impl)
         rounded = {"rounding": call.rounding, "salt": call.salt}
-        lora_x, h, saved, weight, lora_A, lora_B, norm, scale = ctx.saved_tensors
+        lora_x, h, saved, weight, lora_A, lora_B, norm, scale, base_bias = ctx.saved_tensors
         weight = weight if ctx.quantized is None else ctx.quantized
         needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias = ctx.needs_input_grad[:6]
         dtype_A, dtype_B, dtype_m = ctx.adapter_dtypes
@@ -125,6 +126,7 @@ class DoraLinearFunction(torch.autograd.Function):
             grad_magnitude, grad_B, grad_bias, grad_base = ops.rescale_bwd(
                 grad_y, saved, h, lora_B, norm, scale, call.scaling,
                 saved_is=ctx.saved_is,
+                base_bias=base_bias,
                 magnitude_dtype=dtype_m if needs_magnitude else None,
                 B_dtype=dtype_B if needs_B else None,
                 bias_dtype=ctx.bias_dtype if needs_bias else None,
@@ -162,14 +164,6 @@ class DoraLinearFunction(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _sums_from_bias(call, x, bias):
-    """Whether the bias goes into the base GEMM, as in the base layer: a CPU's GEMM starts its sums from it, so that
-    only in that order a fresh adapter equals the base layer to the last bit. In 16 bits the product that dm needs would
-    not survive taking the bias off again; a GPU's GEMM adds it to the finished sum, as the kernel does.
-    """
-    return bias is not None and call.impl == "reference" and x.element_size() >= 4
 
 
 def _sum_of_products(ops, grad_h, lora_A, grad_base, weight):

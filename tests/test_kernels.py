@@ -148,6 +148,16 @@ def test_rescale_fwd(shape, dtypes, bias, undropped):
     _compare("rescale_fwd", *arguments, undropped=other, in_place=False, **ROUNDED)
 
 
+@pytest.mark.parametrize("in_place", [False, True], ids=["beside", "in-place"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_shape
+def test_rescale_fwd_of_a_product_that_holds_the_bias(shape, dtype, in_place):
+    problem = make_problem(*shape, dtype, bias=True)
+    base_out, *rest = _token_space(problem)
+    own = {"written": (0,) if in_place else (), "in_place": in_place, "base_bias": problem.bias}
+    _compare("rescale_fwd", base_out + problem.bias, *rest, None, problem.scaling, **own, **ROUNDED)
+
+
 def test_rescale_fwd_in_place():
     problem = make_problem(37, 29, 53, 7, torch.bfloat16, torch.float32)
     arguments = (*_token_space(problem), None, problem.scaling)
@@ -182,6 +192,17 @@ def test_rescale_bwd_alone(needed, rank, saved_is):
     h = h if needed == "B_dtype" or (needed == "magnitude_dtype" and saved_is == "base") else None
     arguments = (problem.grad_y, saved, h, lora_B, norm, scale, problem.scaling)
     _compare("rescale_bwd", *arguments, saved_is=saved_is, scale_shift=1.0, **needs, **ROUNDED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_shape
+def test_rescale_bwd_of_a_product_that_holds_the_bias(shape, dtype):
+    problem = make_problem(*shape, dtype, bias=True)
+    base_out, h, lora_B, scale = _token_space(problem)
+    norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
+    arguments = (problem.grad_y, base_out + problem.bias, h, lora_B, norm, scale, problem.scaling)
+    own = dict.fromkeys(("magnitude_dtype", "B_dtype", "bias_dtype"), dtype)
+    _compare("rescale_bwd", *arguments, saved_is="base", base_bias=problem.bias, **ALL_GRADIENTS | own, **ROUNDED)
 
 
 @pytest.mark.parametrize("rank", [7, 40])

@@ -42,14 +42,15 @@ def rescale_bwd_config(tokens: int, out_features: int, rank: int, itemsize: int)
 @triton.jit(do_not_specialize=["salt"])
 def _rescale_bwd_kernel(
     # pointers
-    dy_ptr, saved_ptr, h_ptr, scale_ptr, correlation_ptr, product_ptr, bias_ptr, dz_ptr,
+    dy_ptr, saved_ptr, base_bias_ptr, h_ptr, scale_ptr, correlation_ptr, product_ptr, bias_ptr, dz_ptr,
     # sizes
     scale_shift, M, N, R, tokens_per_chunk, salt,
     # strides
-    stride_dm, stride_dn, stride_sm, stride_sn, stride_hm, stride_hr,
+    stride_dm, stride_dn, stride_sm, stride_sn, stride_base_bias, stride_hm, stride_hr,
     # constexpr
     ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    NEEDS_CORRELATION: tl.constexpr, NEEDS_PRODUCT: tl.constexpr, NEEDS_BIAS: tl.constexpr, NEEDS_BASE: tl.constexpr,
+    NEEDS_CORRELATION: tl.constexpr, SAVED_HAS_BIAS: tl.constexpr, NEEDS_PRODUCT: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, NEEDS_BASE: tl.constexpr,
     DITHERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(1)
@@ -61,6 +62,8 @@ def _rescale_bwd_kernel(
     product = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
     if NEEDS_BASE:
         scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0) - scale_shift
+    if SAVED_HAS_BIAS:
+        base_bias = tl.load(base_bias_ptr + offs_n * stride_base_bias, mask=mask_n, other=0.0).to(ACC)
     for start in tl.range(
         chunk * tokens_per_chunk, tl.minimum((chunk + 1) * tokens_per_chunk, M), BLOCK_M, num_stages=3
     ):
@@ -78,7 +81,10 @@ def _rescale_bwd_kernel(
         grad = dy.to(ACC)
         if NEEDS_CORRELATION:
             saved = tl.load(saved_ptr + offsets_2d(offs_m, offs_n, stride_sm, stride_sn), mask=mask, other=0.0)
-            correlation += grad * saved.to(ACC)
+            saved = saved.to(ACC)
+            if SAVED_HAS_BIAS:
+                saved -= base_bias[None, :]
+            correlation += grad * saved
         if NEEDS_BIAS:
             bias += grad
         if NEEDS_BASE:
@@ -154,6 +160,7 @@ def rescale_bwd(
     scaling: float,
     *,
     saved_is: str,
+    base_bias: torch.Tensor | None = None,
     magnitude_dtype: torch.dtype | None,
     B_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
@@ -165,7 +172,8 @@ def rescale_bwd(
     """dm [N], dB [N, R] and db [N], each in the dtype asked for, and dZ [M, N] in `grad_y`'s; None where none is asked.
 
     `saved` [M, N] is the output without its bias (`saved_is` "output": dm = Σ dy ⊙ y / (g n)) or z = x Wᵀ ("base":
-    dm = (Σ dy ⊙ z + s rowsum(B ⊙ dyᵀh)) / n). dZ = dy ⊙ (g − `scale_shift`), the shift being 1 under PEFT's dropout.
+    dm = (Σ dy ⊙ z + s rowsum(B ⊙ dyᵀh)) / n), to which `base_bias` [N] was added where it is given.
+    dZ = dy ⊙ (g − `scale_shift`), the shift being 1 under PEFT's dropout.
     """
     (M, N), R, dtype = grad_y.shape, lora_B.shape[1], mag_norm_scale.dtype
     needs_magnitude, needs_B, needs_bias = (d is not None for d in (magnitude_dtype, B_dtype, bias_dtype))
@@ -192,12 +200,14 @@ def rescale_bwd(
     if needs_magnitude or fused_product or needs_bias or needs_base:
         precision = precision_of(grad_y.dtype, h.dtype if fused_product else grad_y.dtype, acc=dtype)
         _rescale_bwd_kernel[(triton.cdiv(N, config.block_n), config.chunks)](
-            grad_y, _or(saved, unused), _or(h, unused), mag_norm_scale, _or(correlation, unused),
-            _or(product, unused), _or(bias, unused), _or(grad_base, unused),
+            grad_y, _or(saved, unused), _or(base_bias, unused), _or(h, unused), mag_norm_scale,
+            _or(correlation, unused), _or(product, unused), _or(bias, unused), _or(grad_base, unused),
             scale_shift, M, N, R, triton.cdiv(triton.cdiv(M, config.block_m), config.chunks) * config.block_m,
             signed32(salt),
-            *grad_y.stride(), *((0, 0) if saved is None else saved.stride()), *((0, 0) if h is None else h.stride()),
-            *precision, needs_magnitude, fused_product, needs_bias, needs_base, rounding == "dithered",
+            *grad_y.stride(), *((0, 0) if saved is None else saved.stride()),
+            0 if base_bias is None else base_bias.stride(0), *((0, 0) if h is None else h.stride()),
+            *precision, needs_magnitude, needs_magnitude and base_bias is not None, fused_product,
+            needs_bias, needs_base, rounding == "dithered",
             config.block_m, config.block_n, config.block_r,
             num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
         )  # fmt: skip

@@ -40,7 +40,8 @@ def _rescale_fwd_kernel(
     stride_ym, stride_yn,
     # constexpr
     ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_UNDROPPED: tl.constexpr, DITHERED: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BASE_HAS_BIAS: tl.constexpr, HAS_UNDROPPED: tl.constexpr,
+    DITHERED: tl.constexpr, ONE_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     scaling = tl.cast(scaling, ACC)
@@ -58,12 +59,21 @@ def _rescale_fwd_kernel(
     )  # fmt: skip
     base = base.to(ACC)
     scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
-    y = scale[None, :] * (base + scaling * product)
-    if HAS_UNDROPPED:
-        undropped = tl.load(undropped_ptr + offsets_2d(offs_m, offs_n, stride_um, stride_un), mask=mask, other=0.0)
-        y += undropped.to(ACC) - base
+    if HAS_BIAS or BASE_HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(ACC)[None, :]
+    if HAS_UNDROPPED or BASE_HAS_BIAS:
+        if HAS_UNDROPPED:
+            undropped = tl.load(undropped_ptr + offsets_2d(offs_m, offs_n, stride_um, stride_un), mask=mask, other=0.0)
+            y = undropped.to(ACC)
+        else:
+            y = base
+            base -= bias
+        # g = 1 and B = 0 leave no trace of z.
+        y += (scale - 1.0)[None, :] * base + (scaling * scale)[None, :] * product
+    else:
+        y = scale[None, :] * (base + scaling * product)
     if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(ACC)[None, :]
+        y += bias
     y = round_to(y, offs_m, offs_n, salt, y_ptr.dtype.element_ty, DITHERED)
     tl.store(y_ptr + offsets_2d(offs_m, offs_n, stride_ym, stride_yn), y, mask=mask)
 
@@ -76,6 +86,7 @@ def rescale_fwd(
     bias: torch.Tensor | None,
     scaling: float,
     *,
+    base_bias: torch.Tensor | None = None,
     undropped: torch.Tensor | None = None,
     in_place: bool,
     rounding: str,
@@ -84,7 +95,8 @@ def rescale_fwd(
     """y [M, N] in `base_out`'s dtype from z = `base_out` [M, N], h [M, R], B [N, R], g [N], b [N].
 
     `in_place` writes y over z. `undropped` is PEFT's dropout: z is then the product of the dropped input, and
-    y = undropped + (g − 1) ⊙ z + g ⊙ s h Bᵀ + b.
+    y = undropped + (g − 1) ⊙ z + g ⊙ s h Bᵀ + b. `base_bias` [N] is a bias that `base_out` holds already: by the same
+    formula, `base_out` being the undropped product and z what is left of it without the bias.
     """
     (M, N), R = base_out.shape, lora_B.shape[1]
     out = base_out if in_place else torch.empty(M, N, dtype=base_out.dtype, device=base_out.device)
@@ -93,12 +105,14 @@ def rescale_fwd(
     dtype = mag_norm_scale.dtype
     config = rescale_fwd_config(R, dtype.itemsize)
     other = base_out if undropped is None else undropped
+    any_bias = bias if base_bias is None else base_bias
     _rescale_fwd_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
-        base_out, h, lora_B, mag_norm_scale, mag_norm_scale if bias is None else bias, other, out,
+        base_out, h, lora_B, mag_norm_scale, mag_norm_scale if any_bias is None else any_bias, other, out,
         scaling, M, N, R, signed32(salt),
-        *base_out.stride(), *h.stride(), *lora_B.stride(), 1 if bias is None else bias.stride(0), *other.stride(),
-        *out.stride(),
-        *precision_of(h.dtype, lora_B.dtype, acc=dtype), bias is not None, undropped is not None,
+        *base_out.stride(), *h.stride(), *lora_B.stride(), 1 if any_bias is None else any_bias.stride(0),
+        *other.stride(), *out.stride(),
+        *precision_of(h.dtype, lora_B.dtype, acc=dtype),
+        bias is not None, base_bias is not None, undropped is not None,
         rounding == "dithered", R <= config.block_r, config.block_m, config.block_n, config.block_r,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

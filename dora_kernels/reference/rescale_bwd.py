@@ -16,6 +16,7 @@ def rescale_bwd(
     scaling: float,
     *,
     saved_is: str,
+    base_bias: torch.Tensor | None = None,
     magnitude_dtype: torch.dtype | None,
     B_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
@@ -27,7 +28,8 @@ def rescale_bwd(
     """dm [N], dB [N, R] and db [N], each in the dtype asked for, and dZ [M, N] in `grad_y`'s; None where none is asked.
 
     `saved` [M, N] is the output without its bias (`saved_is` "output": dm = Σ dy ⊙ y / (g n)) or z = x Wᵀ ("base":
-    dm = (Σ dy ⊙ z + s rowsum(B ⊙ dyᵀh)) / n). dZ = dy ⊙ (g − `scale_shift`), the shift being 1 under PEFT's dropout.
+    dm = (Σ dy ⊙ z + s rowsum(B ⊙ dyᵀh)) / n), to which `base_bias` [N] was added where it is given.
+    dZ = dy ⊙ (g − `scale_shift`), the shift being 1 under PEFT's dropout.
     """
     acc_dtype = mag_norm_scale.dtype
     needs_magnitude, needs_B, needs_bias = (dtype is not None for dtype in (magnitude_dtype, B_dtype, bias_dtype))
@@ -44,7 +46,9 @@ def rescale_bwd(
         if product is not None:
             product.addmm_(grad.T, h[rows].to(acc_dtype))
         if needs_magnitude:
-            correlation += (grad * saved[rows].to(acc_dtype)).sum(0)
+            base = saved[rows].to(acc_dtype)
+            correlation += (grad * (base if base_bias is None else base - base_bias)).sum(0)
+            del base
         if needs_bias:
             grad_bias += grad.sum(0)
         if needs_base:

@@ -16,6 +16,10 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
+from transformers import OPTConfig, OPTForCausalLM
+
+from tests.tiny_models import VOCAB, gpt2, llama
+
 ROOT = Path(__file__).parents[2]
 FUSED_SHARE = 0.8
 """Of the calls to DoRA on linear layers, at least; measured: 366 of 410. The rest have several active adapters, or
@@ -23,14 +27,6 @@ a base weight that trains (the views of FSDP)."""
 
 LAUNCHES = 2
 """Of kernels per fused call, at least: the norm and the rescaling. A fallback to the reference launches none."""
-
-ROUNDED_APART = {
-    ("triton", "peft_tests.test_initialization.TestLoraInitialization::test_lora_use_dora_linear"): (
-        "asks for 1e-8 + 1e-5 |y| of what a CPU's GEMM sums up from the bias; the kernel adds the bias to the finished "
-        "sum, as a GPU's GEMM does: 2 of 10,000 outputs near zero differ by 5e-7"
-    ),
-}
-"""(engine, test) that may fail, and why. Whatever is added here is a promise less."""
 
 
 def source_distribution(folder: Path) -> Path:
@@ -47,7 +43,23 @@ def source_distribution(folder: Path) -> Path:
         (tests / "__init__.py").touch()
         for file in tests.glob("*.py"):
             file.write_text(file.read_text().replace("from tests.", "from peft_tests."))
+        put_stand_ins(folder / name)
     return folder / name
+
+
+def put_stand_ins(working_directory: Path) -> None:
+    """Tiny random models under the names that five tests load from the Hub: a folder of that name comes first. None
+    of the five asks what a model knows."""
+    opt = OPTConfig(
+        vocab_size=VOCAB, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    stand_ins = {
+        "gpt2": gpt2(),
+        "peft-internal-testing/opt-125m": OPTForCausalLM(opt),
+        "trl-internal-testing/tiny-random-LlamaForCausalLM": llama(),
+    }
+    for name, model in stand_ins.items():
+        model.save_pretrained(working_directory / name)
 
 
 def run(sources: Path, engine: str, workers: int, selection: str) -> Path:
@@ -56,8 +68,10 @@ def run(sources: Path, engine: str, workers: int, selection: str) -> Path:
     results.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "peft_tests", "-k", selection, "-n", str(workers)]
     command += ["-p", "tests.peft_suite.plugin", "--engine", engine, f"--junitxml={results.resolve()}"]
-    # It loads a data set from the Hub when it is imported.
+    # It holds no DoRA test, and loads a data set from the Hub when it is imported.
     command += ["--ignore", "peft_tests/test_vision_models.py"]
+    # An error in PEFT's configuration: transformers deprecated what this PEFT still asks for.
+    command += ["-W", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"]
     command += ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "--tb=short"]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     interpret = "1" if engine == "triton" else "0"
@@ -89,7 +103,7 @@ def compare(engine: str, plain: dict[str, str], outcomes: dict[str, str], counts
     wrong = [
         f"{test} passes on plain PEFT and {outcomes.get(test, 'is missing')} with the engine"
         for test, outcome in plain.items()
-        if outcome == "passed" and outcomes.get(test) != "passed" and (engine, test) not in ROUNDED_APART
+        if outcome == "passed" and outcomes.get(test) != "passed"
     ]
     wrong += [f"{file} did not load: its tests were not compared" for file in plain if plain[file] == "not loaded"]
     if "passed" not in plain.values():
