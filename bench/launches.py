@@ -105,6 +105,9 @@ def quick_cases() -> Iterable[Case]:
             yield Case(*dtypes, space, 16, 1024, 4096, 1)
             yield Case(*dtypes, space, 100, 1001, 333, 77)
             yield Case(*dtypes, space, 24, 1001, 333, 77)
+        # What spilled once: wide values beside masks that no size makes superfluous.
+        yield Case(*dtypes, "token", 33)
+        yield Case(*dtypes, "token", 1, 1001, 333, 1)
     yield from _options(DTYPES[:1] + DTYPES[3:5], (16,))
     yield from _nf4(DTYPES[:1], (8, 64), ("nested",))
     yield from _nf4(DTYPES[1:2], (16,), ("plain", "parity"))

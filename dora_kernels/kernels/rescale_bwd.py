@@ -27,15 +27,17 @@ class RescaleBwdConfig(NamedTuple):
     num_stages: int
 
 
-def rescale_bwd_config(tokens: int, out_features: int, rank: int, itemsize: int) -> RescaleBwdConfig:
-    """By shape alone, so that the order of summation is fixed: about four programs for each of Hopper's 132
+def rescale_bwd_config(
+    tokens: int, out_features: int, rank: int, itemsize: int, stored_itemsize: int
+) -> RescaleBwdConfig:
+    """By shape and types alone, so that the order of summation is fixed: about four programs for each of Hopper's 132
     multiprocessors, none with fewer than 128 tokens."""
     block_m, block_n = (32, 64) if itemsize < 8 else (16, 32)
     wanted = triton.cdiv(4 * 132, triton.cdiv(out_features, block_n))
     chunks = max(1, min(wanted, tokens // 128))
     block_r = rank_block(rank, itemsize)
-    # A wider sum of products beside the other sums: more threads, or they spill.
-    num_warps = 8 if block_r == 32 else 4
+    # A wider sum of products beside the other sums, or wider values: more threads, or they spill.
+    num_warps = 8 if block_r == 32 or stored_itemsize == 4 else 4
     return RescaleBwdConfig(block_m, block_n, block_r, chunks, num_warps, num_stages=2)
 
 
@@ -193,7 +195,7 @@ def rescale_bwd(
     grad_base = empty(needs_base, M, N, like=grad_y.dtype)
     if N == 0 or not (needs_sums or needs_base):
         return grad_magnitude, grad_B, grad_bias, grad_base
-    config = rescale_bwd_config(M, N, R, dtype.itemsize)
+    config = rescale_bwd_config(M, N, R, dtype.itemsize, grad_y.element_size())
     correlation, bias = empty(needs_magnitude, config.chunks, N), empty(needs_bias, config.chunks, N)
     product = empty(fused_product, config.chunks, N, R)
     unused = mag_norm_scale  # stands for pointers the kernel never follows

@@ -22,11 +22,14 @@ class RescaleFwdConfig(NamedTuple):
     num_stages: int
 
 
-def rescale_fwd_config(rank: int, itemsize: int) -> RescaleFwdConfig:
-    """By rank and accumulator size."""
+def rescale_fwd_config(rank: int, itemsize: int, stored_itemsize: int) -> RescaleFwdConfig:
+    """By rank, accumulator size and the size of what is stored."""
     if itemsize == 8:
-        return RescaleFwdConfig(32, 32, rank_block(rank, itemsize), num_warps=8, num_stages=2)
-    return RescaleFwdConfig(64, 64, rank_block(rank, itemsize), num_warps=8, num_stages=2)
+        block_m, block_n = 32, 32
+    else:
+        # fp32 values take twice the registers: 64 tokens of them spill at ranks that 16 does not divide.
+        block_m, block_n = 64 if stored_itemsize == 2 else 32, 64
+    return RescaleFwdConfig(block_m, block_n, rank_block(rank, itemsize), num_warps=8, num_stages=2)
 
 
 @triton.jit(do_not_specialize=["salt"])
@@ -103,7 +106,7 @@ def rescale_fwd(
     if out.numel() == 0:
         return out
     dtype = mag_norm_scale.dtype
-    config = rescale_fwd_config(R, dtype.itemsize)
+    config = rescale_fwd_config(R, dtype.itemsize, base_out.element_size())
     other = base_out if undropped is None else undropped
     any_bias = bias if base_bias is None else base_bias
     _rescale_fwd_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
