@@ -155,14 +155,21 @@ def test_the_files_are_pefts(tmp_path):
     assert layouts[0] == layouts[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_transformers_own_loader_keeps_the_magnitudes(family, tmp_path):
-    model = ours(FAMILIES[family](), **VARIANTS["plain"])
-    save_adapter(model, tmp_path, compat="transformers")
-    base = FAMILIES[family]()
-    before = logits(base)
-    base.load_adapter(str(tmp_path))
-    assert_same_logits(logits(base), logits(model), before)
+@pytest.mark.parametrize("compat", ["peft", "transformers"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_own_loader(family, compat, tmp_path):
+    """It drops magnitudes under PEFT's key without a word, and keeps every bit under `compat="transformers"`."""
+    save_adapter(ours(FAMILIES[family](), **VARIANTS["plain"]), tmp_path, compat=compat)
+    through_peft = peft.PeftModel.from_pretrained(FAMILIES[family](), tmp_path).eval()
+    model = FAMILIES[family]()
+    before = logits(model)
+    model.load_adapter(str(tmp_path))
+    assert not torch.equal(logits(model), before)
+    assert torch.equal(logits(model), logits(through_peft)) == (compat == "transformers")
+    expected = dict(through_peft.base_model.model.named_parameters())
+    for name, parameter in model.named_parameters():
+        kept = compat == "transformers" or "magnitude" not in name
+        assert torch.equal(parameter, expected[name]) == kept, name
 
 
 def test_modules_to_save_travel_both_ways(tmp_path):

@@ -163,9 +163,9 @@ def _scaled(model):
     return {"halved": halved} | infer(model)
 
 
-def _checkpointed(model):
+def _checkpointed(model, use_reentrant):
     model.enable_input_require_grads()
-    model.gradient_checkpointing_enable({"use_reentrant": True})
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     return step(model)
 
 
@@ -184,7 +184,8 @@ ACTS = {
     "dora_caching": (_cached, 14),
     "rescaled": (_scaled, 28),
     # The recomputation runs each layer again.
-    "activation_checkpointing": (_checkpointed, 28),
+    "activation_checkpointing": (lambda model: _checkpointed(model, use_reentrant=False), 28),
+    "reentrant_checkpointing": (lambda model: _checkpointed(model, use_reentrant=True), 28),
     "frozen_adapter": (lambda model: infer(model.requires_grad_(False)), 14),
     "deepcopy": (lambda model: step(copy.deepcopy(model)), 14),
     "pickle": (lambda model: step(pickle.loads(pickle.dumps(model))), 14),

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from ..quantized import keep_packing
 from .peft import check_peft, checked_options, fusable_layers, fuse_layers, unfuse_layer
@@ -16,9 +16,10 @@ def patched_peft(
     """Every PEFT LoRA model that is built, extended or loaded inside the scope is patched, as by `patch_peft`.
 
     For code that makes PEFT models where you cannot reach them; train inside the scope. Leaving it, by an exception
-    too, unpatches those models. Models that existed before are untouched (`patch_peft` them), and a deepcopy made
-    inside stays patched. The scope belongs to the process: models that other threads build meanwhile are patched too,
-    and two scopes must close in the reverse of the order in which they were opened.
+    too, unpatches those models; one that `patch_peft` had patched before stays so, with its own options. Models that
+    are not extended inside are untouched (`patch_peft` them), and a deepcopy made inside stays patched. The scope
+    belongs to the process: models that other threads build meanwhile are patched too, and two scopes must close in the
+    reverse of the order in which they were opened.
 
     Args:
         space, impl, rounding, nf4_parity: see `dora_linear`.
@@ -30,14 +31,16 @@ def patched_peft(
     check_peft()
     from peft.tuners.tuners_utils import BaseTuner
 
-    patched = WeakSet()
+    # By layer: the options it had before the scope took it in, None where it was PEFT's.
+    patched = WeakKeyDictionary()
 
     def then_fuse(method):
         @functools.wraps(method)
         def wrapper(tuner, *args, **kwargs):
             result = method(tuner, *args, **kwargs)
             layers = fusable_layers(tuner.model)
-            patched.update(layer for layer in layers.values() if not hasattr(layer, "dora_fusion"))
+            for layer in layers.values():
+                patched.setdefault(layer, layer.dora_fusion.options if hasattr(layer, "dora_fusion") else None)
             keep_packing(tuner.model)
             fuse_layers(layers, options)
             return result
@@ -53,5 +56,8 @@ def patched_peft(
     finally:
         for name, method in originals.items():
             setattr(BaseTuner, name, method)
-        for layer in patched:
-            unfuse_layer(layer)
+        for layer, before in patched.items():
+            if before is None:
+                unfuse_layer(layer)
+            elif hasattr(layer, "dora_fusion"):
+                layer.dora_fusion.options = before
