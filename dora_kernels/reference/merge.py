@@ -2,7 +2,7 @@
 
 import torch
 
-from ..chunks import row_chunks
+from ..chunks import chunk_buffer, row_chunks
 from ..quantized import Nf4Weight, stored_rounding
 from .rounding import round_to
 from .weight_norm import accumulate_dtype, adapted_rows, norm_scale, row_norm
@@ -34,13 +34,14 @@ def merge(
     norm = weight_norm if given else torch.empty(weight.shape[0], dtype=acc_dtype, device=weight.device)
     scale = mag_norm_scale if given else torch.empty_like(norm)
     stored = stored_rounding(weight, rounding)
+    buffer = chunk_buffer(*weight.shape, acc_dtype, weight.device)
+    wide = None if given else chunk_buffer(*weight.shape, torch.float64, weight.device)
     for rows in row_chunks(*weight.shape):
-        adapted = adapted_rows(weight, lora_A, lora_B, scaling, rows, acc_dtype)
+        adapted = adapted_rows(weight, lora_A, lora_B, scaling, rows, buffer)
         if not given:
-            norm[rows] = row_norm(adapted)
+            norm[rows] = row_norm(adapted, wide)
             scale[rows] = norm_scale(magnitude[rows], norm[rows])
         merged[rows] = round_to(adapted.mul_(scale[rows, None]), dtype, stored, salt, rows.start)
-        del adapted  # a chunk that outlives its turn makes the next one allocate fresh pages
     if cast_A is not None:
         cast_A.copy_(round_to(lora_A.to(acc_dtype), cast_A.dtype, rounding, salt))
     return merged, norm, scale

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..chunks import row_chunks
+from ..chunks import chunk_buffer, row_chunks
 from ..quantized import Nf4Weight
 from .nf4 import weight_rows
 from .rounding import round_to
@@ -35,15 +35,17 @@ def adapted_rows(
     lora_B: torch.Tensor,
     scaling: float,
     rows: slice,
-    dtype: torch.dtype,
+    buffer: torch.Tensor,
 ) -> torch.Tensor:
-    """V[rows] = W[rows] + s B[rows] A, [rows, K] in `dtype`; a fresh tensor."""
-    return torch.addmm(weight_rows(weight, rows, dtype), lora_B[rows].to(dtype), lora_A.to(dtype), alpha=scaling)
+    """V[rows] = W[rows] + s B[rows] A, [rows, K], written to the head of `buffer`, in its dtype."""
+    dtype = buffer.dtype
+    adapted = buffer[: rows.stop - rows.start].copy_(weight_rows(weight, rows, dtype))
+    return adapted.addmm_(lora_B[rows].to(dtype), lora_A.to(dtype), alpha=scaling)
 
 
-def row_norm(adapted: torch.Tensor) -> torch.Tensor:
-    """‖·‖₂ over the last dimension, summed in fp64: squares of any fp32 number fit."""
-    return torch.linalg.vector_norm(adapted, dim=1, dtype=torch.float64).to(adapted.dtype)
+def row_norm(adapted: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+    """‖·‖₂ over the last dimension, summed in fp64, in the buffer `wide`: squares of any fp32 number fit."""
+    return torch.linalg.vector_norm(wide[: adapted.shape[0]].copy_(adapted), dim=1).to(adapted.dtype)
 
 
 def weight_norm(
@@ -63,8 +65,9 @@ def weight_norm(
     """
     dtype = accumulate_dtype(weight, lora_A, lora_B, magnitude)
     norm = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
+    buffer, wide = (chunk_buffer(*weight.shape, each, weight.device) for each in (dtype, torch.float64))
     for rows in row_chunks(*weight.shape):
-        norm[rows] = row_norm(adapted_rows(weight, lora_A, lora_B, scaling, rows, dtype))
+        norm[rows] = row_norm(adapted_rows(weight, lora_A, lora_B, scaling, rows, buffer), wide)
     if cast_A is not None:
         cast_A.copy_(round_to(lora_A.to(dtype), cast_A.dtype, rounding, salt))
     return norm, norm_scale(magnitude, norm)
