@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .oracle import errors, exact, solve, solve_peft
+from .oracle import errors, exact, relative_error, solve, solve_peft
 
 # Base dtype, adapter dtype, autocast dtype of the PEFT run (fp32 adapters train under autocast in the HF Trainer).
 MIXES = {
@@ -35,3 +35,18 @@ def errors_of_all(problem, autocast, salt, impl="triton"):
 
 def root_mean_square(values):
     return math.sqrt(sum(value * value for value in values) / len(values))
+
+
+def errors_of_two_roundings(problem):
+    """{space: relative error of y} if all is exact but what every form stores in the base's dtype: z or W', then y."""
+    dtype, truth = problem.x.dtype, exact(problem)["y"]
+    weight, update = problem.weight.double(), problem.scaling * problem.lora_B.double() @ problem.lora_A.double()
+    scale = problem.magnitude.double() / (weight + update).norm(dim=1)
+    x, bias = problem.x.double(), 0 if problem.bias is None else problem.bias.double()
+    base_out, merged = (x @ weight.T).to(dtype), (scale[:, None] * (weight + update)).to(dtype)
+    token = scale * (base_out.double() + x @ update.T) + bias
+    weight_space = x @ merged.double().T + bias
+    return {
+        "token": relative_error(token.to(dtype), truth),
+        "weight": relative_error(weight_space.to(dtype), truth),
+    }

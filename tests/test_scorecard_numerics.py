@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dora_kernels import kernels
-from tests.scorecard import determinism, errors, gradients, properties
+from tests.interpreter import stock_interpreter
+from tests.scorecard import buffers, determinism, errors, gradients, properties, shim
 
 
 def wrong(name, change):
@@ -60,13 +61,27 @@ def test_determinism_sees_an_atomic():
         determinism.run("layer triton token float32 none")
 
 
+@pytest.mark.parametrize("case", ["rounding", "dot"])
+def test_the_shims_row_sees_the_stock_interpreter(case):
+    with stock_interpreter(), pytest.raises(AssertionError, match=r"\d+ of \d+ differ"):
+        shim.run(case)
+
+
+def test_a_kernel_without_a_guarded_launch_is_named():
+    launches = dict.fromkeys(buffers.kernels(), 1)
+    assert buffers.judge([{"failed": None, "passed": 1, "launches": launches}]).met
+    launches.pop("_merge_fused_kernel")
+    verdict = buffers.judge([{"failed": None, "passed": 1, "launches": launches}])
+    assert not verdict.met and "without _merge_fused_kernel" in verdict.measured
+
+
 def test_the_errors_row_names_what_misses():
     def record(mix, y):
         values = {"y": y, "dx": 1.0, "dA": 1.0, "dB": 1.0, "dm": 1.0}
         peft = dict.fromkeys(values, 1.5)
-        squares = {"peft": peft, "token nearest": values, "token dithered": values}
+        squares = {"peft": peft, "token nearest": values, "token dithered": values, "token floor": {"y": 1.15}}
         return {"case": f"{mix}/0", "failed": None, "squares": squares}
 
     assert errors.judge([record("bf16", 1.0), record("fp32", 1.0)]).met
     verdict = errors.judge([record("bf16", 1.0), record("fp16", 1.2)])
-    assert not verdict.met and "above the target: fp16" in verdict.measured
+    assert not verdict.met and "above the target: fp16 (its two roundings alone: 0.88)" in verdict.measured
