@@ -168,6 +168,42 @@ def count_launches():
         yield launches
 
 
+@contextmanager
+def guard_launches():
+    """Within it every Triton launch runs on copies of its tensors between guard bands, which are checked after each;
+    yields a Counter of the launches by kernel name. Which tensors a kernel may write it does not know."""
+    launches = Counter()
+
+    def guarded(run):
+        def run_guarded(self, *args, warmup, **kwargs):
+            guard, copies = GuardBands(), {}
+
+            def copy_of(value):
+                if not isinstance(value, torch.Tensor) or value.numel() == 0:
+                    return value
+                # One tensor that is passed twice is still one: an output may lie over an input.
+                key = value.data_ptr(), value.dtype, value.shape, value.stride()
+                if key not in copies:
+                    copies[key] = value, guard(value.detach(), written=True)
+                return copies[key][1]
+
+            result = run(self, *map(copy_of, args), warmup=warmup, **{k: copy_of(v) for k, v in kwargs.items()})
+            launches[self.fn.__name__] += 1
+            try:
+                guard.check()
+            except AssertionError as error:
+                raise AssertionError(f"{self.fn.__name__}: {error}") from None
+            for value, copy in copies.values():
+                # Through .data: a kernel's writing is invisible to autograd.
+                _written_once(value.data).copy_(_written_once(copy))
+            return result
+
+        return run_guarded
+
+    with patch.object(InterpretedFunction, "run", guarded(InterpretedFunction.run)):
+        yield launches
+
+
 def _gaps(tensor, *shape):
     """A buffer whose elements outside the tensor are poison: NaN, or the smallest integer."""
     fill = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min

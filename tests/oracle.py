@@ -25,9 +25,9 @@ class Problem:
     scaling: float = 2.0
 
     def leaves(self, convert=lambda tensor: tensor):
-        """x, A, B, m and b (if there is one), fresh and requiring gradients."""
+        """x, A, B, m and b (if there is one), requiring gradients, in the memory and the layout they have here."""
         tensors = (self.x, self.lora_A, self.lora_B, self.magnitude, self.bias)
-        return [convert(t.detach()).clone().requires_grad_() for t in tensors if t is not None]
+        return [convert(t.detach()).requires_grad_() for t in tensors if t is not None]
 
 
 def make_problem(M, N, K, R, dtype=torch.float32, adapter_dtype=None, bias=False, update=0.3, seed=0):
@@ -70,14 +70,55 @@ def solve(problem, **options):
     return _collect(y, leaves, problem.grad_y)
 
 
-def exact(problem):
-    """In fp64: materialise W' = m / ‖V‖ ⊙ V with the norm detached, and let autograd differentiate."""
+def exact(problem, keep=None, mode="lora"):
+    """In fp64: materialise W' = m / ‖V‖ ⊙ V with the norm detached, and let autograd differentiate.
+
+    `keep` is a dropout's mask, 0 or 1 / (1 − p): in `mode` "lora" what A and B add sees the dropped input, in "peft"
+    all that DoRA adds to the base layer. An output feature without weight is 0 (plus bias).
+    """
     leaves = problem.leaves(torch.Tensor.double)
-    x, lora_A, lora_B, magnitude, *bias = leaves
-    adapted = problem.weight.double() + problem.scaling * lora_B @ lora_A
-    norm = adapted.norm(dim=1).detach()
-    y = nn.functional.linear(x, (magnitude / norm)[:, None] * adapted, bias[0] if bias else None)
-    return _collect(y, leaves, problem.grad_y.double())
+    scale = leaves[3] / _exact_norm(problem)
+    return _evaluate(problem, leaves, problem.weight.double(), scale, keep, mode, power=1)
+
+
+def term_sizes(problem, smallest, keep=None, mode="lora"):
+    """{name: √ of the sum of all its squared terms}: the size of a value if none of them cancel.
+
+    A value is a sum of products, so the same function of squares is the sum of the products' squares. Factors and
+    values of dh below `smallest`, the smallest normal number, count as that: what lies below is stored less exactly. A
+    norm that cancels counts as often as its own terms are larger than it.
+    """
+    leaves = problem.leaves(lambda tensor: tensor.double().abs().clamp_min(smallest).square())
+    weight, norm = problem.weight.double().square(), _exact_norm(problem).square()
+    x, lora_A, lora_B, magnitude, *_ = leaves
+    terms = (weight + problem.scaling**2 * lora_B @ lora_A).sum(dim=1).detach()
+    scale = magnitude / norm * (terms / norm).clamp_min(1)
+    squares = _evaluate(problem, leaves, weight, scale, keep, mode, power=2)
+    squares["dA"] += smallest**2 * x.detach().sum() / problem.weight.shape[1]
+    squares["dx"] += smallest**2 * lora_A.detach().sum() / problem.weight.shape[1]
+    return {name: square.sum().sqrt().item() for name, square in squares.items()}
+
+
+def _exact_norm(problem):
+    """‖V‖ per output feature, infinite where V is zero."""
+    adapted = problem.weight.double() + problem.scaling * problem.lora_B.double() @ problem.lora_A.double()
+    norm = adapted.norm(dim=1)
+    return norm.masked_fill(norm == 0, torch.inf)
+
+
+def _evaluate(problem, leaves, weight, scale, keep, mode, power):
+    """The layer of its leaves, or, with `power` 2, the sum of all squared terms of their squares."""
+    x, lora_A, lora_B, _, *bias = leaves
+    update, scale = problem.scaling**power * lora_B @ lora_A, scale[:, None]
+    if keep is None:
+        y = x @ (scale * (weight + update)).T
+    else:
+        undropped, dropped = scale * weight, scale * update
+        if mode == "peft":
+            undropped, dropped = weight, scale * (weight + update) + (-1) ** power * weight
+        y = x @ undropped.T + (keep.double() ** power * x) @ dropped.T
+    y = y + bias[0] if bias else y
+    return _collect(y, leaves, problem.grad_y.double() ** power)
 
 
 class _OneLinear(nn.Module):

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from tests.buffers import LAYOUTS, count_launches, guard_bands
+from tests.buffers import LAYOUTS, count_launches, guard_bands, guard_launches
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int32, torch.uint8]
 
@@ -130,6 +130,31 @@ def test_compiled_launches_are_counted_and_warmups_are_not():
         compiled[(1,)](None)
         compiled.run(None, grid=(1,), warmup=True)
     assert launches == {"_copy_kernel": 1}
+
+
+def test_a_guarded_launch_computes_what_a_plain_one_does():
+    x = torch.arange(50.0).view(10, 5)[:, 1]
+    y = torch.full((20,), torch.nan)[::2]
+    with guard_launches() as launches:
+        _copy_kernel[(1,)](x, y, 10, 10, 5, 2, BLOCK=64)
+        _copy_kernel[(1,)](y, y, 10, 10, 2, 2, BLOCK=64)
+    assert launches == {"_copy_kernel": 2} and torch.equal(y, x)
+
+
+@pytest.mark.parametrize(("read", "written"), [(50, 51), (51, 51)], ids=["write", "read-and-write"])
+def test_a_guarded_launch_tells_of_a_stray_write(read, written):
+    """Into memory that the caller owns too, where nothing else would show it."""
+    x, y = torch.arange(100.0)[:50], torch.zeros(100)[:50]
+    expected = "_copy_kernel: .*1 elements written outside it, from offset 50 to 50"
+    with pytest.raises(AssertionError, match=expected), guard_launches():
+        _copy_kernel[(1,)](x, y, read, written, 1, 1, BLOCK=64)
+
+
+def test_a_guarded_launch_poisons_a_stray_read():
+    x, y = torch.ones(100)[:50], torch.zeros(1)
+    with guard_launches():
+        _sum_kernel[(1,)](x, y, 51, 0, BLOCK=64)
+    assert y.isnan()
 
 
 @pytest.mark.parametrize("shape", [(7,), (5, 6), (2, 3, 4), (2, 2, 3, 5)], ids=str)

@@ -1,6 +1,5 @@
 """The numerics we promise: error against fp64 next to the installed PEFT's, and small updates that do not vanish."""
 
-import math
 from collections import defaultdict
 
 import hypothesis
@@ -10,18 +9,10 @@ from hypothesis import strategies as st
 
 import dora_kernels as dk
 
-from .oracle import NAMES, errors, exact, make_problem, solve, solve_peft
+from .beside_peft import MIXES, errors_of_all, root_mean_square, ways
+from .oracle import NAMES, make_problem
 from .tolerances import PEFT_FACTOR, PEFT_FACTOR_FP32_ADAPTERS, SINGLE_CASE_FACTOR, UNIT_ROUNDOFF
 
-# Base dtype, adapter dtype, autocast dtype of the PEFT run (fp32 adapters train under autocast in the HF Trainer).
-MIXES = {
-    "fp32": (torch.float32, torch.float32, None),
-    "bf16": (torch.bfloat16, torch.bfloat16, None),
-    "bf16-autocast": (torch.bfloat16, torch.float32, torch.bfloat16),
-    "bf16-fp32-adapters": (torch.bfloat16, torch.float32, None),
-    "fp16": (torch.float16, torch.float16, None),
-    "fp16-autocast": (torch.float16, torch.float32, torch.float16),
-}
 CASES = 40  # per mix: 240 cases, each in both spaces and both roundings
 
 cases = st.fixed_dictionaries(
@@ -37,11 +28,6 @@ cases = st.fixed_dictionaries(
 )
 
 
-def _ways(dtype):
-    spaces = ["token"] if dtype == torch.float16 else ["token", "weight"]
-    return [(space, rounding) for space in spaces for rounding in ("nearest", "dithered")]
-
-
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_error_against_fp64_beside_pefts(mix):
     dtype, adapter_dtype, autocast = mix
@@ -52,25 +38,20 @@ def test_error_against_fp64_beside_pefts(mix):
     @hypothesis.given(cases)
     def collect(case):
         problem = make_problem(dtype=dtype, adapter_dtype=adapter_dtype, **case)
-        truth = exact(problem)
-        theirs = errors(solve_peft(problem, autocast), truth)
-        for name, error in theirs.items():
-            collected["peft", name].append(error)
-        for way in _ways(dtype):
-            space, rounding = way
-            ours = errors(solve(problem, space=space, rounding=rounding, impl="triton", salt=case["seed"]), truth)
-            for name, error in ours.items():
-                collected[way, name].append(error)
-                assert error <= SINGLE_CASE_FACTOR * max(theirs[name], unit), (way, name, error, theirs[name])
+        found = errors_of_all(problem, autocast, salt=case["seed"])
+        for who, of_names in found.items():
+            for name, error in of_names.items():
+                collected[who, name].append(error)
+                theirs = found["peft"][name]
+                assert who == "peft" or error <= SINGLE_CASE_FACTOR * max(theirs, unit), (who, name, error, theirs)
 
     collect()
     assert len(collected["peft", "y"]) == CASES
 
     def rms(who, name):
-        found = collected[who, name]
-        return math.sqrt(sum(error * error for error in found) / len(found))
+        return root_mean_square(collected[who, name])
 
-    for way in _ways(dtype):
+    for way in ways(dtype):
         for name in NAMES:
             bar = PEFT_FACTOR[way[1], dtype] * rms("peft", name)
             if mix == MIXES["bf16-fp32-adapters"] and name in PEFT_FACTOR_FP32_ADAPTERS:

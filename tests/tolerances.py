@@ -28,6 +28,10 @@ PEFT_FACTOR_FP32_ADAPTERS = {"dA": 2.5, "dB": 2.5}
 carry no 16-bit rounding. Ours do, as under autocast: h and dh are handed over in 16 bits. Their bar is this many unit
 roundoffs: those of A's cast and h, or of B's cast and dh, dithered."""
 
+PEFT_TARGET = {"fp32": (1.05, 1.05), "bf16": (0.85, 0.90), "fp16": (0.85, 0.90)}
+"""What the scorecard asks for beyond PEFT_FACTOR, to nearest: output, gradients. PEFT rounds norm, scale and sum to 16
+bits too, we do not."""
+
 SINGLE_CASE_FACTOR = 6.0
 """A single small case may round unluckily where PEFT is lucky; beyond this it is no longer rounding."""
 
@@ -53,3 +57,13 @@ head's product, and the scaling by the number of items, where transformers round
 PLAN = 0.03
 """Predicted against counted memory, of what depends on the tokens, in tiny models. Left out of the formulas are n, g,
 partial sums, A's and B's casts, positions and labels, which weigh less in a real one."""
+
+GENERATED = {
+    # Of one generated call against fp64, per value: of its size, or, where its terms cancel, of theirs. fp64: a
+    # magnitude of 0 is taken for 2⁻⁴⁰ of the norm. fp32: as above. 16 bits: a value passes up to five roundings (A's
+    # cast, h, B's cast, dh, its own), of one unit each to nearest and two dithered; rarely do they all point one way.
+    torch.float64: 1e-11,
+    torch.float32: ORACLE_FP32,
+    torch.float16: SINGLE_CASE_FACTOR * UNIT_ROUNDOFF[torch.float16],
+    torch.bfloat16: SINGLE_CASE_FACTOR * UNIT_ROUNDOFF[torch.bfloat16],
+}

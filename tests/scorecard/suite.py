@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from tests.peft_suite.__main__ import read
@@ -11,7 +12,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def outcomes(*words: str, root: Path = ROOT, timeout: float = 3600) -> dict[str, str]:
-    """{test: "passed", "skipped", "failed" or "not loaded"} of `pytest *words`, run in the tree `root`.
+    """{test: "passed", "skipped", "failed" or "not loaded"} of `pytest *words`, run in the tree `root`."""
+    return outcomes_and_counts(*words, root=root, timeout=timeout)[0]
+
+
+def outcomes_and_counts(*words: str, root: Path = ROOT, timeout: float = 3600) -> tuple[dict[str, str], Counter]:
+    """`outcomes`, and the sums of the integers that a plugin noted of each test as its properties.
 
     Raises:
         RuntimeError: no test ran, or pytest itself failed; with its last lines.
@@ -22,4 +28,4 @@ def outcomes(*words: str, root: Path = ROOT, timeout: float = 3600) -> dict[str,
         ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=timeout)
         if ended.returncode not in (0, 1) or not results.exists():
             raise RuntimeError(f"pytest {' '.join(words)} ended with {ended.returncode}: {ended.stdout[-2000:]}")
-        return read(results)[0]
+        return read(results)
