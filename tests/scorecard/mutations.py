@@ -1,8 +1,8 @@
 """Row 7: engines that are wrong on purpose, and whether our suite turns red.
 
-A case is one mutant of `mutants.yaml`, applied to a copy of the tracked files. Its own test files run first, then those of
-the whole engine (`wider`): not training, benchmarks and demo, which take minutes and stand on the engine. It is killed by
-a test that fails; one that cannot be imported is no mutant. The case `unchanged` is the control: there nothing may fail.
+A case is one mutant of `mutants.yaml`, applied to a copy of the tracked files. The tests it names run first, then those
+of the whole engine (`wider`): not training, benchmarks and demo, which take minutes and stand on the engine. It is
+killed by a test that fails; one that cannot be imported is no mutant. In the case `unchanged` nothing may fail.
 """
 
 import functools
@@ -25,7 +25,7 @@ SECONDS = 1800
 
 @dataclass(frozen=True)
 class Mutant:
-    """In `file`, `old` becomes `new`; `tests` are the test files most likely to see it."""
+    """In `file`, `old` becomes `new`; `tests` are the most likely to see it: `file`, or `file::function`."""
 
     id: str
     kind: str
@@ -45,8 +45,10 @@ class Mutant:
             raise ValueError(f"{self.id}: {self.file} has {text.count(self.old)} times {self.old!r}, not once")
         return text.replace(self.old, self.new)
 
-    def test_files(self) -> list[str]:
-        return [f"tests/{name}.py" for name in self.tests.split()]
+    def named(self) -> list[str]:
+        """The tests as pytest takes them."""
+        names = (name.partition("::") for name in self.tests.split())
+        return [f"tests/{file}.py{separator}{function}" for file, separator, function in names]
 
 
 @functools.cache
@@ -89,7 +91,7 @@ def run(case: str) -> dict:
             return {}
         mutant = mutants()[case]
         (root / mutant.file).write_text(mutant.applied(root))
-        named = mutant.test_files()
+        named = mutant.named()
         killer = failing(named, root) or failing([file for file in wider(root) if file not in named], root)
     assert killer is not None, "survives"
     return {"killed_by": killer}
