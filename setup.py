@@ -41,6 +41,7 @@ setup(
             *liger,
             "hypothesis>=6.100",
             "pytest>=9.0",
+            "pytest-random-order>=1.2",
             "pytest-xdist>=3.6",
             "ruff>=0.17",
         ],

@@ -13,8 +13,14 @@ class Freezable(nn.Module):
     frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def freeze(self) -> None:
-        """Computes n and g and keeps them."""
-        self.frozen_scale = self.weight_norm()
+        """Computes n and g and keeps them. Raises ValueError where the weights are not here to be read."""
+        norm, scale = self.weight_norm()
+        if norm.is_meta:
+            raise ValueError(
+                "frozen_adapters reads every weight once, on entering: these are on the meta device, or offloaded by "
+                "accelerate; load the model without cpu or disk in its device_map, or run it without the scope"
+            )
+        self.frozen_scale = norm, scale
 
     def thaw(self) -> None:
         """Forgets them."""

@@ -18,7 +18,8 @@ def frozen_adapters(model: nn.Module) -> Iterator[nn.Module]:
     ever, and what is left to PEFT stays so.
 
     Raises:
-        ValueError: no such layer in the model. RuntimeError: the model is in training mode, or frozen already.
+        ValueError: no such layer in the model, or weights that are offloaded or sharded. RuntimeError: the model is in
+            training mode, or frozen already.
     """
     layers = [module for module in model.modules() if isinstance(module, Freezable)]
     if not layers:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from . import dispatch
 from .autograd import Call, DoraLinearFunction
-from .quantized import Nf4Weight, Weight, of_params4bit
+from .quantized import Nf4Weight, Weight, of_params4bit, sharding_of
 
 
 def dora_linear(
@@ -100,6 +100,10 @@ def dora_linear(
 
 def check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_dropout, dropout_mode) -> None:
     """Raises a ValueError or TypeError that names the argument, what was expected and what came."""
+    tensors = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "magnitude": magnitude, "bias": bias, "x": x}
+    for name, tensor in tensors.items():
+        if sharding := sharding_of(tensor):
+            raise TypeError(f"{name} is {sharding}")
     if len(weight.shape) != 2:
         raise ValueError(f"weight must be [out_features, in_features], got shape {list(weight.shape)}")
     out_features, in_features = weight.shape
@@ -118,12 +122,9 @@ def check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_d
         if list(tensor.shape) != shape:
             swapped = "; did you pass lora_B.T?" if name == "lora_B" and list(tensor.T.shape) == shape else ""
             raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}{swapped}")
-    tensors = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "magnitude": magnitude, "bias": bias, "x": x}
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if type(tensor).__name__ == "DTensor":
-            raise TypeError(f"{name} is a DTensor, of which this process holds a part; pass {name}.full_tensor()")
         if not tensor.dtype.is_floating_point:
             raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
         if tensor.device != x.device:

@@ -16,7 +16,7 @@ from torch import nn
 
 from .config import DoraConfig
 from .linear import DoraLinear
-from .quantized import is_quantized, keep_packing, weight_of
+from .quantized import is_quantized, keep_packing, sharding_of, weight_of
 from .targets import LINEAR_CLASSES, find_saved, find_targets, rank_and_alpha
 
 # Their fused kernels read these weights past the module's forward, so an adapter would silently do nothing.
@@ -99,7 +99,7 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuses what cannot be patched, merged or saved: a compiled or PEFT model, offloaded or unloaded weights."""
+    """Refuses what cannot be patched, merged or saved: a compiled or PEFT model, weights that are not here whole."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model should be a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
@@ -120,6 +120,8 @@ def check_model(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device, without values; load the model's weights first")
+        if sharding := sharding_of(parameter):
+            raise ValueError(f"{name} is {sharding}")
 
 
 def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:

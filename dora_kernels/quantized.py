@@ -68,8 +68,27 @@ class LibraryWeight(NamedTuple):
 Weight = torch.Tensor | Nf4Weight | LibraryWeight
 
 
+def sharding_of(tensor: Weight) -> str | None:
+    """How a tensor is sharded of which this process holds a part at this moment, and what to do; None for a whole one.
+
+    DeepSpeed's ZeRO-3 leaves an empty tensor, and the shape that it has when gathered as `ds_shape`.
+    """
+    if type(tensor).__name__ == "DTensor":
+        return "a DTensor, of which this process holds a part: gather it first, with full_tensor()"
+    whole = getattr(tensor, "ds_shape", None)
+    if whole is not None and tensor.shape != whole:
+        return f"ZeRO-3's part of {list(whole)}: gather it first, with deepspeed.zero.GatheredParameters"
+    return None
+
+
 def readable(weight: Weight) -> torch.Tensor | Nf4Weight:
-    """The weight as the engine's operations read it; another library's format is dequantised."""
+    """The weight as the engine's operations read it; another library's format is dequantised.
+
+    Raises:
+        ValueError: this process holds only a part of it.
+    """
+    if sharding := sharding_of(weight):
+        raise ValueError(f"the weight is {sharding}")
     return weight.dequantize() if isinstance(weight, LibraryWeight) else weight
 
 

@@ -132,6 +132,8 @@ FORBIDDEN = {
     "float atomics": r"tl\.atomic",
     "version counters": r"\._version\b",
     "the autotuner": r"\bautotune\b",
+    # Whoever adds one holds it to torch.library.opcheck.
+    "custom operators": r"torch\.library|custom_op",
 }
 
 

@@ -70,6 +70,22 @@ def test_backward_may_run_under_autocast_too(space):
         assert torch.equal(outside[name], inside[name]), name
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("space", ["token", "weight"])
+def test_the_backward_of_an_fp32_forward_stays_fp32_under_autocast(space, impl):
+    """Where the scope of autocast holds the backward and not the forward, nothing may round to its type."""
+    problem = make_problem(12, 33, 40, 5)
+    gradients = []
+    for inside in (False, True):
+        leaves = problem.leaves()
+        x, *factors = leaves
+        y = dk.dora_linear(x, problem.weight, *factors, scaling=problem.scaling, space=space, impl=impl)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            gradients.append(torch.autograd.grad(y, leaves, problem.grad_y))
+    for name, outside, inside in zip(NAMES[1:], *gradients):
+        assert torch.equal(outside, inside), name
+
+
 def test_fp64_is_left_alone_by_autocast():
     problem = make_problem(5, 6, 7, 3, dtype=torch.float64)
     assert {t.dtype for t in run_ours(problem, torch.bfloat16).values()} == {torch.float64}

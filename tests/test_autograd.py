@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import dora_kernels as dk
-from dora_kernels import autograd
+from dora_kernels import autograd, dispatch
+from dora_kernels.gemm import mm_fp32
 from tests.buffers import count_launches
 from tests.oracle import NAMES, make_problem, relative_error, solve
 from tests.tolerances import TWIN
@@ -207,3 +208,46 @@ def test_backward_twice_with_a_retained_graph(space):
     first, second = (torch.autograd.grad(y, list(tensors.values()), p.grad_y, retain_graph=True) for _ in range(2))
     for name, a, b in zip(tensors, first, second):
         assert torch.equal(a, b), name
+
+
+@SPACES
+@IMPLS
+def test_gradients_of_fp32_adapters_are_fp32_sums(impl, space):
+    """Over a bf16 base: a product that passed through 16 bits would have nothing behind the eighth bit."""
+    solution = solve(problem(torch.bfloat16), space=space, impl=impl)
+    for name in ("dA", "dB", "dm"):
+        rounded = solution[name].bfloat16().float()
+        assert (rounded != solution[name]).float().mean() > 0.9, name
+
+
+def test_a_product_in_fp32_adds_up_all_its_chunks(monkeypatch):
+    a, b = torch.randn(3, 50).bfloat16(), torch.randn(50, 5).bfloat16()
+    monkeypatch.setattr("dora_kernels.chunks.CHUNK_ELEMENTS", 64)
+    assert relative_error(mm_fp32(a, b), a.double() @ b.double()) <= TWIN[torch.float32]
+
+
+@IMPLS
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+def test_the_adapters_gradients_in_fp16_do_not_depend_on_xs(bias, impl):
+    """There g reaches dA through dZ, which must be made even where x, as in a first layer, needs no gradient."""
+    p = problem(torch.float16, bias)
+    everything, adapters = tensors_of(p), tensors_of(p, ("lora_A", "lora_B", "magnitude"))
+    names = ("lora_A", "lora_B", "magnitude")
+    gradients = []
+    for tensors in (everything, adapters):
+        y = forward(p, tensors, space="token", impl=impl)
+        gradients.append(torch.autograd.grad(y, [tensors[name] for name in names], p.grad_y))
+    for name, one, other in zip(names, *gradients):
+        assert torch.equal(one, other), name
+
+
+@IMPLS
+@pytest.mark.parametrize("rounding", ["dithered", "nearest"])
+def test_the_backward_merges_to_the_bits_of_the_forward(rounding, impl):
+    """Another pattern of dither would be as exact on average, and the gradient that of another function."""
+    p, options = problem(torch.bfloat16, bias=False), {"rounding": rounding, "salt": 0xC0FFEE}
+    factors = (p.weight, p.lora_A, p.lora_B, p.magnitude, p.scaling)
+    merged, *_ = dispatch.implementation(impl).merge(*factors, dtype=torch.bfloat16, **options)
+    solution = solve(p, space="weight", impl=impl, **options)
+    assert torch.equal(solution["y"], p.x @ merged.T)
+    assert torch.equal(solution["dx"], p.grad_y @ merged)

@@ -3,10 +3,13 @@
 import itertools
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from triton.runtime.interpreter import InterpretedFunction
 
 import dora_kernels as dk
 from dora_kernels import dispatch
@@ -209,3 +212,51 @@ def test_a_frozen_magnitude_is_explained_too(plans):
     plans.clear()
     layer(torch.ones(64, 8, dtype=torch.float16))
     assert plans == [explanation.plan]
+
+
+def test_the_tensors_gpu_becomes_the_current_one():
+    context = dispatch.on_device_of(SimpleNamespace(is_cuda=True, device=torch.device("cuda", 3)))
+    assert isinstance(context, torch.cuda.device) and context.idx == 3
+    with dispatch.on_device_of(torch.ones(1)):
+        pass
+
+
+def _train(layer, x):
+    layer(x).sum().backward()
+
+
+def _infer(layer, x):
+    with torch.no_grad(), dk.frozen_adapters(layer.eval()):
+        layer(x)
+
+
+CALLS = {
+    "training": _train,
+    "frozen": _infer,
+    "norm": lambda layer, x: layer.weight_norm(),
+    "merging": lambda layer, x: layer.to_linear(),
+}
+
+
+@pytest.mark.parametrize("space", ["token", "weight"])
+@pytest.mark.parametrize("act", CALLS.values(), ids=CALLS)
+def test_every_kernel_is_launched_on_the_tensors_gpu(act, space, monkeypatch):
+    """Triton launches on the current device, whatever its arguments' is: a launch outside of `on_device_of` would run
+    on another GPU and read there."""
+    inside, launches, launch = [], [], InterpretedFunction.run
+
+    @contextmanager
+    def on_device_of(tensor):
+        inside.append(tensor)
+        yield
+        inside.pop()
+
+    def run(self, *args, **kwargs):
+        launches.append(len(inside))
+        return launch(self, *args, **kwargs)
+
+    layer = dk.DoraLinear.from_linear(torch.nn.Linear(8, 6), r=2, lora_alpha=4, space=space, impl="triton")
+    monkeypatch.setattr(dispatch, "on_device_of", on_device_of)
+    monkeypatch.setattr(InterpretedFunction, "run", run)
+    act(layer, torch.ones(3, 8, requires_grad=True))
+    assert launches and all(launches)

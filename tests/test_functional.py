@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Shard, distribute_tensor
 
 import dora_kernels as dk
 from tests.oracle import errors, exact, make_problem, solve
+from tests.sharded import SHARDS
 
 SPACES = ["token", "weight"]
 
@@ -105,14 +104,20 @@ def test_type_errors_say_what_was_expected_and_what_came(changes, message):
         call(P, **changes)
 
 
-def test_a_dtensor_is_never_taken_for_the_whole():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        with pytest.raises(TypeError, match=r"lora_A is a DTensor.*full_tensor"):
-            call(P, lora_A=distribute_tensor(P.lora_A, mesh, [Shard(0)]))
-    finally:
-        torch.distributed.destroy_process_group()
+@pytest.mark.parametrize("shard", SHARDS, ids=lambda shard: shard.__name__)
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B", "magnitude", "bias"])
+def test_a_shard_is_never_taken_for_the_whole(name, shard):
+    with (
+        shard() as of,
+        pytest.raises(TypeError, match=rf"{name} is (a DTensor|ZeRO-3's part of \[).*: gather it first"),
+    ):
+        call(P, **{name: of(getattr(P, name))})
+
+
+def test_a_gathered_parameter_of_zero_3_is_whole():
+    weight = P.weight.clone()
+    weight.ds_shape = weight.shape
+    assert torch.equal(call(P, weight=weight), call(P))
 
 
 @pytest.mark.parametrize("space", SPACES)

@@ -297,3 +297,11 @@ def test_every_two_dimensional_address_is_that_arithmetic():
     for path in pathlib.Path(inspect.getfile(kernels)).parent.glob("*.py"):
         if path.stem != "addresses":
             assert not re.findall(r"\[(?::, None|None, :)\]\s*\*\s*(?:stride|[A-Z]\b)", path.read_text()), path.name
+
+
+def test_an_fp32_factor_is_not_cut_to_16_bits():
+    """z = −1 and h Bᵀ = 1 + 2⁻¹⁰ cancel to what a bf16 B would not hold."""
+    ones, lora_B = torch.ones(37, 1, dtype=torch.bfloat16), torch.full((29, 1), 1 + 2.0**-10)
+    base_out, scale = -torch.ones(37, 29, dtype=torch.bfloat16), torch.ones(29)
+    y = kernels.rescale_fwd(base_out, ones, lora_B, scale, None, 1.0, in_place=False, rounding="nearest", salt=0)
+    assert y.eq(2.0**-10).all()

@@ -209,3 +209,14 @@ def test_errors(make, kind, message):
 @pytest.mark.parametrize(("use_rslora", "scaling"), [(False, 1.5), (True, 3.0)], ids=["lora", "rslora"])
 def test_scaling(use_rslora, scaling):
     assert make_layer(r=4, lora_alpha=6, use_rslora=use_rslora).scaling == scaling
+
+
+def test_made_on_the_meta_device_and_loaded():
+    """As large models are: made without values, then given those of a checkpoint."""
+    layer, x = make_layer().eval(), torch.randn(6, K)
+    with torch.device("meta"):
+        empty = dk.DoraLinear.from_linear(nn.Linear(K, N), r=3, lora_alpha=6).eval()
+    with pytest.raises(ValueError, match="weight is on meta but x is on cpu"):
+        empty(x)
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    assert torch.equal(empty(x), layer(x))

@@ -1,6 +1,7 @@
 """`merge_dora`: the same function without the engine; `unmerge_dora`: the same bits as before."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -269,3 +270,27 @@ def test_layers_put_in_by_hand_merge_too():
     merge_dora(model)
     assert type(model[0]) is nn.Linear
     torch.testing.assert_close(model(x), expected)
+
+
+def test_what_rounding_costs_is_said_layer_by_layer(caplog):
+    """As a share of the update, held against fp64; where it is more than the update, a warning says what to do."""
+    model = trained(llama(dtype=torch.bfloat16, layers=1), target_modules=["q_proj", "v_proj"])
+    layers = dora_layers(model)
+    v_proj = layers["model.layers.0.self_attn.v_proj"]
+    with torch.no_grad():
+        v_proj.lora_B.zero_()
+        v_proj.magnitude.copy_(1.00001 * v_proj.weight_norm()[0])
+    exact, base = {}, {}
+    for path, layer in layers.items():
+        base[path], a, b, m = (t.detach().double() for t in (layer.weight, layer.lora_A, layer.lora_B, layer.magnitude))
+        adapted = base[path] + layer.scaling * b @ a
+        exact[path] = m[:, None] / adapted.norm(dim=1, keepdim=True) * adapted
+    with caplog.at_level(logging.INFO, "dora_kernels.merging"):
+        merge_dora(model)
+    said = {record.args[0]: record.args[2] for record in caplog.records if record.levelno == logging.INFO}
+    assert said.keys() == exact.keys()
+    for path, share in said.items():
+        cost = (model_weight(model, path).double() - exact[path]).norm() / (exact[path] - base[path]).norm()
+        assert share == pytest.approx(cost.item(), rel=1e-2), path
+    (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert "costs more than the whole update in 1 of 2 layers" in warning and "v_proj" in warning

@@ -8,9 +8,11 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from transformers import MambaConfig, MambaForCausalLM
 
+import dora_kernels as dk
 from dora_kernels.config import DoraConfig
 from dora_kernels.linear import DoraLinear
 from dora_kernels.patch import apply_dora
+from tests.sharded import SHARDS
 from tests.tiny_models import VOCAB, assert_unchanged, gpt2, llama, snapshot
 
 
@@ -198,3 +200,31 @@ def test_a_field_set_wrongly_after_construction_is_caught():
     with pytest.raises(ValueError, match="positive integer"):
         apply_dora(model, config)
     assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("shard", SHARDS, ids=lambda shard: shard.__name__)
+def test_a_sharded_model_is_refused(shard, tmp_path):
+    """FSDP2's DTensors and ZeRO-3's empty parameters: nothing is computed, merged or saved from a part."""
+    with shard() as of:
+        model = llama()
+        model.lm_head.weight = of(model.lm_head.weight)
+        with pytest.raises(ValueError, match=r"lm_head.weight is (a DTensor|ZeRO-3's part of \[61, 32\]).*gather it"):
+            apply_dora(model, DoraConfig(target_modules=["q_proj"]))
+
+        model = apply_dora(llama(), DoraConfig(target_modules=["q_proj"])).eval()
+        layer = model.model.layers[0].self_attn.q_proj
+        layer.lora_B = of(layer.lora_B)
+        calls = (
+            dk.merge_dora,
+            lambda model: dk.save_adapter(model, tmp_path),
+            lambda model: dk.load_adapter(model, "."),
+        )
+        for call in calls:
+            with pytest.raises(
+                ValueError, match=r"q_proj.lora_B is (a DTensor|ZeRO-3's part of \[32, 16\]).*gather it"
+            ):
+                call(model)
+        layer.weight = of(layer.weight)
+        with pytest.raises(ValueError, match=r"the weight is .*gather it"), dk.frozen_adapters(model):
+            pass
+    assert not any(tmp_path.iterdir())

@@ -151,3 +151,55 @@ def test_cancellation_of_weight_and_update(level, impl):
     # V is a difference of numbers of size ‖W‖ in fp32: an error of a few of its units is inherent.
     bound = 8 * 2.0**-24 * weight.double().norm(dim=1)
     assert ((norm.double() - truth).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("size", [1e-45, 1e-39, 1e-36, 1e-30], ids=str)
+def test_output_features_near_zero(size, space, impl):
+    """Weights down to fp32's smallest: below its smallest normal number they count as zero, above they are themselves.
+    Outputs, gradients and the merged weight are finite either way, and other features bit-equal."""
+    problem = make_problem(11, 9, 13, 3)
+    healthy = solve(problem, space=space, impl=impl)
+    small, kept = 4, [n for n in range(9) if n != 4]
+    problem.weight[small], problem.lora_B[small] = torch.full((13,), size), 0
+    norm = problem.weight[small].double().norm()
+    problem.magnitude[small] = norm
+    solution = solve(problem, space=space, impl=impl)
+    merged, *_ = dispatch.implementation(impl).merge(
+        problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, problem.scaling,
+        dtype=torch.float32, rounding="nearest", salt=0,
+    )  # fmt: skip
+    assert all(value.isfinite().all() for value in (*solution.values(), merged))
+    if norm < torch.finfo(torch.float32).tiny:
+        assert not solution["y"][:, small].any() and not solution["dm"][small] and not merged[small].any()
+    else:
+        assert torch.allclose(merged[small], problem.weight[small], rtol=1e-6, atol=0)
+        assert torch.allclose(solution["dm"][small].double(), exact(problem)["dm"][small], rtol=1e-5, atol=0)
+    assert torch.equal(solution["y"][:, kept], healthy["y"][:, kept])
+    for name in ("dB", "dm"):
+        assert torch.equal(solution[name][kept], healthy[name][kept]), name
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_g_minus_1_keeps_its_digits(dtype, impl):
+    """g − 1, of size 1.5e-3 as published, is the whole signal: half an ulp of a bf16 1; here to a few of fp32's."""
+    problem = make_problem(1, 33, 70, 5, dtype=dtype, adapter_dtype=torch.float32, update=1e-3)
+    adapted = problem.weight.double() + problem.scaling * problem.lora_B.double() @ problem.lora_A.double()
+    problem.magnitude = (adapted.norm(dim=1) * (1 + 1.5e-3 * torch.randn(33, dtype=torch.float64))).float()
+    _, scale = dispatch.implementation(impl).weight_norm(
+        problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, problem.scaling
+    )
+    truth = problem.magnitude.double() / adapted.norm(dim=1) - 1
+    assert truth.abs().mean() > 1e-3
+    assert (scale.double() - 1 - truth).abs().max() <= 4 * 2.0**-24
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize("space", SPACES)
+def test_a_magnitude_may_be_negative(space, impl):
+    problem = make_problem(11, 9, 13, 3, dtype=torch.float64)
+    problem.magnitude[::2] *= -1
+    found = errors(solve(problem, space=space, impl=impl), exact(problem))
+    assert max(found.values()) < ORACLE_FP64, found

@@ -5,10 +5,12 @@ import torch
 import triton
 import triton.language as tl
 
+from dora_kernels import kernels, reference
 from dora_kernels.kernels.launch import TRITON_DTYPES
 from dora_kernels.kernels.rounding import dither_hash as kernel_hash
 from dora_kernels.kernels.rounding import round_to as kernel_round_to
 from dora_kernels.reference.rounding import dither_hash, round_to
+from tests.oracle import make_problem
 
 HALF_TYPES = [torch.bfloat16, torch.float16]
 
@@ -141,3 +143,43 @@ def test_errors_look_random():
     assert correlation.abs().max() < 5 / size**0.5
     # The largest singular value of an iid matrix is 2 √size standard deviations, to within a few per cent.
     assert torch.linalg.matrix_norm(error / spread, 2) < 2.1 * size**0.5
+
+
+# More tokens and features than a block of any kernel, not as many blocks of one as of the other, and more than a chunk
+# of the reference's below.
+M, N, K, R = 70, 131, 137, 3
+
+
+def _roundings(operations):
+    """What each operation stores in bf16, dithered."""
+    problem = make_problem(M, N, K, R, torch.bfloat16, torch.float32)
+    factors = problem.weight, problem.lora_A, problem.lora_B
+    options = {"rounding": "dithered", "salt": 0xC0FFEE42}
+    norm, scale = reference.weight_norm(*factors, problem.magnitude, problem.scaling)
+    base_out, h = problem.x @ problem.weight.T, problem.x @ problem.lora_A.bfloat16().T
+    given = {"weight_norm": norm, "mag_norm_scale": scale}
+    needs = {"magnitude_dtype": None, "B_dtype": None, "bias_dtype": None, "needs_base": True}
+    return {
+        "rescale_fwd": operations.rescale_fwd(
+            base_out, h, problem.lora_B, scale, None, problem.scaling, in_place=False, **options
+        ),
+        "rescale_bwd": operations.rescale_bwd(
+            problem.grad_y, None, None, problem.lora_B, norm, scale, 1.0, saved_is="output", **needs, **options
+        )[3],
+        "merge": operations.merge(*factors, problem.magnitude, problem.scaling, dtype=torch.bfloat16, **options)[0],
+        "merge_again": operations.merge(*factors, None, problem.scaling, dtype=torch.bfloat16, **given, **options)[0],
+        "scaled_cast": operations.scaled_cast(problem.weight.float() / 3, torch.bfloat16, **options),
+    }
+
+
+def test_an_element_is_rounded_alike_wherever_its_block_begins(monkeypatch):
+    """By its place in the whole tensor: in kernels' blocks, in the reference's chunks, in forward and backward."""
+    whole, kernel = _roundings(reference), _roundings(kernels)
+    monkeypatch.setattr("dora_kernels.chunks.CHUNK_ELEMENTS", 16 * N)
+    chunks = _roundings(reference)
+    for name, expected in whole.items():
+        for found in (kernel[name], chunks[name]):
+            # Sums in another order round differently at a boundary, once in thousands; another hash in most places.
+            assert (found != expected).float().mean() < 0.01, name
+    for found in (whole, kernel):
+        assert torch.equal(found["merge"], found["merge_again"]), "the backward's W' is the forward's, to the bit"

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.scorecard import table
+from tests.scorecard import failure_modes, mutations, table
 from tests.scorecard.row import NAMES, Row, Verdict, measure, module, none_fail
 
 STAMP = {"commit": "0123456789ab", "date": "2026-01-02"}
@@ -79,3 +79,57 @@ def test_other_lines_of_the_table_stay(tmp_path, monkeypatch):
 def test_every_row_has_its_module(name):
     row = module(name).ROW
     assert row.what and row.target and callable(row.run)
+
+
+def test_every_wrong_engine_can_still_be_made():
+    """Each fault fits the source as it is now and leaves Python, and the tests it names exist."""
+    every = mutations.mutants().values()
+    for mutant in every:
+        compile(mutant.applied(mutations.ROOT), mutant.file, "exec")
+        assert_tests_exist(mutant.tests.split())
+    assert len(every) >= 40
+    assert sum(mutant.kind == "gradient" for mutant in every) >= 12
+    assert sum(mutant.in_a_kernel for mutant in every) >= 8
+
+
+def test_every_failure_mode_names_tests_that_exist():
+    modes = failure_modes.modes()
+    assert list(modes) == list(range(1, failure_modes.COUNT + 1))
+    for mode in modes.values():
+        assert mode.tests
+        assert_tests_exist([*mode.tests, *mode.gpu])
+
+
+def assert_tests_exist(names):
+    for name in names:
+        file, _, function = name.partition("[")[0].partition("::")
+        text = (mutations.ROOT / "tests" / f"{file}.py").read_text()
+        assert not function or f"def {function}(" in text, name
+
+
+def test_a_survivor_a_red_control_or_a_live_gradient_misses_the_target():
+    ids = [mutations.UNCHANGED, *mutations.mutants()]
+    gradient = next(id for id, mutant in mutations.mutants().items() if mutant.kind == "gradient")
+    other = next(id for id, mutant in mutations.mutants().items() if mutant.kind != "gradient")
+
+    def met(*alive):
+        return mutations.judge([{"case": id, "failed": "survives" if id in alive else None} for id in ids]).met
+
+    assert met() and met(other)
+    assert not met(gradient)
+    assert not met(mutations.UNCHANGED)
+
+
+def test_a_mode_that_waits_for_a_gpu_is_not_counted():
+    records = [{"case": str(number), "failed": None, "tests": 1, "gpu": None} for number in range(1, 30)]
+    assert failure_modes.judge(records) == Verdict("29 of 29", True)
+    records[18]["gpu"] = failure_modes.NOT_RUN
+    verdict = failure_modes.judge(records)
+    assert verdict == Verdict(f"28 of 29; 1 more hold on a CPU and are {failure_modes.NOT_RUN}: 19", False)
+    found = {
+        "tests.test_x::test_a[1]": "passed",
+        "tests.test_x::test_a[2]": "skipped",
+        "tests.test_x::test_ab": "failed",
+    }
+    assert not failure_modes.holds("test_x::test_a", found), "a part of it was skipped"
+    assert failure_modes.holds("test_x::test_a[1]", found) and not failure_modes.holds("test_x::test_b", found)
