@@ -4,7 +4,7 @@ import json
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from training.hub import make_repository, push
 from training.interrupt import StopRequest, stop_on_sigterm
 from training.liger import use_fused_loss
 from training.metrics import METRICS, keep_until, plot_losses
-from training.processes import join, of_main
+from training.processes import join, launched_with_fsdp, of_main
 from training.report import summary, write_card
 from training.rows import Rows, load_rows
 from training.trainer import DoraTrainer
@@ -41,6 +41,7 @@ def run(flags: Flags, command: str) -> None:
     Raises ValueError or OSError on bad input, before any work starts where it can be known, and FloatingPointError on
     a loss that is not finite. On SIGTERM it saves and returns.
     """
+    flags = replace(flags, fsdp=flags.fsdp or launched_with_fsdp())
     flags.check()
     device = flags.torch_device
     processes = join(device)
@@ -69,7 +70,14 @@ def run(flags: Flags, command: str) -> None:
             lines = [json.dumps(row) + "\n" for row in rows.skipped]
             (output_dir / "skipped_rows.jsonl").write_text("".join(lines))
         checkpoint = of_main(resume_point(output_dir, flags.resume) if processes.is_main_process else None)
-        model = load_model(flags.base_model, device, quantize=flags.quantize, trust_remote_code=flags.trust_remote_code)
+        model = load_model(
+            flags.base_model,
+            device,
+            quantize=flags.quantize,
+            # FSDP takes it to the GPU one layer at a time, and leaves a part there.
+            stay=flags.fsdp,
+            trust_remote_code=flags.trust_remote_code,
+        )
         adapter = add_adapter(model, flags)
         if flags.use_liger:
             use_fused_loss(model)
@@ -85,8 +93,11 @@ def run(flags: Flags, command: str) -> None:
             raise OSError(f"{error}; {kept}") from error
         if request.requested and trainer.state.global_step < trainer.state.max_steps:
             say(f"\nstopped and saved at step {trainer.state.global_step}; continue with\n  {command} --resume")
-        elif processes.is_main_process:
-            finish(flags, adapter, tokenizer, rows, seconds=time.perf_counter() - started)
+            return
+        seconds = time.perf_counter() - started
+        trainer.write_adapter(output_dir)
+        if processes.is_main_process:
+            finish(flags, adapter, tokenizer, rows, seconds)
 
 
 def no_words(text: str) -> None:
@@ -163,7 +174,10 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
         logging_steps=1,
         disable_tqdm=False,
         logging_nan_inf_filter=False,
-        bf16=compute_dtype(flags.torch_device) == torch.bfloat16,
+        # The base is in bf16 already. FSDP would round fp32 adapters to bf16 for their layer's forward.
+        bf16=compute_dtype(flags.torch_device) == torch.bfloat16 and not flags.fsdp,
+        # Configured by `accelerate launch`, it is accelerate that knows how.
+        fsdp=flags.fsdp and not launched_with_fsdp() or None,
         use_cpu=flags.torch_device.type == "cpu",
         # Every parameter of an adapter is used in every step.
         ddp_find_unused_parameters=False,
@@ -175,9 +189,8 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
 
 
 def finish(flags: Flags, adapter: Adapter, tokenizer, rows: Rows, seconds: float) -> None:
-    """The adapter, its card and the curve in the output folder; the summary; the upload."""
+    """What belongs beside the adapter in the output folder: tokenizer, card, curve; the summary; the upload."""
     output_dir = Path(flags.output_dir)
-    adapter.write(output_dir)
     tokenizer.save_pretrained(output_dir)
     plot_losses(output_dir / METRICS, output_dir / "loss.png")
     write_card(flags, adapter, rows)

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 import dora_kernels as dk
 from training import demo
-from training.processes import local_rank
+from training.processes import check_sharding, local_rank
 
 
 def flag(default, text: str):
@@ -63,6 +63,7 @@ class Flags:
     use_compile: bool = flag(False, "torch.compile the model")
     use_liger: bool = flag(False, "Liger's fused linear cross-entropy (needs a GPU)")
     activation_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
+    fsdp: bool = flag(False, "shard the base over the GPUs of the processes (FSDP2)")
     report_to: str = flag("none", "comma-separated trackers, as transformers knows them: wandb, tensorboard, ...")
     hub_model_id: str = flag("", "repository on the hub, for --push_to_hub")
     push_to_hub: bool = flag(False, "upload the adapter when the run has ended")
@@ -99,6 +100,11 @@ class Flags:
         _ = self.dora  # checks its own fields
         if self.use_liger and self.torch_device.type != "cuda":
             raise ValueError("`--use_liger` needs a CUDA device: Liger's kernels do not run on a CPU; leave it out")
+        if self.fsdp:
+            check_sharding(self.torch_device)
+            for name in ("quantize", "use_compile", "use_liger"):
+                if getattr(self, name):
+                    raise ValueError(f"`--fsdp` does not go with --{name}: leave one of them out")
         for name, package in (("use_liger", "liger_kernel"), ("quantize", "bitsandbytes")):
             if getattr(self, name) and find_spec(package) is None:
                 raise ValueError(f"`--{name}` needs {package}: pip install {package.replace('_', '-')}")

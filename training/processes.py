@@ -7,20 +7,20 @@ alone is the main one and agrees with itself. All of them read and write one fil
 import torch
 from accelerate import PartialState
 from accelerate.utils import (
-    DeepSpeedPlugin,
     FullyShardedDataParallelPlugin,
     broadcast_object_list,
     gather_object,
     get_int_from_env,
     parse_flag_from_env,
 )
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
-INSTEAD = "use DDP, `torchrun --nproc_per_node N -m training ...`"
+DDP = "use DDP, `torchrun --nproc_per_node N -m training ...`"
 
 
 def join(device: torch.device) -> PartialState:
-    """This process among the others, for which it waits. Raises ValueError, before that, for an unsupported engine."""
-    check_engine(device)
+    """This process among the others, for which it waits."""
     return PartialState(cpu=device.type == "cpu")
 
 
@@ -30,24 +30,35 @@ def local_rank() -> int | None:
     return None if rank < 0 else rank
 
 
-def check_engine(device: torch.device) -> None:
-    """Raise ValueError if `accelerate launch` was asked for what does not work here, with what to do instead."""
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        if FullyShardedDataParallelPlugin().fsdp_version == 1:
-            reason = (
-                "FSDP1 flattens parameters into buffers of one dtype, where fp32 adapters on a bf16 base do not fit"
-            )
-        elif device.type == "cpu":
-            reason = "on a CPU accelerate runs DDP when it is asked for FSDP2, without saying so"
-        else:
-            reason = "this command does not yet write checkpoints of a model that FSDP2 shards"
-        raise ValueError(f"{reason}: {INSTEAD}; `fully_shard` around the decoder layers works in a loop of your own")
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        if DeepSpeedPlugin().zero_stage == 3:
-            reason = "ZeRO-3 leaves a layer's parameters empty, and no norm can be taken of them"
-        else:
-            reason = "what DeepSpeed would shard, an adapter's gradients and moments, is small"
-        raise ValueError(f"{reason}: {INSTEAD}")
+def launched_with_fsdp() -> bool:
+    """Whether `accelerate launch` was configured for FSDP. Raises ValueError for what does not work here of it."""
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return False
+    plugin = FullyShardedDataParallelPlugin()
+    if plugin.fsdp_version == 1:
+        raise ValueError(
+            "FSDP1 flattens parameters into buffers of one dtype, where fp32 adapters on a bf16 base do not fit: "
+            "set `fsdp_version: 2` in accelerate's configuration"
+        )
+    fits = {
+        # Around single linears the norm would be of a weight in parts.
+        "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP": plugin.auto_wrap_policy is transformer_auto_wrap_policy,
+        # It forgets the generators, so that dropout differs in the recomputation: use --activation_checkpointing.
+        "fsdp_activation_checkpointing: false": not plugin.activation_checkpointing,
+        "fsdp_offload_params: false": not isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+        "fsdp_cpu_ram_efficient_loading: false": not plugin.cpu_ram_efficient_loading,
+    }
+    if others := [line for line, as_is in fits.items() if not as_is]:
+        raise ValueError(f"accelerate's FSDP configuration should have `{'`, `'.join(others)}`")
+    return True
+
+
+def check_sharding(device: torch.device) -> None:
+    """Raise ValueError if FSDP2 cannot shard over these processes, with what to do instead."""
+    if device.type == "cpu":
+        raise ValueError(f"on a CPU accelerate runs DDP when it is asked for FSDP2, without saying so: {DDP}")
+    if local_rank() is None:
+        raise ValueError("FSDP shards over several processes: `torchrun --nproc_per_node N -m training --fsdp ...`")
 
 
 def gathered(value) -> list:
