@@ -22,7 +22,7 @@ from training.hub import make_repository, push
 from training.interrupt import StopRequest, stop_on_sigterm
 from training.liger import use_fused_loss
 from training.metrics import METRICS, keep_until, plot_losses
-from training.processes import join, launched_with_fsdp, of_main
+from training.processes import check_precision, join, launched_with_fsdp, of_main
 from training.report import summary, write_card
 from training.rows import Rows, load_rows
 from training.trainer import DoraTrainer
@@ -44,6 +44,7 @@ def run(flags: Flags, command: str) -> None:
     flags = replace(flags, fsdp=flags.fsdp or launched_with_fsdp())
     flags.check()
     device = flags.torch_device
+    check_precision(compute_dtype(device))
     processes = join(device)
     say = print if processes.is_main_process else no_words
     output_dir = Path(flags.output_dir)
@@ -146,6 +147,8 @@ def trainer_config(flags: Flags, *, evaluates: bool, resumed: bool) -> SFTConfig
         # Several GPUs are visible and one is asked for: no nn.DataParallel, which TRL refuses. There is no argument
         # for it; transformers sets this itself for a model that is spread over devices.
         config._n_gpu = 1
+    # As `bf16` says: transformers would take what `accelerate launch` says where that is False.
+    config.mixed_precision = "bf16" if config.bf16 else "no"
     return config
 
 

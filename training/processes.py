@@ -11,6 +11,7 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
     get_int_from_env,
+    parse_choice_from_env,
     parse_flag_from_env,
 )
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -46,11 +47,17 @@ def launched_with_fsdp() -> bool:
         # It forgets the generators, so that dropout differs in the recomputation: use --activation_checkpointing.
         "fsdp_activation_checkpointing: false": not plugin.activation_checkpointing,
         "fsdp_offload_params: false": not isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        "fsdp_cpu_ram_efficient_loading: false": not plugin.cpu_ram_efficient_loading,
     }
     if others := [line for line, as_is in fits.items() if not as_is]:
         raise ValueError(f"accelerate's FSDP configuration should have `{'`, `'.join(others)}`")
     return True
+
+
+def check_precision(dtype: torch.dtype) -> None:
+    """Raise ValueError if `accelerate launch` was asked to compute in another dtype than the base will have."""
+    asked = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", "bf16" if dtype == torch.bfloat16 else "no"):
+        raise ValueError(f"accelerate was asked for {asked}, but the base will be in {str(dtype)[6:]}: leave it out there")
 
 
 def check_sharding(device: torch.device) -> None:
