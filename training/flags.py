@@ -136,7 +136,8 @@ class Flags:
     def torch_device(self) -> torch.device:
         """Where the model goes: of several processes each takes the GPU of its own number.
 
-        Raises ValueError for a device that is not there, and for one GPU named to several processes.
+        Raises ValueError for a device that is not there, for one GPU named to several processes, and in one process
+        for another than the first.
         """
         present = torch.cuda.device_count() if torch.cuda.is_available() else 0
         try:
@@ -154,6 +155,11 @@ class Flags:
         if index >= present:
             wanted = self.device if rank is None else f"cuda:{index}, for process {rank} of this machine,"
             raise ValueError(f"`--device` {wanted} is not there ({present} CUDA devices found): use --device cpu")
+        if rank is None and index:
+            raise ValueError(
+                f"`--device` {self.device}: transformers takes the first GPU it sees: run with "
+                f"CUDA_VISIBLE_DEVICES={index} and --device cuda:0"
+            )
         return torch.device("cuda", index)
 
 

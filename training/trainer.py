@@ -6,7 +6,7 @@ epoch, a loss per token in evaluation, and a stop that says where a loss went Na
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from torch.utils.data import Sampler
 from transformers import TrainerState
 from trl import SFTTrainer
 
+import dora_kernels as dk
+from dora_kernels.freezable import Freezable
 from training.adapters import Adapter
 from training.checkpoint import load_checkpoint, save_checkpoint, sync
 from training.data import IGNORED, order_of_epoch, rows_of_step, steps_per_epoch
@@ -175,12 +177,19 @@ class DoraTrainer(SFTTrainer):
         """transformers averages the batches' means; this is the mean over all tokens, which perplexity needs."""
         self._eval_sums = []
         # The data loader draws from the global generator: evaluating would change the dropout of the steps after it.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self._norms_kept():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, tokens = self.accelerator.reduce(torch.stack(self._eval_sums).sum(0).to(self.args.device)).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
         self.meter.leave_out()
         return output
+
+    def _norms_kept(self) -> AbstractContextManager:
+        """For an evaluation, in which no step changes them. A sharded layer's can be taken in its own forward only."""
+        fused = any(isinstance(module, Freezable) for module in self.model.modules())
+        if not fused or self.is_fsdp_enabled:
+            return nullcontext()
+        return dk.frozen_adapters(self.model.eval())
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self._ignore_repeated(inputs, self.args.eval_batch_size)
