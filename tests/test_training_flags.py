@@ -183,7 +183,7 @@ def test_one_process_takes_the_first_gpu(monkeypatch, device):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert str(Flags(device=device).torch_device) == "cuda:0"
-    with pytest.raises(ValueError, match="`--device` cuda:1: .* run with CUDA_VISIBLE_DEVICES=1 and --device cuda:0"):
+    with pytest.raises(ValueError, match=r"`--device` cuda:1: .* run with CUDA_VISIBLE_DEVICES=1 and --device cuda:0"):
         _ = Flags(device="cuda:1").torch_device
 
 

@@ -1,7 +1,7 @@
 """Two processes on a CPU under FSDP2, as `--fsdp` has them on GPUs: `torchrun -m tests.two_shards DATA FOLDER`.
 
-On a CPU accelerate runs DDP where FSDP2 is asked for, and the command refuses to ask. Here both are told otherwise; what
-follows is all theirs and ours: wrapping decoder layers, sharding, gathering, clipping, saving, resuming.
+On a CPU accelerate runs DDP where FSDP2 is asked for, and the command refuses to ask. Here both are told otherwise;
+what follows is all theirs and ours: wrapping decoder layers, sharding, gathering, clipping, saving, resuming.
 """
 
 import os
@@ -40,7 +40,7 @@ def shard_on_a_cpu():
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = sharded
-    flags.check_sharding = lambda device: None
+    flags.check_sharding = lambda flag, device: None
 
 
 def look_at_each_step():

@@ -16,13 +16,14 @@ from training.adapters import Adapter, add_adapter
 from training.base import check_targets, compute_dtype, load_model, load_tokenizer
 from training.callbacks import QuietProgress, StopOnRequest, WriteMetrics
 from training.checkpoint import newest_checkpoint, step_of
+from training.engines import check_launcher, launched_with_fsdp, zero_config
 from training.flags import Flags
 from training.folder import check_folder, sole_run
 from training.hub import make_repository, push
 from training.interrupt import StopRequest, stop_on_sigterm
 from training.liger import use_fused_loss
 from training.metrics import METRICS, keep_until, plot_losses
-from training.processes import check_precision, join, launched_with_fsdp, of_main
+from training.processes import join, of_main
 from training.report import summary, write_card
 from training.rows import Rows, load_rows
 from training.trainer import DoraTrainer
@@ -44,7 +45,7 @@ def run(flags: Flags, command: str) -> None:
     flags = replace(flags, fsdp=flags.fsdp or launched_with_fsdp())
     flags.check()
     device = flags.torch_device
-    check_precision(compute_dtype(device))
+    check_launcher(compute_dtype(device))
     processes = join(device)
     say = print if processes.is_main_process else no_words
     output_dir = Path(flags.output_dir)
@@ -90,15 +91,24 @@ def run(flags: Flags, command: str) -> None:
             trainer.train_from(checkpoint)
         except OSError as error:  # a full disk
             sound = newest_checkpoint(output_dir)
-            kept = f"{sound} is sound: continue with\n  {command} --resume" if sound else "nothing was saved before"
+            kept = f"{sound} is sound: {onward(flags, command, sound)}" if sound else "nothing was saved before"
             raise OSError(f"{error}; {kept}") from error
         if request.requested and trainer.state.global_step < trainer.state.max_steps:
-            say(f"\nstopped and saved at step {trainer.state.global_step}; continue with\n  {command} --resume")
+            step = trainer.state.global_step
+            saved = output_dir / f"checkpoint-{step}"
+            say(f"\nstopped and saved at step {step}; {onward(flags, command, saved)}")
             return
         seconds = time.perf_counter() - started
         trainer.write_adapter(output_dir)
         if processes.is_main_process:
             finish(flags, adapter, tokenizer, rows, seconds)
+
+
+def onward(flags: Flags, command: str, checkpoint: Path) -> str:
+    """How a run that ended early goes on."""
+    if flags.deepspeed:
+        return f"go on from its adapter, in a new --output_dir, with --init_adapter {checkpoint}"
+    return f"continue with\n  {command} --resume"
 
 
 def no_words(text: str) -> None:
@@ -177,10 +187,11 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
         logging_steps=1,
         disable_tqdm=False,
         logging_nan_inf_filter=False,
-        # The base is in bf16 already. FSDP would round fp32 adapters to bf16 for their layer's forward.
-        bf16=compute_dtype(flags.torch_device) == torch.bfloat16 and not flags.fsdp,
+        # `training.engines` says why not in FSDP and DeepSpeed.
+        bf16=compute_dtype(flags.torch_device) == torch.bfloat16 and not (flags.fsdp or flags.deepspeed),
         # Configured by `accelerate launch`, it is accelerate that knows how.
-        fsdp=flags.fsdp and not launched_with_fsdp() or None,
+        fsdp=(flags.fsdp and not launched_with_fsdp()) or None,
+        deepspeed=zero_config(flags.deepspeed) if flags.deepspeed else None,
         use_cpu=flags.torch_device.type == "cpu",
         # Every parameter of an adapter is used in every step.
         ddp_find_unused_parameters=False,

@@ -14,7 +14,8 @@ from transformers import HfArgumentParser
 
 import dora_kernels as dk
 from training import demo
-from training.processes import check_sharding, local_rank
+from training.engines import check_sharding, zero_config
+from training.processes import local_rank
 
 
 def flag(default, text: str):
@@ -64,6 +65,7 @@ class Flags:
     use_liger: bool = flag(False, "Liger's fused linear cross-entropy (needs a GPU)")
     activation_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     fsdp: bool = flag(False, "shard the base over the GPUs of the processes (FSDP2)")
+    deepspeed: str = flag("", "DeepSpeed's configuration, a JSON file (ZeRO stage 1 or 2)")
     report_to: str = flag("none", "comma-separated trackers, as transformers knows them: wandb, tensorboard, ...")
     hub_model_id: str = flag("", "repository on the hub, for --push_to_hub")
     push_to_hub: bool = flag(False, "upload the adapter when the run has ended")
@@ -100,11 +102,20 @@ class Flags:
         _ = self.dora  # checks its own fields
         if self.use_liger and self.torch_device.type != "cuda":
             raise ValueError("`--use_liger` needs a CUDA device: Liger's kernels do not run on a CPU; leave it out")
-        if self.fsdp:
-            check_sharding(self.torch_device)
+        for engine in (name for name in ("fsdp", "deepspeed") if getattr(self, name)):
+            check_sharding(engine, self.torch_device)
             for name in ("quantize", "use_compile", "use_liger"):
                 if getattr(self, name):
-                    raise ValueError(f"`--fsdp` does not go with --{name}: leave one of them out")
+                    raise ValueError(f"`--{engine}` does not go with --{name}: leave one of them out")
+        if self.deepspeed:
+            zero_config(self.deepspeed)
+            if self.fsdp:
+                raise ValueError("`--deepspeed` does not go with --fsdp: leave one of them out")
+            if self.resume:
+                raise ValueError(
+                    "`--resume` does not go with --deepspeed, whose optimizer state is not in the checkpoints: go on "
+                    "from an adapter with --init_adapter, in a new --output_dir"
+                )
         for name, package in (("use_liger", "liger_kernel"), ("quantize", "bitsandbytes")):
             if getattr(self, name) and find_spec(package) is None:
                 raise ValueError(f"`--{name}` needs {package}: pip install {package.replace('_', '-')}")

@@ -103,7 +103,8 @@ class DoraTrainer(SFTTrainer):
         """Stage, verify, rename, rotate: `training.checkpoint`. The main process writes, the generators of all."""
         self.store_flos()
         generators = gathered(random_state())
-        moments, groups = optimizer_state(self.optimizer)
+        # DeepSpeed's is in parts of its own making, and such a run is not resumed.
+        moments, groups = ({}, []) if self.is_deepspeed_enabled else optimizer_state(self.optimizer)
         tensors = moments | {f"{rank}.{name}": one[name] for rank, (one, _) in enumerate(generators) for name in one}
         state = {
             "step": self.state.global_step,
@@ -244,7 +245,12 @@ class DoraTrainer(SFTTrainer):
             raise FloatingPointError(f"the loss of {self._step_and_rows()} is not finite in another process")
         raise FloatingPointError(f"the loss of {self._step_and_rows()} is {loss.item()}: {where}")
 
-    def _clip_grad_norm(self, model: nn.Module):
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
+        if self.is_deepspeed_enabled:  # it keeps the gradients, has clipped them, and takes no step that is not finite
+            norm = super()._clip_grad_norm(model)
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the gradient of {self._step_and_rows()} is not finite")
+            return norm
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         # Before clipping, which would spread it to all of them.
         if not torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients))):
