@@ -31,7 +31,7 @@ ZERO2 = {"zero_optimization": {"stage": 2}}
             "should have `fsdp_offload_params: false`, `fsdp_activation_checkpointing: false`",
         ),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], "DeepSpeed is configured by a flag: `torchrun .* --deepspeed"),
-        ({}, ["--deepspeed", "zero.json"], "`--deepspeed` needs GPUs"),
+        ({}, ["--deepspeed", "absent.json"], "`--deepspeed` absent.json is not a readable JSON object: .*No such file"),
         (
             {"ACCELERATE_MIXED_PRECISION": "fp16"},
             [],
@@ -53,7 +53,7 @@ def two_gpus(monkeypatch):
     """As far as flags are checked: the second process of two, each with a GPU, and DeepSpeed installed."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("training.engines.find_spec", lambda name: name)
+    monkeypatch.setattr("training.flags.find_spec", lambda name: name)
     monkeypatch.setenv("LOCAL_RANK", "1")
 
 
@@ -105,11 +105,14 @@ def test_a_zero_configuration_that_does_not_work(data, tmp_path, two_gpus, confi
 
 
 def test_an_absent_deepspeed(data, tmp_path, two_gpus, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("training.engines.find_spec", lambda name: None)
+    monkeypatch.setattr("training.flags.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="`--deepspeed` needs deepspeed: pip install deepspeed"):
         flags_of(tmp_path, data, deepspeed="zero.json").check()
-    with pytest.raises(ValueError, match=r"absent\.json is not a readable JSON object: .*No such file"):
-        zero_config("absent.json")
+
+
+def test_deepspeed_on_a_cpu(data, tmp_path):  # noqa: F811
+    with pytest.raises(ValueError, match="`--deepspeed` needs GPUs"):
+        flags_of(tmp_path, data, deepspeed="zero.json", device="cpu").check()
 
 
 def test_what_the_runs_own_flags_decide_is_left_to_them(tmp_path, two_gpus):

@@ -5,7 +5,6 @@ among them; with a base in bf16 the layers do it by theirs.
 """
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -62,7 +61,7 @@ def check_sharding(flag: str, device: torch.device) -> None:
 def zero_config(path: str) -> dict:
     """DeepSpeed's configuration in the JSON file `path`, with what the run's own flags decide left to them.
 
-    Raises ValueError for what does not work here of it, or if DeepSpeed is not installed.
+    Raises ValueError for what does not work here of it.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -81,8 +80,6 @@ def zero_config(path: str) -> dict:
     for name in ("bf16", "fp16"):
         if config.get(name, {}).get("enabled") not in (None, False, "auto"):
             raise ValueError(f"`--deepspeed` {path}: leave `{name}` out, it would round the fp32 adapters")
-    if find_spec("deepspeed") is None:
-        raise ValueError("`--deepspeed` needs deepspeed: pip install deepspeed")
     # DeepSpeed's own defaults are no accumulation and no clipping.
     ours = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     return dict.fromkeys(ours, "auto") | config

@@ -102,11 +102,6 @@ class Flags:
         _ = self.dora  # checks its own fields
         if self.use_liger and self.torch_device.type != "cuda":
             raise ValueError("`--use_liger` needs a CUDA device: Liger's kernels do not run on a CPU; leave it out")
-        for engine in (name for name in ("fsdp", "deepspeed") if getattr(self, name)):
-            check_sharding(engine, self.torch_device)
-            for name in ("quantize", "use_compile", "use_liger"):
-                if getattr(self, name):
-                    raise ValueError(f"`--{engine}` does not go with --{name}: leave one of them out")
         if self.deepspeed:
             zero_config(self.deepspeed)
             if self.fsdp:
@@ -116,7 +111,13 @@ class Flags:
                     "`--resume` does not go with --deepspeed, whose optimizer state is not in the checkpoints: go on "
                     "from an adapter with --init_adapter, in a new --output_dir"
                 )
-        for name, package in (("use_liger", "liger_kernel"), ("quantize", "bitsandbytes")):
+        for engine in (name for name in ("fsdp", "deepspeed") if getattr(self, name)):
+            check_sharding(engine, self.torch_device)
+            for name in ("quantize", "use_compile", "use_liger"):
+                if getattr(self, name):
+                    raise ValueError(f"`--{engine}` does not go with --{name}: leave one of them out")
+        needed = (("use_liger", "liger_kernel"), ("quantize", "bitsandbytes"), ("deepspeed", "deepspeed"))
+        for name, package in needed:
             if getattr(self, name) and find_spec(package) is None:
                 raise ValueError(f"`--{name}` needs {package}: pip install {package.replace('_', '-')}")
         check_trackers(self.trackers)
