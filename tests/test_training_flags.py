@@ -178,6 +178,15 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch, device, expected)
         assert str(Flags(device=device).torch_device) == expected
 
 
+@pytest.mark.parametrize("device", ["", "cuda", "cuda:0"])
+def test_one_process_takes_the_first_gpu(monkeypatch, device):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert str(Flags(device=device).torch_device) == "cuda:0"
+    with pytest.raises(ValueError, match=r"`--device` cuda:1: .* run with CUDA_VISIBLE_DEVICES=1 and --device cuda:0"):
+        _ = Flags(device="cuda:1").torch_device
+
+
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

@@ -93,27 +93,6 @@ def test_a_nan_in_one_process_stops_both(runs):
     assert [path.name for path in list_checkpoints(folder / "poisoned")] == ["checkpoint-2", "checkpoint-1"]
 
 
-@pytest.mark.parametrize(
-    "asked, reason",
-    [
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP1 flattens parameters into buffers of one dtype"),
-        (
-            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
-            "on a CPU accelerate runs DDP when it is asked for FSDP2",
-        ),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO-3 leaves a layer's"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "what DeepSpeed would shard"),
-    ],
-    ids=["FSDP1", "FSDP2 on a CPU", "ZeRO-3", "ZeRO-2"],
-)
-def test_an_engine_that_does_not_work_is_refused(data, tmp_path, monkeypatch, asked, reason):  # noqa: F811
-    for name, value in asked.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match=f"{reason}.*: use DDP, `torchrun --nproc_per_node N -m training"):
-        main(arguments(data, tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_demo_is_one_process(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit, match="the demo runs in one process"):

@@ -108,9 +108,10 @@ def test_the_length_counts_the_end_of_text(tokenizer):
         (b'{"prompt": "a", "completion": " "}', "`completion` is empty"),
         (b'{"prompt": 3, "completion": "a"}', "`prompt` should be text, got int"),
         (b'{"prompt": "caf\xe9", "completion": "b"}', "`prompt` is not UTF-8"),
+        (b'\xff\xfe{"prompt": "a", "completion": "b"}', "not UTF-8"),
         (json.dumps({"prompt": "a " * 100, "completion": "b"}).encode(), "too long: "),
     ],
-    ids=["json", "list", "columns", "empty", "type", "utf-8", "long"],
+    ids=["json", "list", "columns", "empty", "type", "utf-8", "utf-16 mark", "long"],
 )
 def test_a_bad_row_is_named_and_left_out(tmp_path, tokenizer, line, reason):
     path = write(tmp_path / "rows.jsonl", ROWS)

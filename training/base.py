@@ -32,9 +32,12 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> tuple[PreTrain
 
 
 def load_model(
-    path: str, device: torch.device, *, quantize: bool = False, trust_remote_code: bool = False
+    path: str, device: torch.device, *, quantize: bool = False, stay: bool = False, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The base model on `device`, in bf16 where the card has it and in fp32 elsewhere; NF4 with `quantize`."""
+    """The base model in bf16 where the card has it and in fp32 elsewhere, or in NF4 with `quantize`.
+
+    It is on `device`; with `stay` it is left on the CPU.
+    """
     dtype = compute_dtype(device)
     options: dict = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantize:
@@ -50,7 +53,7 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(path, **options)
     # A cache of keys and values is for generating; beside checkpointed activations it is also in the way.
     model.config.use_cache = False
-    return model if quantize else model.to(device)
+    return model if quantize or stay else model.to(device)
 
 
 def check_targets(path: str, config: dk.DoraConfig, trust_remote_code: bool = False) -> None:

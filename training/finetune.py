@@ -4,7 +4,7 @@ import json
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from training.adapters import Adapter, add_adapter
 from training.base import check_targets, compute_dtype, load_model, load_tokenizer
 from training.callbacks import QuietProgress, StopOnRequest, WriteMetrics
 from training.checkpoint import newest_checkpoint, step_of
+from training.engines import check_launcher, launched_with_fsdp, zero_config
 from training.flags import Flags
 from training.folder import check_folder, sole_run
 from training.hub import make_repository, push
@@ -41,8 +42,10 @@ def run(flags: Flags, command: str) -> None:
     Raises ValueError or OSError on bad input, before any work starts where it can be known, and FloatingPointError on
     a loss that is not finite. On SIGTERM it saves and returns.
     """
+    flags = replace(flags, fsdp=flags.fsdp or launched_with_fsdp())
     flags.check()
     device = flags.torch_device
+    check_launcher(compute_dtype(device))
     processes = join(device)
     say = print if processes.is_main_process else no_words
     output_dir = Path(flags.output_dir)
@@ -69,7 +72,14 @@ def run(flags: Flags, command: str) -> None:
             lines = [json.dumps(row) + "\n" for row in rows.skipped]
             (output_dir / "skipped_rows.jsonl").write_text("".join(lines))
         checkpoint = of_main(resume_point(output_dir, flags.resume) if processes.is_main_process else None)
-        model = load_model(flags.base_model, device, quantize=flags.quantize, trust_remote_code=flags.trust_remote_code)
+        model = load_model(
+            flags.base_model,
+            device,
+            quantize=flags.quantize,
+            # FSDP takes it to the GPU one layer at a time, and leaves a part there.
+            stay=flags.fsdp,
+            trust_remote_code=flags.trust_remote_code,
+        )
         adapter = add_adapter(model, flags)
         if flags.use_liger:
             use_fused_loss(model)
@@ -81,12 +91,24 @@ def run(flags: Flags, command: str) -> None:
             trainer.train_from(checkpoint)
         except OSError as error:  # a full disk
             sound = newest_checkpoint(output_dir)
-            kept = f"{sound} is sound: continue with\n  {command} --resume" if sound else "nothing was saved before"
+            kept = f"{sound} is sound: {onward(flags, command, sound)}" if sound else "nothing was saved before"
             raise OSError(f"{error}; {kept}") from error
         if request.requested and trainer.state.global_step < trainer.state.max_steps:
-            say(f"\nstopped and saved at step {trainer.state.global_step}; continue with\n  {command} --resume")
-        elif processes.is_main_process:
-            finish(flags, adapter, tokenizer, rows, seconds=time.perf_counter() - started)
+            step = trainer.state.global_step
+            saved = output_dir / f"checkpoint-{step}"
+            say(f"\nstopped and saved at step {step}; {onward(flags, command, saved)}")
+            return
+        seconds = time.perf_counter() - started
+        trainer.write_adapter(output_dir)
+        if processes.is_main_process:
+            finish(flags, adapter, tokenizer, rows, seconds)
+
+
+def onward(flags: Flags, command: str, checkpoint: Path) -> str:
+    """How a run that ended early goes on."""
+    if flags.deepspeed:
+        return f"go on from its adapter, in a new --output_dir, with --init_adapter {checkpoint}"
+    return f"continue with\n  {command} --resume"
 
 
 def no_words(text: str) -> None:
@@ -135,6 +157,8 @@ def trainer_config(flags: Flags, *, evaluates: bool, resumed: bool) -> SFTConfig
         # Several GPUs are visible and one is asked for: no nn.DataParallel, which TRL refuses. There is no argument
         # for it; transformers sets this itself for a model that is spread over devices.
         config._n_gpu = 1
+    # As `bf16` says: transformers would take what `accelerate launch` says where that is False.
+    config.mixed_precision = "bf16" if config.bf16 else "no"
     return config
 
 
@@ -163,7 +187,11 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
         logging_steps=1,
         disable_tqdm=False,
         logging_nan_inf_filter=False,
-        bf16=compute_dtype(flags.torch_device) == torch.bfloat16,
+        # `training.engines` says why not in FSDP and DeepSpeed.
+        bf16=compute_dtype(flags.torch_device) == torch.bfloat16 and not (flags.fsdp or flags.deepspeed),
+        # Configured by `accelerate launch`, it is accelerate that knows how.
+        fsdp=(flags.fsdp and not launched_with_fsdp()) or None,
+        deepspeed=zero_config(flags.deepspeed) if flags.deepspeed else None,
         use_cpu=flags.torch_device.type == "cpu",
         # Every parameter of an adapter is used in every step.
         ddp_find_unused_parameters=False,
@@ -175,9 +203,8 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
 
 
 def finish(flags: Flags, adapter: Adapter, tokenizer, rows: Rows, seconds: float) -> None:
-    """The adapter, its card and the curve in the output folder; the summary; the upload."""
+    """What belongs beside the adapter in the output folder: tokenizer, card, curve; the summary; the upload."""
     output_dir = Path(flags.output_dir)
-    adapter.write(output_dir)
     tokenizer.save_pretrained(output_dir)
     plot_losses(output_dir / METRICS, output_dir / "loss.png")
     write_card(flags, adapter, rows)

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser
 
 import dora_kernels as dk
 from training import demo
+from training.engines import check_sharding, zero_config
 from training.processes import local_rank
 
 
@@ -63,6 +64,8 @@ class Flags:
     use_compile: bool = flag(False, "torch.compile the model")
     use_liger: bool = flag(False, "Liger's fused linear cross-entropy (needs a GPU)")
     activation_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
+    fsdp: bool = flag(False, "shard the base over the GPUs of the processes (FSDP2)")
+    deepspeed: str = flag("", "DeepSpeed's configuration, a JSON file (ZeRO stage 1 or 2)")
     report_to: str = flag("none", "comma-separated trackers, as transformers knows them: wandb, tensorboard, ...")
     hub_model_id: str = flag("", "repository on the hub, for --push_to_hub")
     push_to_hub: bool = flag(False, "upload the adapter when the run has ended")
@@ -99,7 +102,22 @@ class Flags:
         _ = self.dora  # checks its own fields
         if self.use_liger and self.torch_device.type != "cuda":
             raise ValueError("`--use_liger` needs a CUDA device: Liger's kernels do not run on a CPU; leave it out")
-        for name, package in (("use_liger", "liger_kernel"), ("quantize", "bitsandbytes")):
+        if self.deepspeed:
+            zero_config(self.deepspeed)
+            if self.fsdp:
+                raise ValueError("`--deepspeed` does not go with --fsdp: leave one of them out")
+            if self.resume:
+                raise ValueError(
+                    "`--resume` does not go with --deepspeed, whose optimizer state is not in the checkpoints: go on "
+                    "from an adapter with --init_adapter, in a new --output_dir"
+                )
+        for engine in (name for name in ("fsdp", "deepspeed") if getattr(self, name)):
+            check_sharding(engine, self.torch_device)
+            for name in ("quantize", "use_compile", "use_liger"):
+                if getattr(self, name):
+                    raise ValueError(f"`--{engine}` does not go with --{name}: leave one of them out")
+        needed = (("use_liger", "liger_kernel"), ("quantize", "bitsandbytes"), ("deepspeed", "deepspeed"))
+        for name, package in needed:
             if getattr(self, name) and find_spec(package) is None:
                 raise ValueError(f"`--{name}` needs {package}: pip install {package.replace('_', '-')}")
         check_trackers(self.trackers)
@@ -130,7 +148,8 @@ class Flags:
     def torch_device(self) -> torch.device:
         """Where the model goes: of several processes each takes the GPU of its own number.
 
-        Raises ValueError for a device that is not there, and for one GPU named to several processes.
+        Raises ValueError for a device that is not there, for one GPU named to several processes, and in one process
+        for another than the first.
         """
         present = torch.cuda.device_count() if torch.cuda.is_available() else 0
         try:
@@ -148,6 +167,11 @@ class Flags:
         if index >= present:
             wanted = self.device if rank is None else f"cuda:{index}, for process {rank} of this machine,"
             raise ValueError(f"`--device` {wanted} is not there ({present} CUDA devices found): use --device cpu")
+        if rank is None and index:
+            raise ValueError(
+                f"`--device` {self.device}: transformers takes the first GPU it sees: run with "
+                f"CUDA_VISIBLE_DEVICES={index} and --device cuda:0"
+            )
         return torch.device("cuda", index)
 
 

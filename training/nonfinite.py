@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from training.sharding import whole
+
 
 @torch.no_grad()
 def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
@@ -24,9 +26,10 @@ def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
     finally:
         for hook in hooks:
             hook.remove()
+    # Before any return: the processes of a sharded model gather its parameters together.
+    broken = [name for name, parameter in model.named_parameters() if _not_finite(parameter)]
     if not first:
         return "every layer's output was finite when the batch was run again"
-    broken = [name for name, parameter in model.named_parameters() if _not_finite(parameter)]
     parameter = f" (the parameter {broken[0]} holds NaN or infinity)" if broken else ""
     return f"{first[0]} was the first layer to go{parameter}"
 
@@ -44,4 +47,4 @@ def _tensors(output) -> list[torch.Tensor]:
 
 def _not_finite(tensor: torch.Tensor) -> bool:
     # A quantised weight is integers, which are finite.
-    return tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
+    return tensor.is_floating_point() and not bool(torch.isfinite(whole(tensor)).all())

@@ -76,7 +76,8 @@ def _json_row(place: str, line: str) -> SourceRow:
     try:
         return _row(place, json.loads(line))
     except ValueError as error:
-        return SourceRow(place, None, f"not valid JSON ({error})")
+        escaped = any("\udc80" <= character <= "\udcff" for character in line)
+        return SourceRow(place, None, "not UTF-8" if escaped else f"not valid JSON ({error})")
 
 
 def _json_array(path: Path, text: str) -> list:

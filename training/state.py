@@ -5,23 +5,31 @@ import random
 import numpy as np
 import torch
 
+from training.sharding import part, whole
+
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Its tensors as `optimizer.<parameter index>.<name>`, and its groups (learning rates and the like) as JSON."""
+    """Its tensors as `optimizer.<parameter index>.<name>`, and its groups (learning rates and the like) as JSON.
+
+    Where parameters are sharded all processes call it, and get the whole.
+    """
     state = optimizer.state_dict()
     tensors = {
-        f"optimizer.{index}.{name}": value for index, entry in state["state"].items() for name, value in entry.items()
+        f"optimizer.{index}.{name}": whole(value)
+        for index, entry in state["state"].items()
+        for name, value in entry.items()
     }
     return tensors, state["param_groups"]
 
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], groups: list[dict]) -> None:
     """The reverse of `optimizer_state`, into an optimizer with the same parameters in the same order."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = value
+            state.setdefault(int(index), {})[name] = part(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -6,7 +6,7 @@ epoch, a loss per token in evaluation, and a stop that says where a loss went Na
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,6 +15,8 @@ from torch.utils.data import Sampler
 from transformers import TrainerState
 from trl import SFTTrainer
 
+import dora_kernels as dk
+from dora_kernels.freezable import Freezable
 from training.adapters import Adapter
 from training.checkpoint import load_checkpoint, save_checkpoint, sync
 from training.data import IGNORED, order_of_epoch, rows_of_step, steps_per_epoch
@@ -22,6 +24,7 @@ from training.metrics import METRICS, Meter
 from training.nonfinite import first_nonfinite, first_nonfinite_gradient
 from training.optimizer import parameter_groups
 from training.processes import gathered
+from training.sharding import whole, whole_adapter
 from training.state import optimizer_state, random_state, set_optimizer_state, set_random_state
 
 TRAINER_STATE = "trainer_state.json"  # the name under which transformers looks for it
@@ -84,9 +87,10 @@ class DoraTrainer(SFTTrainer):
     def train_from(self, checkpoint: Path | None) -> None:
         """Train to the end, from a checkpoint if there is one. A finished run is loaded and trained no further."""
         if checkpoint is not None:
+            # Here and not in `_load_from_checkpoint`, which comes when FSDP has cut the parameters.
+            self._read(checkpoint)
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
             if state.global_step >= state.max_steps:  # transformers would take one more step
-                self._load_from_checkpoint(str(checkpoint))
                 self.state = state
                 return
         # The base and the adapter were drawn alike in all processes; their dropout is not. The main process's is that
@@ -99,9 +103,8 @@ class DoraTrainer(SFTTrainer):
         """Stage, verify, rename, rotate: `training.checkpoint`. The main process writes, the generators of all."""
         self.store_flos()
         generators = gathered(random_state())
-        if not self.args.should_save:
-            return
-        moments, groups = optimizer_state(self.optimizer)
+        # DeepSpeed's is in parts of its own making, and such a run is not resumed.
+        moments, groups = ({}, []) if self.is_deepspeed_enabled else optimizer_state(self.optimizer)
         tensors = moments | {f"{rank}.{name}": one[name] for rank, (one, _) in enumerate(generators) for name in one}
         state = {
             "step": self.state.global_step,
@@ -117,19 +120,31 @@ class DoraTrainer(SFTTrainer):
             self.state.save_to_json(str(folder / TRAINER_STATE))
 
         metrics = Path(self.args.output_dir, METRICS)
-        if metrics.exists():
-            sync(metrics)  # rows up to a durable checkpoint must be durable too
-        save_checkpoint(self.args.output_dir, self.state.global_step, tensors, state, write)
+        with whole_adapter(self.adapter.model, keep=self.args.should_save):
+            if not self.args.should_save:
+                return
+            if metrics.exists():
+                sync(metrics)  # rows up to a durable checkpoint must be durable too
+            save_checkpoint(self.args.output_dir, self.state.global_step, tensors, state, write)
         self.meter.leave_out()
 
+    def write_adapter(self, folder: Path) -> None:
+        """The adapter's files as they are now. All processes call it, and the main one writes."""
+        with whole_adapter(self.adapter.model, keep=self.args.should_save):
+            if self.args.should_save:
+                self.adapter.write(folder)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        _, state = load_checkpoint(resume_from_checkpoint)
+        """Nothing to load: `train_from` has."""
+
+    def _read(self, checkpoint: Path) -> None:
+        _, state = load_checkpoint(checkpoint)
         if changed := sorted(name for name in self.run if state["run"].get(name) != self.run[name]):
             raise ValueError(
-                f"{resume_from_checkpoint} is of a run with other settings: {', '.join(changed)} differ; "
+                f"{checkpoint} is of a run with other settings: {', '.join(changed)} differ; "
                 "resume with that run's own, or start another in a new --output_dir"
             )
-        self.adapter.read(Path(resume_from_checkpoint))
+        self.adapter.read(checkpoint)
         self._total_train_tokens = state["tokens"]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -163,12 +178,19 @@ class DoraTrainer(SFTTrainer):
         """transformers averages the batches' means; this is the mean over all tokens, which perplexity needs."""
         self._eval_sums = []
         # The data loader draws from the global generator: evaluating would change the dropout of the steps after it.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), self._norms_kept():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, tokens = self.accelerator.reduce(torch.stack(self._eval_sums).sum(0).to(self.args.device)).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
         self.meter.leave_out()
         return output
+
+    def _norms_kept(self) -> AbstractContextManager:
+        """For an evaluation, in which no step changes them. A sharded layer's can be taken in its own forward only."""
+        fused = any(isinstance(module, Freezable) for module in self.model.modules())
+        if not fused or self.is_fsdp_enabled:
+            return nullcontext()
+        return dk.frozen_adapters(self.model.eval())
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         self._ignore_repeated(inputs, self.args.eval_batch_size)
@@ -213,21 +235,28 @@ class DoraTrainer(SFTTrainer):
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         finite = self.accelerator.gather(torch.isfinite(loss).all().float().reshape(1)).bool()  # [processes]
-        if not finite[self.args.process_index]:
+        if finite.all():
+            return loss
+        own = finite[self.args.process_index]
+        if not own or self.is_fsdp_enabled:  # of a sharded model each process runs a part
             # Not `compute_loss`, in which the processes wait for each other.
             where = first_nonfinite(self.model, lambda: self.model(**self._prepare_inputs(dict(inputs))))
-            raise FloatingPointError(f"the loss of {self._step_and_rows()} is {loss.item()}: {where}")
-        if not finite.all():
+        if own:
             raise FloatingPointError(f"the loss of {self._step_and_rows()} is not finite in another process")
-        return loss
+        raise FloatingPointError(f"the loss of {self._step_and_rows()} is {loss.item()}: {where}")
 
-    def _clip_grad_norm(self, model: nn.Module):
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
+        if self.is_deepspeed_enabled:  # it keeps the gradients, has clipped them, and takes no step that is not finite
+            norm = super()._clip_grad_norm(model)
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the gradient of {self._step_and_rows()} is not finite")
+            return norm
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         # Before clipping, which would spread it to all of them.
-        if not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+        if not torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients))):
             where = first_nonfinite_gradient(self.model)
             raise FloatingPointError(f"the gradient of {self._step_and_rows()} is not finite: {where} is the first")
-        return super()._clip_grad_norm(model)
+        return whole(super()._clip_grad_norm(model))
 
     def _step_and_rows(self) -> str:
         """The step in progress, and where the rows of its batch stood in the data."""
