@@ -18,7 +18,13 @@ LLAMA = {"qo_proj": (4096, 4096), "kv_proj": (1024, 4096), "gate_up_proj": (1433
 
 def choose(tokens=64, out_features=48, in_features=80, dtype=torch.bfloat16, device=CPU, rank=16, **options):
     return dispatch.choose(
-        tokens=tokens, out_features=out_features, in_features=in_features, dtype=dtype, device=device, rank=rank, **options
+        tokens=tokens,
+        out_features=out_features,
+        in_features=in_features,
+        dtype=dtype,
+        device=device,
+        rank=rank,
+        **options,
     )
 
 
