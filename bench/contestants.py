@@ -3,6 +3,7 @@
 All hold the same parameters, rounded so that each of them can represent them, and share one frozen weight.
 """
 
+import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
@@ -98,6 +99,22 @@ def make_problem(shape: Shape, tokens: int, rank: int, dtype: torch.dtype, devic
     )
 
 
+def empty_problem(shape: Shape, tokens: int, rank: int, dtype: torch.dtype, device: str) -> Problem:
+    """One without values, for counting."""
+
+    def empty(*size, dtype=dtype, trained=False):
+        return torch.empty(size, dtype=dtype, device=device, requires_grad=trained)
+
+    N, K = shape.out_features, shape.in_features
+    return Problem(
+        empty(tokens, K, trained=True),
+        nn.Parameter(empty(N, K), requires_grad=False),
+        nn.Parameter(empty(N), requires_grad=False) if shape.bias else None,
+        *(empty(*size, dtype=torch.float32) for size in ((rank, K), (N, rank), (N,))),
+        grad_y=empty(tokens, N),
+    )
+
+
 def contestants(
     dtype: torch.dtype, device: torch.device, *, compiled: bool = False, reference: bool = True
 ) -> dict[str, Contestant]:
@@ -116,6 +133,9 @@ def contestants(
     found[f"PEFT DoRA {settings[0][0]}, patched"] = Contestant(
         "dora", _peft(settings[0][1], settings[0][2], dora=True, patched=True)
     )
+    if why_no_axolotl() is None:
+        for name, adapter in {"fp32": torch.float32, "bf16" if half else "fp32": dtype}.items():
+            found[f"Axolotl DoRA {name}"] = Contestant("dora", _axolotl(adapter))
     gpu = device.type == "cuda"
     implementations = ("triton", "reference") if gpu and reference else ("triton",) if gpu else ("reference",)
     for impl in implementations:
@@ -130,19 +150,23 @@ def contestants(
 
 
 def left_out() -> list[str]:
-    """Peers that cannot be a contestant of their own here, with the reason."""
-    peers = {
-        "dorafactors": (
-            "peft.tuners.lora.dora_fused",
-            "it is a fork of peft: installed, the rows named PEFT are its own",
-        ),
-        "axolotl": ("axolotl", "its kernels take whole attention and MLP blocks, not one layer"),
-    }
+    """Peers that are no row of their own here, with the reason."""
     # find_spec imports the parents of a dotted name; peft is imported above.
+    fork = "" if importlib.util.find_spec("peft.tuners.lora.dora_fused") else "not "
+    missing = why_no_axolotl()
     return [
-        f"{name}: {'' if importlib.util.find_spec(module) else 'not '}installed; {reason}"
-        for name, (module, reason) in peers.items()
+        f"dorafactors: {fork}installed; it is a fork of peft: installed, the rows named PEFT are its own",
+        *([] if missing is None else [f"axolotl: left out; {missing}"]),
     ]
+
+
+def why_no_axolotl() -> str | None:
+    """Why Axolotl's kernels cannot be imported; None if they can."""
+    try:
+        importlib.import_module("axolotl.kernels.lora").apply_lora_o  # noqa: B018
+    except Exception as error:  # Whatever a library raises on import: it is a row less.
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+    return None
 
 
 def patch(model: nn.Module) -> None:
@@ -200,6 +224,16 @@ def _peft(adapter_dtype, autocast, *, dora: bool, patched: bool = False) -> Call
     return build
 
 
+def _axolotl(adapter_dtype) -> Callable[[Problem], Entry]:
+    """PEFT's layer, run as Axolotl runs an attention's output projection."""
+
+    def build(problem: Problem) -> Entry:
+        entry = _peft(adapter_dtype, None, dora=True)(problem)
+        return entry._replace(module=_OutputProjection(entry.module.linear))
+
+    return build
+
+
 def _compiled(build: Callable[[Problem], Entry]) -> Callable[[Problem], Entry]:
     def build_compiled(problem: Problem) -> Entry:
         entry = build(problem)
@@ -225,3 +259,18 @@ class _OneLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)
+
+
+class _OutputProjection(nn.Module):
+    """What Axolotl's `apply_lora_o` takes: a module with an `o_proj`, and rows of tokens."""
+
+    def __init__(self, o_proj: nn.Module):
+        super().__init__()
+        self.o_proj = o_proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        from axolotl.kernels.lora import apply_lora_o
+
+        # It keeps the norm until A or B change. In training they do at every step, here they never do.
+        vars(self.o_proj.lora_magnitude_vector["default"].weight).pop("_dora_cache", None)
+        return apply_lora_o(self, x[None])[0]

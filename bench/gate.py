@@ -35,7 +35,7 @@ def truth(kind: str, problem: Problem) -> dict[str, torch.Tensor]:
 def errors(contestant: Contestant, problem: Problem, exact: dict[str, torch.Tensor]) -> dict[str, float]:
     """Relative error by name; infinite where the output or a gradient is missing or of another shape."""
     found = contestant.build(problem).solve(problem)
-    return {name: _error(found.get(name), value) for name, value in exact.items()}
+    return {name: error(found.get(name), value) for name, value in exact.items()}
 
 
 def broken(errors: dict[str, float], dtype: torch.dtype) -> str | None:
@@ -46,7 +46,8 @@ def broken(errors: dict[str, float], dtype: torch.dtype) -> str | None:
     return f"wrong: {', '.join(wrong)} against fp64, allowed {bar:.1e}" if wrong else None
 
 
-def _error(found: torch.Tensor | None, exact: torch.Tensor) -> float:
+def error(found: torch.Tensor | None, exact: torch.Tensor) -> float:
+    """Relative; infinite where there is nothing, or something of another shape."""
     if found is None or found.shape != exact.shape:
         return float("inf")
     return ((found.double() - exact).norm() / exact.norm()).item()

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from .traffic import Operation
+
 
 class Roofs(NamedTuple):
     """What a prediction assumes: bytes and FLOPs a second, seconds per launch, and where the numbers are from."""
@@ -10,6 +12,11 @@ class Roofs(NamedTuple):
     flops: dict[str, float]  # by rate: bf16, tf32x3, fp32, fp64
     launch: float
     source: str
+
+
+def seconds(operation: Operation, roofs: Roofs) -> float:
+    """The model of one launch's time."""
+    return max(operation.memory / roofs.bandwidth, operation.flops / roofs.flops[operation.rate], roofs.launch)
 
 
 def _roofs(bandwidth_tb: float, bf16: float, tf32: float, fp32: float, fp64: float, source: str) -> Roofs:

@@ -14,16 +14,19 @@ import torch
 from dora_kernels import dispatch
 
 from .compare import seconds, title
-from .contestants import ALPHA_OVER_RANK, DTYPES, make_problem
+from .contestants import ALPHA_OVER_RANK, DTYPES, empty_problem, make_problem
+from .gpus import Roofs
+from .gpus import seconds as launch_seconds
 from .session import Session
 from .session import add_arguments as add_session_arguments
 from .tables import milliseconds, table
 from .timing import attempt, interleaved, release
-from .traffic import counting
+from .traffic import Operation, counting
 
 COMMAND = "kernels"
 COPY, GEMM = "device copy", "GEMM"
 ROUNDED = {"rounding": "dithered", "salt": 0}
+ROOF_BYTES, ROOF_FLOPS = 1 << 30, 1 << 40  # of a predicted copy and GEMM: any would do
 SLOWER = {"bf16": 1, "tf32x3": 6, "fp32": 1, "fp64": 1}
 """How many times longer than the measured GEMM's format a product takes; fp32 and fp64 are only timed on a CPU."""
 
@@ -99,7 +102,8 @@ def measure(shape, tokens: int, rank: int, dtype: torch.dtype, device: torch.dev
         norm, scale = ops.weight_norm(*factors, ALPHA_OVER_RANK)
         base_out, h = problem.x @ problem.weight.T, problem.x @ problem.lora_A.to(dtype).T
         calls = operations(ops, problem, norm, scale, base_out, h)
-        counted = count(problem, base_out, h, scale)
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+        counted = {name: totals(made) for name, made in count(shape, tokens, rank, dtype, capability).items()}
         roofs, sizes = roof_calls(device)
         phases = {name: _whole(call) for name, call in (roofs | calls).items()}
         times, failed = interleaved(phases, device, repetitions=repetitions)
@@ -110,29 +114,52 @@ def measure(shape, tokens: int, rank: int, dtype: torch.dtype, device: torch.dev
     return results
 
 
-def count(problem, base_out, h, scale) -> dict[str, dict]:
-    """Bytes and FLOPs of each operation's launches, from fake tensors of the same sizes."""
-    device = problem.x.device
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+def count(shape, tokens: int, rank: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, list[Operation]]:
+    """The launches of each operation, from fake tensors."""
     found = {}
     with counting(capability) as counter, torch.no_grad():
-
-        def fake(tensor):
-            return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype)
-
-        fakes = [fake(tensor) for tensor in (scale, scale, base_out, h)]
-        calls = operations(dispatch.implementation("triton"), type(problem)(*map(fake, problem)), *fakes)
+        problem = empty_problem(shape, tokens, rank, dtype, "cpu")
+        norm, base_out, h = torch.empty(shape.out_features), problem.grad_y, torch.empty(tokens, rank, dtype=dtype)
+        calls = operations(dispatch.implementation("triton"), problem, norm, norm, base_out, h)
         for name, call in calls.items():
             counter.take()
             call()
-            made = counter.take()
-            found[name] = {
-                "launches": [o.name for o in made],
-                "memory_bytes": sum(o.memory for o in made),
-                "loaded_bytes": sum(o.loaded for o in made),
-                "flops": {rate: sum(o.flops for o in made if o.rate == rate) for rate in {o.rate for o in made}},
-            }
+            found[name] = counter.take()
     return found
+
+
+def totals(made: list[Operation]) -> dict:
+    """Of an operation's launches, as a row has them."""
+    return {
+        "launches": [o.name for o in made],
+        "memory_bytes": sum(o.memory for o in made),
+        "loaded_bytes": sum(o.loaded for o in made),
+        "flops": {rate: sum(o.flops for o in made if o.rate == rate) for rate in {o.rate for o in made}},
+    }
+
+
+def predict(shape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs, capability: tuple[int, int]) -> dict:
+    """In the form of a measured result: the roofs that are assumed, and each operation's launches one after another."""
+    found = {
+        COPY: {
+            "memory_bytes": ROOF_BYTES,
+            "loaded_bytes": ROOF_BYTES // 2,
+            "flops": {},
+            "time": ROOF_BYTES / roofs.bandwidth,
+        },
+        GEMM: {
+            "memory_bytes": 0,
+            "loaded_bytes": 0,
+            "flops": {"bf16": ROOF_FLOPS},
+            "time": ROOF_FLOPS / roofs.flops["bf16"],
+        },
+    }
+    for name, made in count(shape, tokens, rank, dtype, capability).items():
+        found[name] = {**totals(made), "time": sum(launch_seconds(operation, roofs) for operation in made)}
+    return {
+        name: {"impl": "triton", "seconds": {"total": {"median": row.pop("time")}}, **row}
+        for name, row in found.items()
+    }
 
 
 def roof_calls(device: torch.device) -> tuple[dict[str, Callable], dict[str, dict]]:

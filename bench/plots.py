@@ -1,50 +1,97 @@
-"""The report's plots. Each function draws one file and yields its path, or nothing where there is nothing to show."""
+"""The report's plots. Each function yields the paths of what it draws, none where there is nothing to show."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
-from .compare import seconds
-from .kernels import COPY, GEMM
+from .compare import base_seconds, seconds
+from .kernels import COPY, GEMM, SLOWER
 
 MARKERS = "osv^D*Pxh<>p"
+COLORS = {
+    "frozen base": "black",
+    "PEFT LoRA": "tab:blue",
+    "PEFT DoRA": "tab:red",
+    "Axolotl": "tab:purple",
+    "ours": "tab:green",
+}
 Groups = list[dict[str, dict]]
 
 
 def plot_layers(groups: Groups, x: str, machine: str, path: Path) -> Iterator[Path]:
-    """Time and peak memory of a layer against `x`, "tokens" or "rank": one row of panels per layer and other size."""
+    """A layer's time, that over the frozen base's, and peak memory against `x`, "tokens" or "rank".
+
+    One image per model and other size, which is added to the name of `path`; one row of panels per layer.
+    """
     other = "rank" if x == "tokens" else "tokens"
-    panels: dict[tuple, Groups] = {}
+    images: dict[tuple, dict[tuple, Groups]] = {}
     for group in groups:
-        case = next(iter(group.values()))["case"]
-        key = (case["model"], case["layer"], case["out"], case["in"], case["dtype"], case["compiled"], case[other])
-        panels.setdefault(key, []).append(group)
-    # A single point is no curve.
-    panels = {key: found for key, found in panels.items() if len(found) > 1}
-    if not panels:
-        return
-    figure = Figure(figsize=(13, 4 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 2, squeeze=False)
-    for (key, found), (times, memory) in zip(panels.items(), axes):
-        model, layer, N, K, dtype, compiled, value = key
-        found.sort(key=lambda group: next(iter(group.values()))["case"][x])
-        names = dict.fromkeys(name for group in found for name in group)
-        for marker, name in zip(MARKERS * 3, names):
-            rows = [(group[name]["case"][x], group[name]) for group in found if name in group and seconds(group[name])]
-            style = {"marker": marker, "label": name, "linewidth": 1, "markersize": 4}
-            times.plot([at for at, _ in rows], [seconds(row) * 1e3 for _, row in rows], **style)
-            held = [(at, row["peak_bytes"] / 2**20) for at, row in rows if row.get("peak_bytes")]
-            memory.plot([at for at, _ in held], [peak for _, peak in held], **style)
-        where = f"{model} {layer} {N}×{K}, {dtype}, {other} {value}{', compiled' if compiled else ''}"
-        times.set(title=where, ylabel="forward + backward, ms")
-        memory.set(title=machine, ylabel="peak memory, MiB")
-        for axis in (times, memory):
-            axis.set(xlabel=x, xscale="log", yscale="log")
-            axis.grid(alpha=0.3)
-        memory.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(path, dpi=110)
-    yield path
+        case = _case(group)
+        key = (case["model"], case["dtype"], case["compiled"], case[other])
+        panel = (case["layer"], case["out"], case["in"])
+        images.setdefault(key, {}).setdefault(panel, []).append(group)
+    for (model, dtype, compiled, value), panels in images.items():
+        # A single point is no curve.
+        panels = {panel: sorted(found, key=lambda g: _case(g)[x]) for panel, found in panels.items() if len(found) > 1}
+        if not panels:
+            continue
+        figure = Figure(figsize=(13, 3 * len(panels) + 1.2), layout="constrained")
+        figure.suptitle(f"{machine}: {model}, {dtype}{', compiled' if compiled else ''}, {other} {value}")
+        rows = figure.subplots(len(panels), 3, squeeze=False)
+        styles = _styles(name for found in panels.values() for group in found for name in group)
+        for ((layer, N, K), found), axes in zip(panels.items(), rows):
+            _draw_layer(axes, found, x, styles)
+            axes[0].set(title=f"{layer}, {N} × {K}", ylabel="forward + backward, ms")
+        lines = {line.get_label(): line for axes in rows for line in axes[0].get_lines()}
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize="small")
+        named = "-".join([path.stem, model, *(["compiled"] if compiled else []), f"{other}-{value}"])
+        drawn = path.with_name(f"{named}{path.suffix}")
+        figure.savefig(drawn, dpi=80)
+        yield drawn
+
+
+def _draw_layer(axes, found: Groups, x: str, styles: dict[str, dict]) -> None:
+    times, ratios, memory = axes
+    for name, style in styles.items():
+        rows = [(_case(group)[x], group, group[name]) for group in found if name in group and seconds(group[name])]
+        times.plot([at for at, _, _ in rows], [seconds(row) * 1e3 for _, _, row in rows], **style)
+        over = [(at, seconds(row) / base) for at, group, row in rows if (base := base_seconds(group))]
+        ratios.plot([at for at, _ in over], [ratio for _, ratio in over], **style)
+        held = [(at, row["peak_bytes"] / 2**20) for at, _, row in rows if row.get("peak_bytes")]
+        memory.plot([at for at, _ in held], [peak for _, peak in held], **style)
+    ratios.set(ylabel="time / frozen base's", yscale="log")
+    times.set(yscale="log")
+    memory.set(ylabel="peak memory, MiB", yscale="log")
+    for axis in axes:
+        axis.set(xlabel=x, xscale="log")
+        sizes = [_case(group)[x] for group in found]
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.xaxis.set_minor_locator(NullLocator())
+        _spell_out(axis.yaxis)
+        axis.grid(alpha=0.3)
+
+
+def _styles(names: Iterable[str]) -> dict[str, dict]:
+    """One colour per library, a marker for each of its forms."""
+    styles: dict[str, dict] = {}
+    for name in dict.fromkeys(names):
+        color = next((c for prefix, c in COLORS.items() if name.startswith(prefix)), "tab:gray")
+        marker = MARKERS[sum(style["color"] == color for style in styles.values()) % len(MARKERS)]
+        styles[name] = {"color": color, "marker": marker, "label": name, "linewidth": 1, "markersize": 4}
+    return styles
+
+
+def _spell_out(axis) -> None:
+    """1, 2, 5, 10 instead of powers of ten, of which a small range has none."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def _case(group: dict[str, dict]) -> dict:
+    return next(iter(group.values()))["case"]
 
 
 def plot_roofline(groups: Groups, machine: str, path: Path) -> Iterator[Path]:
@@ -65,11 +112,16 @@ def plot_roofline(groups: Groups, machine: str, path: Path) -> Iterator[Path]:
             axes.scatter(*zip(*points), marker=marker, s=18, label=name)
     copy = max(group[COPY]["memory_bytes"] / seconds(group[COPY]) for group in groups)
     gemm = max(group[GEMM]["flops"]["bf16"] / seconds(group[GEMM]) for group in groups)
-    low, high = 0.5, 2 * gemm / copy
+    low, high = 1, 3 * gemm / copy
     axes.plot([low, gemm / copy, high], [low * copy, gemm, gemm], color="black", linewidth=1)
+    if any("tf32x3" in row["flops"] for group in groups for row in group.values()):
+        slow = gemm / SLOWER["tf32x3"]
+        axes.plot([slow / copy, high], [slow, slow], "--", color="black", linewidth=1)
+        label = "fp32 precision: three tf32 products"
+        axes.annotate(label, (slow / copy, slow), (0, 9), textcoords="offset points", fontsize="x-small")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="FLOP/s", title=f"{machine}, roofs measured")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=110)
     yield path
 
@@ -86,6 +138,7 @@ def plot_losses(groups: Groups, machine: str, path: Path) -> Iterator[Path]:
         case = next(iter(group.values()))["case"]
         axes.set(xlabel="optimizer step", ylabel="loss (nats)", yscale="log")
         axes.set_title(f"{case['model']}, rank {case['rank']}, seed {case['seed']}; {machine}")
+        _spell_out(axes.yaxis)
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=110)

@@ -1,4 +1,4 @@
-"""PREDICTS the tables of `layer` for a GPU that is not here, from bytes and FLOPs counted launch by launch.
+"""PREDICTS the tables of `kernels`, `layer` and `model` for a GPU that is not here, from counted bytes and FLOPs.
 
 Each launch is assumed to take the longest of: its bytes at the copy bandwidth, its FLOPs at the rate of their format,
 and a fixed time per launch; launches follow each other without gaps, and nothing is found in the L2 cache that another
@@ -7,19 +7,23 @@ With `--measured FILE` each row of a real run is set beside its prediction.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from . import kernels, layer, model, model_field
 from .compare import group_table, title
-from .contestants import DTYPES, Contestant, Problem, contestants
-from .gpus import CAPABILITIES, ROOFS, Roofs
+from .contestants import DTYPES, Contestant, contestants, empty_problem
+from .gpus import CAPABILITIES, ROOFS, Roofs, seconds
+from .model_counts import predict_step
 from .records import groups, read_rows
-from .shapes import MODELS, Shape, layer_shapes
-from .tables import milliseconds, table
+from .shapes import MODELS, Run, Shape, layer_shapes
+from .tables import mebibytes, milliseconds, ratio, table
 from .timing import attempt
-from .traffic import Operation, counting
+from .traffic import Operation, counting, fake_module
+
+TABLES = (kernels.COMMAND, layer.COMMAND, model.COMMAND)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 8192])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 384])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--batch", type=int, default=2, help="of the whole model's step")
+    parser.add_argument("--sequence", type=int, default=4096, help="of the whole model's step")
+    parser.add_argument("--layers", type=int, default=0, help="of the whole model (default: its own number)")
+    parser.add_argument("--tables", choices=TABLES, nargs="+", default=list(TABLES), help="default: all")
     parser.add_argument("--verbose", action="store_true", help="list each launch of ours, with its bytes and FLOPs")
     parser.add_argument("--measured", type=Path, help="results file of a real run: predict its rows and compare")
 
@@ -40,15 +48,49 @@ def main(args: argparse.Namespace) -> int:
         f"{roofs.launch * 1e6:.0f} µs a launch ({roofs.source})"
     )
     if args.measured:
-        return _compare(args.measured, roofs, capability)
-    for shape in layer_shapes(args.model):
-        for tokens in args.tokens:
-            for rank in args.ranks:
-                case = {"layer": shape.name, "out": shape.out_features, "in": shape.in_features}
-                print(f"\nPREDICTION: {title(case | {'tokens': tokens, 'rank': rank, 'dtype': args.dtype})}")
-                found = predict(shape, tokens, rank, DTYPES[args.dtype], roofs, capability, verbose=args.verbose)
-                print(group_table(found))
+        return compare(args.measured, roofs, capability, args.tables)
+    for command in args.tables:
+        if command == model.COMMAND:
+            _print_models(args, roofs, capability)
+        else:
+            _print_layers(command, args, roofs, capability)
     return 0
+
+
+def _print_layers(command: str, args: argparse.Namespace, roofs: Roofs, capability: tuple[int, int]) -> None:
+    dtype = DTYPES[args.dtype]
+    for shape, tokens, rank in itertools.product(layer_shapes(args.model), args.tokens, args.ranks):
+        case = {"layer": shape.name, "out": shape.out_features, "in": shape.in_features}
+        case |= {"tokens": tokens, "rank": rank, "dtype": args.dtype}
+        print(f"\nPREDICTION, {command}: {title(case)}", flush=True)
+        if command == kernels.COMMAND:
+            print(kernels.kernels_table(kernels.predict(shape, tokens, rank, dtype, roofs, capability)), flush=True)
+        else:
+            found = predict(shape, tokens, rank, dtype, roofs, capability, verbose=args.verbose)
+            print(group_table(found), flush=True)
+
+
+def _print_models(args: argparse.Namespace, roofs: Roofs, capability: tuple[int, int]) -> None:
+    for rank, quantize, checkpointing in itertools.product(args.ranks, ("", "nf4"), (False, True)):
+        run = Run(args.model, args.layers, args.batch, args.sequence, rank, checkpointing, quantize)
+        print(f"\nPREDICTION, model: {title(run._asdict() | {'dtype': args.dtype})}", flush=True)
+        found = predict_model(run, DTYPES[args.dtype], roofs, capability)
+        print(group_table(found, tokens=run.batch * run.sequence), flush=True)
+
+
+def predict_model(run: Run, dtype: torch.dtype, roofs: Roofs, capability: tuple[int, int]) -> dict[str, dict]:
+    """By contestant, in the form of a measured result."""
+    results = {}
+    for name, contestant in model_field.contestants(dtype, run.rank).items():
+        # A patched layer refuses tensors without data, and runs what ours runs; nothing drifts here.
+        if not name.endswith(("patched", "again")):
+            results[name], failure = attempt(
+                lambda c=contestant: predict_step(
+                    run, c, dtype, capability, lambda operation: seconds(operation, roofs)
+                )
+            )
+            results[name] = results[name] or {"failed": failure}
+    return results
 
 
 def predict(
@@ -63,8 +105,8 @@ def predict(
 ) -> dict[str, dict]:
     """By contestant, in the form of a measured result."""
     field = contestants(dtype, torch.device("cuda"), reference=False)
-    # A patched layer refuses tensors without data, and runs what ours runs.
-    field = {name: c for name, c in field.items() if not name.endswith("patched")}
+    # A patched layer refuses tensors without data, and runs what ours runs; Axolotl's kernel has no account here.
+    field = {name: c for name, c in field.items() if not name.endswith("patched") and not name.startswith("Axolotl")}
     results = {}
     for name, contestant in field.items():
         counted, failure = attempt(lambda c=contestant: count(c, shape, tokens, rank, dtype, capability))
@@ -89,17 +131,13 @@ def count(
     contestant: Contestant, shape: Shape, tokens: int, rank: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> tuple[dict[str, list[Operation]], int]:
     """The launches of each part, and the peak memory beyond parameters and inputs."""
-    meta = _empty_problem(shape, tokens, rank, dtype, "meta")
+    meta = empty_problem(shape, tokens, rank, dtype, "meta")
     # Built outside the counter, without data: some builders move parameters, which fake ones refuse.
     entry = contestant.build(meta)
     with counting(capability) as counter:
-        fake = {}
-        for module in entry.module.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = fake.setdefault(id(parameter), _fake(parameter))
+        fake = fake_module(entry.module)
         entry = entry._replace(trained={name: fake[id(p)] for name, p in entry.trained.items()})
-        problem = _empty_problem(shape, tokens, rank, dtype, "cpu")
+        problem = empty_problem(shape, tokens, rank, dtype, "cpu")
         counter.take()
         before = counter.restart()
         parts = {}
@@ -108,52 +146,52 @@ def count(
         return parts, counter.peak_bytes - before
 
 
-def seconds(operation: Operation, roofs: Roofs) -> float:
-    """The model of one launch's time."""
-    return max(operation.memory / roofs.bandwidth, operation.flops / roofs.flops[operation.rate], roofs.launch)
-
-
-def _fake(parameter: nn.Parameter) -> nn.Parameter:
-    empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-    return nn.Parameter(empty, requires_grad=parameter.requires_grad)
-
-
-def _empty_problem(shape: Shape, tokens: int, rank: int, dtype: torch.dtype, device: str) -> Problem:
-    def empty(*size, dtype=dtype, trained=False):
-        return torch.empty(size, dtype=dtype, device=device, requires_grad=trained)
-
-    N, K = shape.out_features, shape.in_features
-    return Problem(
-        empty(tokens, K, trained=True),
-        nn.Parameter(empty(N, K), requires_grad=False),
-        nn.Parameter(empty(N), requires_grad=False) if shape.bias else None,
-        *(empty(*size, dtype=torch.float32) for size in ((rank, K), (N, rank), (N,))),
-        grad_y=empty(tokens, N),
-    )
-
-
-def _compare(path: Path, roofs: Roofs, capability: tuple[int, int]) -> int:
-    """Every measured row of `layer` beside its prediction."""
-    found = [g for g in groups(read_rows([path])) if next(iter(g.values()))["command"] == "layer"]
-    found = [g for g in found if not (case := next(iter(g.values()))["case"])["compiled"]]
-    if not found:
-        print(f"{path} has no rows of `layer` without torch.compile")
-        return 2
+def compare(path: Path, roofs: Roofs, capability: tuple[int, int], tables: list[str]) -> int:
+    """Every measured row beside its prediction. Exits with 2 where nothing measured can be predicted."""
+    found = [g for g in groups(read_rows([path])) if _first(g)["command"] in tables]
+    found = [g for g in found if not _first(g)["case"]["compiled"]]
     for group in found:
-        first = next(iter(group.values()))
-        case, dtype = first["case"], DTYPES[first["case"]["dtype"]]
-        shape = Shape(case["layer"], case["out"], case["in"], case["bias"])
-        print(f"\n{title(case)}; measured on {first['stamp']['device']} ({first['stamp']['kind']})")
-        predicted = predict(shape, case["tokens"], case["rank"], dtype, roofs, capability)
-        rows = []
-        for name, row in group.items():
-            for part in ("forward", "backward", "total"):
-                measured, guess = (
-                    r.get("seconds", {}).get(part, {}).get("median") for r in (row, predicted.get(name, {}))
-                )
-                if measured and guess:
-                    rows.append(
-                        (f"{name}, {part}", milliseconds(guess), milliseconds(measured), f"{measured / guess:.2f}")
+        first = _first(group)
+        print(f"\n{first['command']}: {title(first['case'])}; measured on {first['stamp']['device']}")
+        predicted = predict_case(first["command"], first["case"], roofs, capability)
+        print(comparison(group, predicted))
+    if not found:
+        print(f"{path} has no rows of {', '.join(tables)} without torch.compile")
+    return 0 if found else 2
+
+
+def predict_case(command: str, case: dict, roofs: Roofs, capability: tuple[int, int]) -> dict[str, dict]:
+    """What the results file calls `case`."""
+    dtype = DTYPES[case["dtype"]]
+    if command == model.COMMAND:
+        return predict_model(Run(**{name: case[name] for name in Run._fields}), dtype, roofs, capability)
+    shape = Shape(case["layer"], case["out"], case["in"], case["bias"])
+    of = kernels.predict if command == kernels.COMMAND else predict
+    return of(shape, case["tokens"], case["rank"], dtype, roofs, capability)
+
+
+def comparison(group: dict[str, dict], predicted: dict[str, dict]) -> str:
+    """One row per contestant and part; peak memory beside the total."""
+    rows = []
+    for name, row in group.items():
+        guessed = predicted.get(name, {}).get("seconds", {})
+        for part, times in row.get("seconds", {}).items():
+            if part in guessed:
+                guess, measured = guessed[part]["median"], times["median"]
+                memory = [r.get("peak_bytes") if part == "total" else None for r in (predicted[name], row)]
+                rows.append(
+                    (
+                        f"{name}, {part}",
+                        milliseconds(guess),
+                        milliseconds(measured),
+                        ratio(measured, guess),
+                        *map(mebibytes, memory),
+                        ratio(memory[1], memory[0]),
                     )
-        print(table(("contestant", "predicted ms", "measured ms", "measured / predicted"), rows))
-    return 0
+                )
+    header = ("contestant", "predicted ms", "measured ms", "measured / predicted")
+    return table((*header, "predicted MiB", "measured MiB", "measured / predicted"), rows)
+
+
+def _first(group: dict[str, dict]) -> dict:
+    return next(iter(group.values()))

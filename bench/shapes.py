@@ -24,7 +24,7 @@ MODELS = {
     # 1.1 billion parameters, the sizes of TinyLlama: its layers are what a CPU can time.
     "tinyllama": Model(2048, 5632, 22, 32, 4, 32000),
     # For the tests, and for a first run anywhere.
-    "tiny": Model(64, 96, 2, 4, 2, 128),
+    "tiny": Model(64, 128, 2, 4, 2, 128),
 }
 
 

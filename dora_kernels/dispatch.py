@@ -1,7 +1,7 @@
 """Which form of the layer runs, on which implementation, and why.
 
-`choose` is the one place that decides. Its thresholds are the bytes each form moves beyond the frozen base's GEMMs,
-times a measured correction per GPU architecture.
+`choose` is the one place that decides. Its thresholds are the bytes each form moves beyond the frozen base's GEMMs, or
+the product s·B·A where that takes longer, times a measured correction per GPU architecture.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +23,14 @@ MIN_CAPABILITY = (8, 0)
 
 WEIGHT_SPACE_FACTOR: dict[tuple[int, int], float] = {}
 """Per compute capability: measured time of the weight-space form over its predicted time, relative to the token-space
-form's. Empty until measured: an architecture that is absent has 1.0, the prediction from bytes alone."""
+form's. Empty until measured: an architecture that is absent has 1.0, the prediction alone."""
+
+RANK_PER_BYTE = 16
+"""The rank at which one element of s·B·A in fp32 precision takes as long as moving one byte: 132 TFLOP/s against
+4.3 TB/s, an H200's roofs; other GPUs lie between 11 and 22. Products of 16-bit factors are 6 times as fast."""
+
+SHORTEST_LAUNCH = 6 << 20
+"""Elements that could move in the 3 µs that a launch takes at least, on the same GPU."""
 
 
 class Plan(NamedTuple):
@@ -51,6 +58,8 @@ def choose(
     in_features: int,
     dtype: torch.dtype,
     device: torch.device,
+    rank: int,
+    adapter_dtype: torch.dtype = torch.float32,
     has_bias: bool = False,
     dropout: str | None = None,
     trains_magnitude: bool = True,
@@ -80,14 +89,24 @@ def choose(
         return Plan("token", impl, f"token space: {only_token}; {impl_reason}")
     if nf4:
         return Plan("weight", impl, f"weight space: a 4-bit weight is written out once in either form; {impl_reason}")
-    sizes = (tokens, out_features, in_features)
+    capability = _capability(device)
+    fast = 6 if adapter_dtype.itemsize == 2 else 1
     token, weight = (
-        overhead_elements(form, *sizes, trains=trains, keeps_product=has_bias and trains_magnitude)
+        overhead_elements(
+            form,
+            tokens,
+            out_features,
+            in_features,
+            trains=trains,
+            keeps_product=has_bias and trains_magnitude,
+            product=rank / (fast * RANK_PER_BYTE * dtype.itemsize),
+            shortest=SHORTEST_LAUNCH if capability else 0,
+        )
         for form in ("token", "weight")
     )
-    weight *= WEIGHT_SPACE_FACTOR.get(_capability(device), 1.0)
+    weight *= WEIGHT_SPACE_FACTOR.get(capability, 1.0)
     space = "weight" if weight < token else "token"
-    return Plan(space, impl, f"{space} space: it moves less memory at this size; {impl_reason}")
+    return Plan(space, impl, f"{space} space: predicted to take less time at this size and rank; {impl_reason}")
 
 
 def choose_impl(device: torch.device, impl: str = "auto") -> tuple[str, str]:
@@ -107,19 +126,38 @@ def choose_impl(device: torch.device, impl: str = "auto") -> tuple[str, str]:
 
 
 def overhead_elements(
-    space: str, tokens: int, out_features: int, in_features: int, *, trains: bool, keeps_product: bool = False
-) -> int:
-    """Elements read and written beyond the frozen base's GEMMs, forward and (if `trains`) backward.
+    space: str,
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    *,
+    trains: bool,
+    keeps_product: bool = False,
+    product: float = 0.0,
+    shortest: int = 0,
+) -> float:
+    """Elements read and written beyond the frozen base's GEMMs, forward and (if `trains`) backward, launch by launch.
 
-    Forward: the norm reads W in token space; in weight space the norm and the merge read it and W' is written and read.
-    Ranks are small beside these sizes and left out.
+    Where a launch also forms s·B·A or its like, it takes as long as `product` times the product's elements, if that is
+    more; and `shortest` at least. Left out is what both forms do alike but for x and h, and what has no size but the
+    rank's.
     """
     mn, mk, nk = tokens * out_features, tokens * in_features, out_features * in_features
+
+    def launch(moved: int, products: int = 0) -> float:
+        return max(moved, product * products, shortest)
+
+    h, grad_h, grad_A = launch(mk), launch(mn), launch(mk)
     if space == "token":
-        forward, backward = nk + mk + 2 * mn, 4 * mn + 3 * mk
+        norm, rescale = launch(nk, nk), launch(2 * mn, mn)
+        forward = norm + h + rescale
+        # dZ and dm from dy and y; dh A, which the base's GEMM reads and adds to.
+        backward = launch(3 * mn) + grad_h + grad_A + launch(mk) + mk
     else:
-        # A bias that is added after the product was saved costs one more pass over the output.
-        forward, backward = 2 * nk + mk + (2 * mn if keeps_product else 0), 2 * nk + 3 * mn + mk
+        # A bias that is added after the product was saved costs one more pass over the output; h is for dB alone.
+        norm_and_merge, merge = launch(2 * nk, 2 * nk), launch(2 * nk, nk)
+        forward = norm_and_merge + (h if trains else 0) + (launch(2 * mn) if keeps_product else 0)
+        backward = launch(2 * mn) + grad_h + grad_A + merge
     return forward + (backward if trains else 0)
 
 

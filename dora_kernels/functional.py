@@ -82,6 +82,8 @@ def dora_linear(
         in_features=weight.shape[1],
         dtype=dtype,
         device=x.device,
+        rank=lora_A.shape[0],
+        adapter_dtype=lora_A.dtype,
         has_bias=bias is not None,
         dropout=dropout,
         trains=trains,

@@ -109,6 +109,8 @@ class DoraLinear(Freezable):
             in_features=self.in_features,
             dtype=self.compute_dtype or base.dtype,
             device=base.device,
+            rank=self.r,
+            adapter_dtype=self.lora_A.dtype,
             has_bias=self.bias is not None,
             dropout=self.dropout_mode if self.training and self.lora_dropout > 0 else None,
             trains=self.training and any(parameter.requires_grad for parameter in self.parameters()),

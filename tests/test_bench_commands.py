@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -44,6 +46,7 @@ def test_every_contestant_is_timed_and_correct(tiny):
     rows = rows_of(tiny)
     assert {row["command"] for row in rows} == {"kernels", "layer", "model"}
     assert not [row for row in rows if row["failed"]]
+    assert all(max(row["errors"].values()) < 1e-5 for row in rows if row["command"] == "model")
     shapes = len(layer_shapes("tiny"))
     names = set(contestants.contestants(torch.float32, DEVICE))
     for name in names:
@@ -140,6 +143,52 @@ def test_a_contestant_that_is_wrong_or_breaks_is_not_timed(monkeypatch):
     assert not any("seconds" in results[name] for name in ("scaled", "incomplete", "full"))
 
 
+@pytest.fixture
+def axolotl(monkeypatch):
+    """A stand-in for Axolotl's module: `apply_lora_o(self, X)` for a PEFT layer `self.o_proj` and X [batch, rows, K].
+
+    Like Axolotl's it keeps the norm on the magnitude; `module.fresh` counts how often it was computed.
+    """
+    module = types.ModuleType("axolotl.kernels.lora")
+    module.fresh = 0
+
+    def apply_lora_o(self, X):
+        assert X.ndim == 3
+        layer = self.o_proj
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        magnitude, weight = layer.lora_magnitude_vector["default"].weight, layer.base_layer.weight
+        adapted = weight + layer.scaling["default"] * (B @ A).to(weight.dtype)
+        if not hasattr(magnitude, "_dora_cache"):
+            module.fresh += 1
+            magnitude._dora_cache = adapted.norm(dim=1).detach()
+        scale = magnitude / magnitude._dora_cache
+        return torch.nn.functional.linear(X, (scale[:, None] * adapted).to(X.dtype))
+
+    module.apply_lora_o = apply_lora_o
+    for name in ("axolotl", "axolotl.kernels"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def test_axolotl_is_a_row_where_it_is_installed(axolotl):
+    problem = contestants.make_problem(layer_shapes("tiny")[0], 8, 4, torch.float32, DEVICE)
+    field = contestants.contestants(torch.float32, DEVICE)
+    results = layer.measure(problem, {name: c for name, c in field.items() if "Axolotl" in name}, repetitions=2)
+    assert list(results) == ["Axolotl DoRA fp32"]
+    assert results["Axolotl DoRA fp32"]["failed"] is None and results["Axolotl DoRA fp32"]["seconds"]
+    # The gate, three for warmth, two timed, one for memory: each with a norm of its own.
+    assert axolotl.fresh == 7
+    assert {"Axolotl DoRA fp32", "Axolotl DoRA bf16"} < set(contestants.contestants(torch.bfloat16, DEVICE))
+    assert not any("axolotl" in line for line in contestants.left_out())
+
+
+def test_without_axolotl_the_reason_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "axolotl", None)
+    assert any(line.startswith("axolotl: left out; ModuleNotFoundError") for line in contestants.left_out())
+    assert not any("Axolotl" in name for name in contestants.contestants(torch.bfloat16, DEVICE))
+
+
 def test_sixteen_bits_pass_the_gate_with_room():
     """The bar is for wrong contestants: the right ones, PEFT's too, stay well below."""
     problem = contestants.make_problem(layer_shapes("tiny")[2], 40, 4, torch.bfloat16, DEVICE)
@@ -202,11 +251,16 @@ def test_the_gpu_clock_reads_events_in_order(monkeypatch):
 
 def test_predictions_are_labelled_and_compared(tiny, capsys):
     arguments = ["predict", "--gpu", "h200", "--model", "tiny", "--tokens", "8", "--ranks", "4"]
-    assert main([*arguments, "--verbose"]) == 0
+    assert main([*arguments, "--verbose", "--tables", "kernels", "layer"]) == 0
     text = capsys.readouterr().out
-    assert text.count("PREDICTION") == 1 + len(layer_shapes("tiny")) and "4.30 TB/s" in text
+    assert text.count("PREDICTION") == 1 + 2 * len(layer_shapes("tiny")) and "4.30 TB/s" in text
     assert main([*arguments, "--measured", str(tiny)]) == 0
-    assert "measured / predicted" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert text.count("measured on") == len({json.dumps([row["command"], row["case"]]) for row in rows_of(tiny)})
+    compared = {line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")}
+    # Of each command: ours and a part.
+    assert {"merge, total", "ours fp32, token, reference, backward", "ours fp32, auto, optimizer"} - compared == set()
+    assert "ours fp32, auto, total" in compared
 
 
 def test_the_summary_shows_ratios_where_ours_loses():

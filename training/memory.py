@@ -228,6 +228,7 @@ class _Layer:
             in_features=linear.in_features,
             dtype=torch.bfloat16,
             device=linear.weight.device,
+            rank=self.planned.rank,
             has_bias=linear.bias is not None,
             nf4=self.planned.quantize,
         )

@@ -114,6 +114,8 @@ class FusedForward(Freezable):
             in_features=self.in_features,
             dtype=weight.dtype,
             device=weight.device,
+            rank=self.rank,
+            adapter_dtype=self.lora_A[adapter].weight.dtype,
             has_bias=self.base_layer.bias is not None,
             dropout="peft" if self.training and _rate(dropout) > 0 else None,
             trains=self.training and any(parameter.requires_grad for parameter in self.parameters()),
