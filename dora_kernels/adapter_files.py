@@ -1,0 +1,76 @@
+"""An adapter's two files as a pair: digests that show damage and pairs that do not belong together, and how new files
+take the place of old ones.
+
+The digests stand in the header of `adapter_model.safetensors`, which PEFT and transformers pass over. Files that others
+wrote have none.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from .adapter_config import CONFIG_NAME, HONOURED
+from .config import DoraConfig
+
+OF_TENSORS, OF_CONFIG = "dora_kernels.sha256", "dora_kernels.config_sha256"
+
+
+def digests(tensors: Mapping[str, torch.Tensor], config: DoraConfig) -> dict[str, str]:
+    """What a file with these tensors, named without prefix or compatible spelling, says of itself and its config."""
+    of_tensors = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        of_tensors.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        of_tensors.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    fields = json.dumps({name: getattr(config, name) for name in HONOURED}, sort_keys=True)
+    return {OF_TENSORS: of_tensors.hexdigest(), OF_CONFIG: hashlib.sha256(fields.encode()).hexdigest()}
+
+
+def check_digests(
+    path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor], config: DoraConfig
+) -> None:
+    """Raises ValueError if the file's header (`metadata`) holds digests, and they are of something else."""
+    actual = digests(tensors, config)
+    if metadata.get(OF_TENSORS, actual[OF_TENSORS]) != actual[OF_TENSORS]:
+        raise ValueError(f"{path} is damaged: its tensors do not match their sha256; take a sound copy or checkpoint")
+    if metadata.get(OF_CONFIG, actual[OF_CONFIG]) != actual[OF_CONFIG]:
+        raise ValueError(
+            f"{path.with_name(CONFIG_NAME)} is not the one that {path.name} was saved with: it is damaged, or of another "
+            "adapter. If you changed it on purpose, load the adapter with PEFT and save it anew"
+        )
+
+
+def put_in_place(staged: Path, directory: Path, names: Iterable[str]) -> None:
+    """Moves the files called `names` from `staged`, a folder on the same file system, into `directory`.
+
+    Each is complete under its name or not there, whenever the process dies. If a move fails, what it replaced so far is
+    put back. The last one replaced is the one that counts: it should be the largest, for no copy of it is kept.
+    """
+    names, moved = list(names), {}
+    for name in names:
+        with (staged / name).open("r+b") as file:
+            os.fsync(file.fileno())
+    for name in names[:-1]:
+        moved[name] = (directory / name).read_bytes() if (directory / name).is_file() else None
+    try:
+        for name in names:
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staged / name, directory / name)
+    except OSError:
+        for name, content in moved.items():
+            if (staged / name).exists():
+                break
+            if content is None:
+                (directory / name).unlink()
+            else:
+                (staged / name).write_bytes(content)
+                os.replace(staged / name, directory / name)
+        raise
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
