@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter_config import CONFIG_NAME, adapter_fields, read_config, without_absent_modules, write_config
-from .adapter_files import check_digests, digests, put_in_place
+from .adapter_files import check_digests, digests, put_in_place, save_with_header
 from .config import DoraConfig
 from .linear import DoraLinear
 from .merging import check_finite
@@ -60,7 +59,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
         staged = Path(temporary)
         write_config(adapter_fields(model), staged)
         header = {"format": "pt"} | digests(tensors, read_config(staged))
-        save_file(spelled, staged / WEIGHTS_NAME, metadata=header)
+        save_with_header(spelled, staged / WEIGHTS_NAME, header)
         put_in_place(staged, directory, (CONFIG_NAME, WEIGHTS_NAME))
 
 
@@ -83,18 +82,18 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
             "cannot load an adapter inside frozen_adapters: its norms would go stale; leave the scope first"
         )
     directory = Path(directory)
-    own_config, header, tensors = _read(directory)
-    config = own_config
-    patched = bool(dora_layers(model))
-    if not patched:
-        config = without_absent_modules(config, [name for name, _ in model.named_modules() if name])
-    expected = _meta(_adapter_tensors(model)) if patched else _planned(model, config)
+    config, header, tensors = _read(directory)
+    if patched := bool(dora_layers(model)):
+        expected = _meta(_adapter_tensors(model))
+    else:
+        fitting = without_absent_modules(config, [name for name, _ in model.named_modules() if name])
+        expected = _planned(model, fitting)
     _check_tensors(directory / WEIGHTS_NAME, tensors, expected)
-    check_digests(directory / WEIGHTS_NAME, header, tensors, own_config)
+    check_digests(directory / WEIGHTS_NAME, header, tensors, config)
     if patched:
         _check_scaling(dora_layers(model), config)
     else:
-        apply_dora(model, config)
+        apply_dora(model, fitting)
     with torch.no_grad():
         for key, parameter in _adapter_tensors(model).items():
             parameter.copy_(tensors[key])
@@ -165,7 +164,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """The file's header, and its tensors by PEFT's keys, without their prefix, the magnitude's spellings as one."""
     try:
         with safe_open(path, "pt") as file:
-            header, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+            keys = file.keys()
+            header, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in keys}
     except Exception as error:  # The reader raises whatever the damage leads to.
         raise ValueError(f"{path} is truncated or corrupt: {error}") from error
     tensors = {}

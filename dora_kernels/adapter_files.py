@@ -12,10 +12,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from .adapter_config import CONFIG_NAME, HONOURED
 from .config import DoraConfig
 
+MOST_HEADER = 100_000_000  # what safetensors reads of one at most
 OF_TENSORS, OF_CONFIG = "dora_kernels.sha256", "dora_kernels.config_sha256"
 
 
@@ -29,6 +31,21 @@ def digests(tensors: Mapping[str, torch.Tensor], config: DoraConfig) -> dict[str
     return {OF_TENSORS: of_tensors.hexdigest(), OF_CONFIG: hashlib.sha256(fields.encode()).hexdigest()}
 
 
+def save_with_header(tensors: dict[str, torch.Tensor], path: Path, header: dict[str, str]) -> None:
+    """Writes the tensors as safetensors, with these entries in the header, in this order.
+
+    safetensors itself writes the entries in random order, and equal adapters should be equal files.
+    """
+    save_file(tensors, path, metadata=header)
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        written = json.loads(file.read(size))
+        ordered = json.dumps(written | {"__metadata__": header}, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(ordered) <= size, "the same entries in another order"
+        file.seek(8)
+        file.write(ordered.ljust(size))
+
+
 def check_digests(
     path: Path, metadata: Mapping[str, str], tensors: Mapping[str, torch.Tensor], config: DoraConfig
 ) -> None:
@@ -38,16 +55,23 @@ def check_digests(
         raise ValueError(f"{path} is damaged: its tensors do not match their sha256; take a sound copy or checkpoint")
     if metadata.get(OF_CONFIG, actual[OF_CONFIG]) != actual[OF_CONFIG]:
         raise ValueError(
-            f"{path.with_name(CONFIG_NAME)} is not the one that {path.name} was saved with: it is damaged, or of another "
-            "adapter. If you changed it on purpose, load the adapter with PEFT and save it anew"
+            f"{path.with_name(CONFIG_NAME)} is not the one that {path.name} was saved with: it is damaged, or of "
+            "another adapter. If you changed it on purpose, load the adapter with PEFT and save it anew"
         )
+
+
+def carries_digests(path: Path) -> bool:
+    """Whether a file of adapter weights, sound or not, was written with them."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return OF_TENSORS.encode() in file.read(min(length, MOST_HEADER))
 
 
 def put_in_place(staged: Path, directory: Path, names: Iterable[str]) -> None:
     """Moves the files called `names` from `staged`, a folder on the same file system, into `directory`.
 
-    Each is complete under its name or not there, whenever the process dies. If a move fails, what it replaced so far is
-    put back. The last one replaced is the one that counts: it should be the largest, for no copy of it is kept.
+    Each is complete under its name or not there, whenever the process dies. If a move fails, what was replaced so far
+    is put back. The weights go last: of them alone no copy is kept meanwhile.
     """
     names, moved = list(names), {}
     for name in names:

@@ -246,7 +246,7 @@ def test_a_kill_while_saving_leaves_the_old_adapter(tmp_path, monkeypatch):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with torch.no_grad():
         next(iter(dora_layers(model).values())).lora_A.zero_()
-    for name in ("save_file", "write_config"):
+    for name in ("save_with_header", "write_config"):
         with monkeypatch.context() as patched:
             patched.setattr(adapter_module, name, killed)
             with pytest.raises(KeyboardInterrupt):

@@ -257,7 +257,7 @@ def test_a_flipped_bit_in_a_value_is_seen_in_files_of_our_own(compat, tmp_path):
 def test_the_config_of_another_adapter_is_seen(good_adapter, tmp_path):
     save_adapter(apply_dora(llama(), DoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj"])), tmp_path)
     shutil.copy(good_adapter / CONFIG, tmp_path)
-    with pytest.raises(ValueError, match="is not the one that adapter_model.safetensors was saved with"):
+    with pytest.raises(ValueError, match=r"is not the one that adapter_model\.safetensors was saved with"):
         load_adapter(llama(), tmp_path)
 
 

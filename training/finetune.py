@@ -1,6 +1,7 @@
 """A fine-tuning run from flags: check, load, train, report. The engine is TRL's SFTTrainer."""
 
 import json
+import tempfile
 import time
 import warnings
 from contextlib import nullcontext
@@ -12,10 +13,11 @@ from accelerate import PartialState
 from transformers import ProgressCallback
 from trl import SFTConfig
 
-from training.adapters import Adapter, add_adapter
+from dora_kernels.adapter_files import put_in_place
+from training.adapters import WEIGHTS, Adapter, add_adapter
 from training.base import check_targets, compute_dtype, load_model, load_tokenizer
 from training.callbacks import QuietProgress, StopOnRequest, WriteMetrics
-from training.checkpoint import newest_checkpoint, step_of
+from training.checkpoint import newest_checkpoint, step_of, write_whole
 from training.flags import Flags
 from training.folder import check_folder, sole_run
 from training.hub import make_repository, push
@@ -66,8 +68,7 @@ def run(flags: Flags, command: str) -> None:
 
     with stop_on_sigterm() as request, sole_run(output_dir) if processes.is_main_process else nullcontext():
         if rows.skipped and processes.is_main_process:
-            lines = [json.dumps(row) + "\n" for row in rows.skipped]
-            (output_dir / "skipped_rows.jsonl").write_text("".join(lines))
+            write_whole(output_dir / "skipped_rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows.skipped))
         checkpoint = of_main(resume_point(output_dir, flags.resume) if processes.is_main_process else None)
         model = load_model(flags.base_model, device, quantize=flags.quantize, trust_remote_code=flags.trust_remote_code)
         adapter = add_adapter(model, flags)
@@ -79,14 +80,14 @@ def run(flags: Flags, command: str) -> None:
         started = time.perf_counter()
         try:
             trainer.train_from(checkpoint)
+            if request.requested and trainer.state.global_step < trainer.state.max_steps:
+                say(f"\nstopped and saved at step {trainer.state.global_step}; continue with\n  {command} --resume")
+            elif processes.is_main_process:
+                finish(flags, adapter, tokenizer, rows, seconds=time.perf_counter() - started)
         except OSError as error:  # a full disk
             sound = newest_checkpoint(output_dir)
             kept = f"{sound} is sound: continue with\n  {command} --resume" if sound else "nothing was saved before"
             raise OSError(f"{error}; {kept}") from error
-        if request.requested and trainer.state.global_step < trainer.state.max_steps:
-            say(f"\nstopped and saved at step {trainer.state.global_step}; continue with\n  {command} --resume")
-        elif processes.is_main_process:
-            finish(flags, adapter, tokenizer, rows, seconds=time.perf_counter() - started)
 
 
 def no_words(text: str) -> None:
@@ -177,10 +178,15 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
 def finish(flags: Flags, adapter: Adapter, tokenizer, rows: Rows, seconds: float) -> None:
     """The adapter, its card and the curve in the output folder; the summary; the upload."""
     output_dir = Path(flags.output_dir)
-    adapter.write(output_dir)
-    tokenizer.save_pretrained(output_dir)
-    plot_losses(output_dir / METRICS, output_dir / "loss.png")
-    write_card(flags, adapter, rows)
+    # Beside what an earlier run may have left there, and into its place once all of it is written.
+    with tempfile.TemporaryDirectory(prefix=".finish-", dir=output_dir) as temporary:
+        staged = Path(temporary)
+        adapter.write(staged)
+        tokenizer.save_pretrained(staged)
+        plot_losses(output_dir / METRICS, staged / "loss.png")
+        write_card(flags, adapter, rows, staged / "README.md")
+        files = [str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file()]
+        put_in_place(staged, output_dir, sorted(files, key=lambda name: name == WEIGHTS))
     print(summary(flags, seconds))
     if flags.push_to_hub:
         print(f"pushed to {push(output_dir, flags.hub_model_id)}")
