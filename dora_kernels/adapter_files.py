@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .adapter_config import CONFIG_NAME, HONOURED
@@ -36,7 +37,10 @@ def save_with_header(tensors: dict[str, torch.Tensor], path: Path, header: dict[
 
     safetensors itself writes the entries in random order, and equal adapters should be equal files.
     """
-    save_file(tensors, path, metadata=header)
+    try:
+        save_file(tensors, path, metadata=header)
+    except SafetensorError as error:  # a full disk, say, of which it makes an error of its own
+        raise OSError(f"{path} cannot be written: {error}") from error
     with path.open("r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         written = json.loads(file.read(size))

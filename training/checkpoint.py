@@ -42,7 +42,7 @@ def save_checkpoint(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     for leftover in output_dir.glob(".tmp-*"):
-        _remove(leftover)
+        remove(leftover)
     staged = output_dir / f".tmp-{step}-{os.getpid()}"
     staged.mkdir()
     try:
@@ -71,7 +71,7 @@ def save_checkpoint(
         shutil.rmtree(staged, ignore_errors=True)
         raise
     if os.path.lexists(replaced):
-        _remove(replaced)
+        remove(replaced)
     _rotate(output_dir, keep)
     return final
 
@@ -145,12 +145,12 @@ def _rotate(output_dir: Path, keep: int) -> None:
     sound = 0
     for path in list_checkpoints(output_dir):
         if sound == keep:
-            _remove(path)
+            remove(path)
         elif damage(path) is None:
             sound += 1
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """A folder with all in it; of a link, or a file, the name alone."""
     if path.is_symlink() or not path.is_dir():
         path.unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import ProgressCallback
 from trl import SFTConfig
 
@@ -17,7 +18,7 @@ from dora_kernels.adapter_files import put_in_place
 from training.adapters import WEIGHTS, Adapter, add_adapter
 from training.base import check_targets, compute_dtype, load_model, load_tokenizer
 from training.callbacks import QuietProgress, StopOnRequest, WriteMetrics
-from training.checkpoint import newest_checkpoint, step_of, write_whole
+from training.checkpoint import newest_checkpoint, remove, step_of, write_whole
 from training.flags import Flags
 from training.folder import check_folder, sole_run
 from training.hub import make_repository, push
@@ -84,7 +85,7 @@ def run(flags: Flags, command: str) -> None:
                 say(f"\nstopped and saved at step {trainer.state.global_step}; continue with\n  {command} --resume")
             elif processes.is_main_process:
                 finish(flags, adapter, tokenizer, rows, seconds=time.perf_counter() - started)
-        except OSError as error:  # a full disk
+        except (OSError, SafetensorError) as error:  # a full disk
             sound = newest_checkpoint(output_dir)
             kept = f"{sound} is sound: continue with\n  {command} --resume" if sound else "nothing was saved before"
             raise OSError(f"{error}; {kept}") from error
@@ -178,6 +179,8 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
 def finish(flags: Flags, adapter: Adapter, tokenizer, rows: Rows, seconds: float) -> None:
     """The adapter, its card and the curve in the output folder; the summary; the upload."""
     output_dir = Path(flags.output_dir)
+    for leftover in output_dir.glob(".finish-*"):  # of a run that was killed here
+        remove(leftover)
     # Beside what an earlier run may have left there, and into its place once all of it is written.
     with tempfile.TemporaryDirectory(prefix=".finish-", dir=output_dir) as temporary:
         staged = Path(temporary)
