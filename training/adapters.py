@@ -1,7 +1,9 @@
 """Putting an adapter on a base model: ours, or PEFT's, fused or not; and its files."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -124,8 +126,11 @@ def _load_with_peft(model: PreTrainedModel, flags: Flags) -> torch.nn.Module:
             "base model that it was trained with?"
         )
     for name, tensor in loaded.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"`--init_adapter` {folder}: {name} holds NaN or infinity")
+        if not torch.isfinite(tensor).all() or not stored[name].is_floating_point():
+            raise ValueError(f"`--init_adapter` {folder}: {name} holds NaN, infinity or no floating-point numbers")
+    scalings = (module.scaling.values() for module in peft_model.modules() if hasattr(module, "lora_A"))
+    if not all(map(math.isfinite, chain.from_iterable(scalings))):
+        raise ValueError(f"`--init_adapter` {folder}: lora_alpha should be a number, and so should alpha_pattern's")
     return peft_model
 
 

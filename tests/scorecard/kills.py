@@ -19,7 +19,7 @@ def interrupt(seed: str, option: str, points: int) -> dict:
     ended = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     if ended.returncode:
         raise RuntimeError(ended.stderr[-1500:])
-    line = ended.stdout.splitlines()["--points --stops".split().index(option)]
+    line = ended.stdout.splitlines()[["--points", "--stops"].index(option)]
     done = {name: int(count) for name, count in re.findall(r"([a-z ]+): (\d+)", line.partition(" ")[2])}
     assert done["points"] == points, line
     return done

@@ -1,4 +1,4 @@
-"""Write faults at every write site. A case is a scenario, a number that chooses the call to fail, and the kind of fault.
+"""Write faults at every write site. A case is a scenario and a number that chooses the call to fail, and how it fails.
 
 Each scenario writes where something good is already, under `tests.faults`. Whatever the fault: an error comes out that
 names it, unless the write was complete; what was good before still verifies and loads, bit for bit, or what replaced it
