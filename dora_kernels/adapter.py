@@ -6,11 +6,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adapter_config import CONFIG_NAME, adapter_fields, read_config, without_absent_modules, write_config
+from .adapter_files import check_digests, digests, put_in_place, save_with_header
 from .config import DoraConfig
 from .linear import DoraLinear
 from .merging import check_finite
@@ -26,7 +27,9 @@ MAGNITUDE = "lora_magnitude_vector"
 def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "peft") -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, as PEFT does, making `directory` if need be.
 
-    Each file is complete under its name or absent from it, whenever the process dies.
+    Each file is complete under its name or absent from it, whenever the process dies. A save that fails leaves the
+    adapter that was there; one killed between the two files leaves it too, unless the configs differ, which loading
+    then sees.
 
     Args:
         compat: "peft" writes the magnitude's key as PEFT does; transformers' own `load_adapter` silently drops it.
@@ -46,21 +49,18 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
         )
     check_finite(dora_layers(model))
     suffix = ".weight" if compat == "transformers" else ""
-    tensors = {
-        PREFIX + key + (suffix if key.endswith(MAGNITUDE) else ""): tensor.detach().cpu().clone().contiguous()
-        for key, tensor in _adapter_tensors(model).items()
-    }
+    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in _adapter_tensors(model).items()}
+    spelled = {PREFIX + key + (suffix if key.endswith(MAGNITUDE) else ""): tensor for key, tensor in tensors.items()}
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} should be a directory, not a file")
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=directory) as temporary:
-        save_file(tensors, Path(temporary, WEIGHTS_NAME), metadata={"format": "pt"})
-        write_config(adapter_fields(model), Path(temporary))
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            with open(Path(temporary, name), "r+b") as file:
-                os.fsync(file.fileno())
-            os.replace(Path(temporary, name), directory / name)
+        staged = Path(temporary)
+        write_config(adapter_fields(model), staged)
+        header = {"format": "pt"} | digests(tensors, read_config(staged))
+        save_with_header(spelled, staged / WEIGHTS_NAME, header)
+        put_in_place(staged, directory, (CONFIG_NAME, WEIGHTS_NAME))
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
@@ -82,21 +82,34 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
             "cannot load an adapter inside frozen_adapters: its norms would go stale; leave the scope first"
         )
     directory = Path(directory)
-    _check_files(directory)
-    config, tensors = read_config(directory), _read_tensors(directory / WEIGHTS_NAME)
-    patched = bool(dora_layers(model))
-    if not patched:
-        config = without_absent_modules(config, [name for name, _ in model.named_modules() if name])
-    expected = _meta(_adapter_tensors(model)) if patched else _planned(model, config)
+    config, header, tensors = _read(directory)
+    if patched := bool(dora_layers(model)):
+        expected = _meta(_adapter_tensors(model))
+    else:
+        fitting = without_absent_modules(config, [name for name, _ in model.named_modules() if name])
+        expected = _planned(model, fitting)
     _check_tensors(directory / WEIGHTS_NAME, tensors, expected)
+    check_digests(directory / WEIGHTS_NAME, header, tensors, config)
     if patched:
         _check_scaling(dora_layers(model), config)
     else:
-        apply_dora(model, config)
+        apply_dora(model, fitting)
     with torch.no_grad():
         for key, parameter in _adapter_tensors(model).items():
             parameter.copy_(tensors[key])
     return model
+
+
+def check_files(directory: Path) -> None:
+    """Raises FileNotFoundError or ValueError, as `load_adapter` does, for what needs no model to be seen."""
+    config, header, tensors = _read(directory)
+    check_digests(directory / WEIGHTS_NAME, header, tensors, config)
+
+
+def _read(directory: Path) -> tuple[DoraConfig, dict[str, str], dict[str, torch.Tensor]]:
+    """The config; the header and the tensors of the file, these by PEFT's keys without their prefix."""
+    _check_files(directory)
+    return read_config(directory), *_read_tensors(directory / WEIGHTS_NAME)
 
 
 def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -147,10 +160,12 @@ def _check_files(directory: Path) -> None:
             raise FileNotFoundError(f"Can't find '{name}' at '{directory}'{hint}")
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The file's tensors by PEFT's keys, without their prefix, both spellings of the magnitude as one."""
+def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """The file's header, and its tensors by PEFT's keys, without their prefix, the magnitude's spellings as one."""
     try:
-        stored = load_file(path)
+        with safe_open(path, "pt") as file:
+            keys = file.keys()
+            header, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in keys}
     except Exception as error:  # The reader raises whatever the damage leads to.
         raise ValueError(f"{path} is truncated or corrupt: {error}") from error
     tensors = {}
@@ -165,7 +180,7 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
         if key in tensors:
             raise ValueError(f"{path} holds {key} twice")
         tensors[key] = tensor
-    return tensors
+    return header, tensors
 
 
 def _check_tensors(

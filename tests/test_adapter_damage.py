@@ -236,3 +236,32 @@ def test_models_that_take_no_adapter(good_adapter):
         with torch.device("meta"):
             model = llama()
         load_adapter(model, good_adapter)
+
+
+@pytest.mark.parametrize("compat", ["peft", "transformers"])
+def test_a_flipped_bit_in_a_value_is_seen_in_files_of_our_own(compat, tmp_path):
+    save_adapter(apply_dora(llama(), DoraConfig(r=3, target_modules=["q_proj"])), tmp_path, compat=compat)
+    content = bytearray((tmp_path / WEIGHTS).read_bytes())
+    content[-20] ^= 1  # of a mantissa: the number stays a number
+    (tmp_path / WEIGHTS).write_bytes(content)
+    model = llama()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="its tensors do not match their sha256"):
+        load_adapter(model, tmp_path)
+    assert_unchanged(model, before)
+    content[-20] ^= 1
+    (tmp_path / WEIGHTS).write_bytes(content)
+    load_adapter(model, tmp_path)
+
+
+def test_the_config_of_another_adapter_is_seen(good_adapter, tmp_path):
+    save_adapter(apply_dora(llama(), DoraConfig(r=3, lora_alpha=7, target_modules=["q_proj", "v_proj"])), tmp_path)
+    shutil.copy(good_adapter / CONFIG, tmp_path)
+    with pytest.raises(ValueError, match=r"is not the one that adapter_model\.safetensors was saved with"):
+        load_adapter(llama(), tmp_path)
+
+
+def test_where_the_adapter_came_from_may_be_edited(good_adapter, tmp_path):
+    shutil.copytree(good_adapter, tmp_path, dirs_exist_ok=True)
+    edit_config(base_model_name_or_path="elsewhere", inference_mode=False)(tmp_path)
+    load_adapter(llama(), tmp_path)

@@ -20,6 +20,7 @@ LAYERS = [
     {"explain", "frozen", "targets", "tying", "dequantizing"},
     {"patch"},
     {"merging", "adapter_config"},
+    {"adapter_files"},
     {"adapter"},
     {"interop"},
     {"__init__"},

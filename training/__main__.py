@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 from training.flags import parse_flags
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             datasets.disable_progress_bars()
             words = [word for word in arguments if word != "--resume"]
             finetune.run(flags, shlex.join(["python", "-m", "training", *words]))
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         sys.exit(f"error: {error}")
 
 

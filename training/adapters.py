@@ -1,7 +1,9 @@
 """Putting an adapter on a base model: ours, or PEFT's, fused or not; and its files."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -9,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import dora_kernels as dk
+from dora_kernels.adapter import check_files
+from dora_kernels.adapter_files import carries_digests
 from training.flags import Flags
 
 WEIGHTS = "adapter_model.safetensors"
@@ -63,11 +67,7 @@ def _of_peft(model: PreTrainedModel, flags: Flags) -> Adapter:
     if flags.quantize:
         _keep_packing(model)
     if flags.init_adapter:
-        config = peft.PeftConfig.from_pretrained(flags.init_adapter)
-        if config.use_dora != flags.use_dora:
-            kind, wanted = ("DoRA", "--use_dora") if config.use_dora else ("plain LoRA", "--no_use_dora")
-            raise ValueError(f"`--init_adapter` {flags.init_adapter} is {kind}: continue it with {wanted}")
-        peft_model = peft.PeftModel.from_pretrained(model, flags.init_adapter, is_trainable=True)
+        peft_model = _load_with_peft(model, flags)
     else:
         config = peft.LoraConfig(
             r=flags.lora_r,
@@ -95,6 +95,43 @@ def _of_peft(model: PreTrainedModel, flags: Flags) -> Adapter:
         read=read,
         description=description,
     )
+
+
+def _load_with_peft(model: PreTrainedModel, flags: Flags) -> torch.nn.Module:
+    """The model with the adapter of `--init_adapter` in it, all of it, which PEFT itself would not insist on.
+
+    Raises FileNotFoundError or ValueError for a damaged adapter, or one of another kind or base model.
+    """
+    import peft
+
+    folder = Path(flags.init_adapter)
+    if carries_digests(folder / WEIGHTS):
+        check_files(folder)
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+        uses_dora = getattr(config, "use_dora", None)
+        if uses_dora == flags.use_dora:
+            peft_model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+            stored, loaded = peft.load_peft_weights(str(folder), "cpu"), peft.get_peft_model_state_dict(peft_model)
+    except Exception as error:  # whatever the damage leads to
+        raise ValueError(f"`--init_adapter` {folder} cannot be loaded by PEFT: {error}") from error
+    if uses_dora != flags.use_dora:
+        if uses_dora is None:
+            raise ValueError(f"`--init_adapter` {folder} is neither LoRA nor DoRA: it cannot be continued here")
+        kind, wanted = ("DoRA", "--use_dora") if uses_dora else ("plain LoRA", "--no_use_dora")
+        raise ValueError(f"`--init_adapter` {folder} is {kind}: continue it with {wanted}")
+    if differing := sorted(stored.keys() ^ loaded.keys()):
+        raise ValueError(
+            f"`--init_adapter` {folder} does not fit the model: {differing[0]} is in one of the two only; is this the "
+            "base model that it was trained with?"
+        )
+    for name, tensor in loaded.items():
+        if not torch.isfinite(tensor).all() or not stored[name].is_floating_point():
+            raise ValueError(f"`--init_adapter` {folder}: {name} holds NaN, infinity or no floating-point numbers")
+    scalings = (module.scaling.values() for module in peft_model.modules() if hasattr(module, "lora_A"))
+    if not all(map(math.isfinite, chain.from_iterable(scalings))):
+        raise ValueError(f"`--init_adapter` {folder}: lora_alpha should be a number, and so should alpha_pattern's")
+    return peft_model
 
 
 def _keep_packing(model: PreTrainedModel) -> None:

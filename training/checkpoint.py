@@ -42,7 +42,7 @@ def save_checkpoint(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     for leftover in output_dir.glob(".tmp-*"):
-        shutil.rmtree(leftover)
+        remove(leftover)
     staged = output_dir / f".tmp-{step}-{os.getpid()}"
     staged.mkdir()
     try:
@@ -57,15 +57,21 @@ def save_checkpoint(
         for folder in (path for path in staged.rglob("*") if path.is_dir()):
             sync(folder)
         sync(staged)
-        final = output_dir / f"checkpoint-{step}"
-        if final.exists():  # a damaged one that resuming has skipped: a folder cannot be renamed over another
-            final.rename(output_dir / f".tmp-replaced-{step}")
-        staged.rename(final)
+        final, replaced = output_dir / f"checkpoint-{step}", output_dir / f".tmp-replaced-{step}"
+        if os.path.lexists(final):  # a damaged one that resuming has skipped: a folder cannot be renamed over another
+            final.rename(replaced)
+        try:
+            staged.rename(final)
+        except OSError:
+            if os.path.lexists(replaced):
+                replaced.rename(final)
+            raise
         sync(output_dir)
     except BaseException:  # a full disk, say: leave nothing half-written behind, whatever it was
         shutil.rmtree(staged, ignore_errors=True)
         raise
-    shutil.rmtree(output_dir / f".tmp-replaced-{step}", ignore_errors=True)
+    if os.path.lexists(replaced):
+        remove(replaced)
     _rotate(output_dir, keep)
     return final
 
@@ -108,6 +114,8 @@ def damage(path: Path) -> str | None:
                 return f"{name} does not match its sha256"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
+    except OSError as error:  # a bad block, say
+        return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is unreadable ({error})"
     return None
@@ -122,14 +130,32 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a file, or a link in its place, by one with this text: the old one, or the new one, whole."""
+    staged = path.with_name(f"{path.name}.tmp")
+    staged.unlink(missing_ok=True)
+    with staged.open("x") as file:
+        file.write(text)
+    sync(staged)
+    staged.rename(path)
+
+
 def _rotate(output_dir: Path, keep: int) -> None:
     """Delete what is older than `keep` sound checkpoints: the newest sound one always stays."""
     sound = 0
     for path in list_checkpoints(output_dir):
         if sound == keep:
-            shutil.rmtree(path)
+            remove(path)
         elif damage(path) is None:
             sound += 1
+
+
+def remove(path: Path) -> None:
+    """A folder with all in it; of a link, or a file, the name alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,6 +1,7 @@
 """A fine-tuning run from flags: check, load, train, report. The engine is TRL's SFTTrainer."""
 
 import json
+import tempfile
 import time
 import warnings
 from contextlib import nullcontext
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import ProgressCallback
 from trl import SFTConfig
 
-from training.adapters import Adapter, add_adapter
+from dora_kernels.adapter_files import put_in_place
+from training.adapters import WEIGHTS, Adapter, add_adapter
 from training.base import check_targets, compute_dtype, load_model, load_tokenizer
 from training.callbacks import QuietProgress, StopOnRequest, WriteMetrics
-from training.checkpoint import newest_checkpoint, step_of
+from training.checkpoint import newest_checkpoint, remove, step_of, write_whole
 from training.engines import check_launcher, launched_with_fsdp, zero_config
 from training.flags import Flags
 from training.folder import check_folder, sole_run
@@ -26,6 +29,7 @@ from training.metrics import METRICS, keep_until, plot_losses
 from training.processes import join, of_main
 from training.report import summary, write_card
 from training.rows import Rows, load_rows
+from training.sharding import whole_adapter
 from training.trainer import DoraTrainer
 
 # Flags that change no number of a run, so that a resumed run may have others.
@@ -69,8 +73,7 @@ def run(flags: Flags, command: str) -> None:
 
     with stop_on_sigterm() as request, sole_run(output_dir) if processes.is_main_process else nullcontext():
         if rows.skipped and processes.is_main_process:
-            lines = [json.dumps(row) + "\n" for row in rows.skipped]
-            (output_dir / "skipped_rows.jsonl").write_text("".join(lines))
+            write_whole(output_dir / "skipped_rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows.skipped))
         checkpoint = of_main(resume_point(output_dir, flags.resume) if processes.is_main_process else None)
         model = load_model(
             flags.base_model,
@@ -89,19 +92,20 @@ def run(flags: Flags, command: str) -> None:
         started = time.perf_counter()
         try:
             trainer.train_from(checkpoint)
-        except OSError as error:  # a full disk
+            if request.requested and trainer.state.global_step < trainer.state.max_steps:
+                step = trainer.state.global_step
+                saved = output_dir / f"checkpoint-{step}"
+                say(f"\nstopped and saved at step {step}; {onward(flags, command, saved)}")
+                return
+            seconds = time.perf_counter() - started
+            # All processes gather what FSDP sharded; the main one writes.
+            with whole_adapter(adapter.model, keep=processes.is_main_process):
+                if processes.is_main_process:
+                    finish(flags, adapter, tokenizer, rows, seconds)
+        except (OSError, SafetensorError) as error:  # a full disk
             sound = newest_checkpoint(output_dir)
             kept = f"{sound} is sound: {onward(flags, command, sound)}" if sound else "nothing was saved before"
             raise OSError(f"{error}; {kept}") from error
-        if request.requested and trainer.state.global_step < trainer.state.max_steps:
-            step = trainer.state.global_step
-            saved = output_dir / f"checkpoint-{step}"
-            say(f"\nstopped and saved at step {step}; {onward(flags, command, saved)}")
-            return
-        seconds = time.perf_counter() - started
-        trainer.write_adapter(output_dir)
-        if processes.is_main_process:
-            finish(flags, adapter, tokenizer, rows, seconds)
 
 
 def onward(flags: Flags, command: str, checkpoint: Path) -> str:
@@ -203,11 +207,19 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
 
 
 def finish(flags: Flags, adapter: Adapter, tokenizer, rows: Rows, seconds: float) -> None:
-    """What belongs beside the adapter in the output folder: tokenizer, card, curve; the summary; the upload."""
+    """The adapter, its card and the curve in the output folder; the summary; the upload."""
     output_dir = Path(flags.output_dir)
-    tokenizer.save_pretrained(output_dir)
-    plot_losses(output_dir / METRICS, output_dir / "loss.png")
-    write_card(flags, adapter, rows)
+    for leftover in output_dir.glob(".finish-*"):  # of a run that was killed here
+        remove(leftover)
+    # Beside what an earlier run may have left there, and into its place once all of it is written.
+    with tempfile.TemporaryDirectory(prefix=".finish-", dir=output_dir) as temporary:
+        staged = Path(temporary)
+        adapter.write(staged)
+        tokenizer.save_pretrained(staged)
+        plot_losses(output_dir / METRICS, staged / "loss.png")
+        write_card(flags, adapter, rows, staged / "README.md")
+        files = [str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file()]
+        put_in_place(staged, output_dir, sorted(files, key=lambda name: name == WEIGHTS))
     print(summary(flags, seconds))
     if flags.push_to_hub:
         print(f"pushed to {push(output_dir, flags.hub_model_id)}")

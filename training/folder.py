@@ -1,6 +1,7 @@
 """An output folder belongs to one run, and to one process at a time."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,8 @@ def check_folder(output_dir: Path, resume: bool) -> None:
 def sole_run(output_dir: Path) -> Iterator[None]:
     """Holds the folder, made if need be, until the scope or the process ends. Raises ValueError if another holds it."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / LOCK).open("w") as file:
+    # Not through a link, to a file that is not the run's own.
+    with open(output_dir / LOCK, "w", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o666)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -27,6 +27,7 @@ def push(folder: Path, name: str) -> str:
     with tempfile.TemporaryDirectory() as staged:
         for pattern in PUSHED:
             for file in folder.glob(pattern):
-                shutil.copy(file, staged)
+                if not file.is_symlink():  # a run writes none, and what one points to is not the run's
+                    shutil.copy(file, staged)
         write_for_transformers(Path(staged))
         return str(huggingface_hub.HfApi().upload_folder(repo_id=name, folder_path=staged, commit_message="Adapter"))

@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
@@ -59,7 +60,7 @@ def command_line(flags: type, run, arguments: list[str] | None, **described) -> 
     transformers_logging.set_verbosity_error()
     try:
         run(flags(**vars(parser.parse_args(arguments))))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
 
 

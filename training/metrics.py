@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from training.checkpoint import sync
+from training.checkpoint import write_whole
 
 METRICS = "metrics.jsonl"
 
@@ -46,18 +46,27 @@ def append_row(path: Path, row: dict) -> None:
 
 
 def read_rows(path: Path) -> list[dict]:
-    """All rows; a last line that a kill cut short is left out."""
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
+    """All rows; a last line that a kill cut short is left out. Raises ValueError for any other that is damaged."""
+    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(
+                f"{path}, line {number} is damaged, which no kill does: repair it, or move the file away to go on "
+                "without what was logged"
+            )
+        rows.append(row)
+    return rows
 
 
 def keep_until(path: Path, step: int) -> None:
     """Drop the rows of later steps than the checkpoint that a run resumes from, so that no step is logged twice."""
-    staged = path.with_name(f"{path.name}.tmp")
-    with staged.open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= step)
-    sync(staged)
-    staged.rename(path)
+    rows = read_rows(path) if step >= 0 else []
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step))
 
 
 def plot_losses(metrics: Path, image: Path) -> None:

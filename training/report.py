@@ -35,8 +35,8 @@ def summary(flags: Flags, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def write_card(flags: Flags, adapter: Adapter, rows: Rows) -> None:
-    """README.md beside the adapter."""
+def write_card(flags: Flags, adapter: Adapter, rows: Rows, path: Path) -> None:
+    """The README.md that goes beside the adapter."""
     folder = Path(flags.output_dir)
     data = ModelCardData(
         base_model=flags.base_model,
@@ -79,7 +79,7 @@ model = PeftModel.from_pretrained(model, "{name}")
 {table}
 | quantised base | {"NF4" if flags.quantize else "no"} |
 """
-    ModelCard(text).save(folder / "README.md")
+    ModelCard(text).save(path)
 
 
 def _perplexity(loss: float) -> float:
