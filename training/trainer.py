@@ -128,12 +128,6 @@ class DoraTrainer(SFTTrainer):
             save_checkpoint(self.args.output_dir, self.state.global_step, tensors, state, write)
         self.meter.leave_out()
 
-    def write_adapter(self, folder: Path) -> None:
-        """The adapter's files as they are now. All processes call it, and the main one writes."""
-        with whole_adapter(self.adapter.model, keep=self.args.should_save):
-            if self.args.should_save:
-                self.adapter.write(folder)
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing to load: `train_from` has."""
 
