@@ -63,9 +63,9 @@ def gpu_stand_in():
         yield launches
 
 
-def layer_launches(shape, R, *, space, bias=False, adapter_dtype=torch.float32, **options):
+def layer_launches(shape, R, *, space, bias=False, dtype=torch.bfloat16, adapter_dtype=torch.float32, **options):
     """The launches of one forward and of one backward."""
-    (N, K), dtype = shape, torch.bfloat16
+    N, K = shape
     with gpu_stand_in() as launches:
         x = torch.empty(TOKENS, K, dtype=dtype, requires_grad=True)
         weight, grad_y = torch.empty(N, K, dtype=dtype), torch.empty(TOKENS, N, dtype=dtype)
@@ -90,6 +90,15 @@ def test_budget(space, shape, bias, R):
     forward, backward = layer_launches(shape, R, space=space, bias=bias)
     assert len(forward) <= 5, forward
     assert len(backward) <= (8 if R <= 32 else 9), backward
+
+
+@pytest.mark.parametrize("R", [16, 64], ids="r{}".format)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_bias_in_fp32_costs_no_pass(shape, R):
+    forward, backward = layer_launches(shape, R, space="token", bias=True, dtype=torch.float32)
+    assert len(forward) <= 5, forward
+    assert len(backward) <= (7 if R <= 32 else 8), backward
+    assert {name for name in forward + backward if not name.endswith("_kernel")} <= {"mm", "addmm", "addmm_"}
 
 
 @pytest.mark.parametrize("mode", ["lora", "peft"])

@@ -46,10 +46,10 @@ class Allocations(TorchDispatchMode):
         return found
 
 
-def allocated(impl, space, nf4, bias, dropout):
+def allocated(impl, space, nf4, bias, dropout, dtype=DTYPE):
     import dora_kernels as dk
 
-    problem = make_problem(M, N, K, R, DTYPE, torch.float32, bias=bias)
+    problem = make_problem(M, N, K, R, dtype, torch.float32, bias=bias)
     weight = linear_4bit(problem.weight).weight if nf4 else problem.weight
     x, lora_A, lora_B, magnitude, *rest = problem.leaves()
     options = {"lora_dropout": 0.5, "dropout_mode": dropout, "training": True} if dropout else {}
@@ -90,11 +90,12 @@ def test_weight_space(nf4, bias, impl):
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
-def test_token_space(bias, impl):
+@pytest.mark.parametrize("dtype", [DTYPE, torch.float32], ids=str)
+def test_token_space(dtype, bias, impl):
     """y over the base GEMM's output, or beside it where that is kept; dZ and dx; nothing of W's size at all."""
-    forward, backward = allocated(impl, "token", False, bias, None)
-    assert forward == {("MN", DTYPE): 2 if bias else 1}
-    assert backward == {("MN", DTYPE): 1, ("MK", DTYPE): 1}
+    forward, backward = allocated(impl, "token", False, bias, None, dtype)
+    assert forward == {("MN", dtype): 2 if bias else 1}
+    assert backward == {("MN", dtype): 1, ("MK", dtype): 1}
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
