@@ -171,12 +171,12 @@ def solve_peft(problem, autocast=None):
     return _collect(y, leaves, problem.grad_y)
 
 
-def relative_error(value, truth):
-    """‖value − truth‖ / ‖truth‖ in fp64; 0 where both are empty or zero."""
+def relative_error(value, truth, size=0.0):
+    """‖value − truth‖ / ‖truth‖ in fp64, or / `size` where that is larger; 0 where both are empty or zero."""
     difference = (value.double() - truth.double()).norm()
-    return 0.0 if difference == 0 else (difference / truth.double().norm()).item()
+    return 0.0 if difference == 0 else (difference / truth.double().norm().clamp_min(size)).item()
 
 
-def errors(solution, truth):
-    """Relative error per name."""
-    return {name: relative_error(solution[name], truth[name]) for name in truth}
+def errors(solution, truth, sizes=None):
+    """Relative error per name; with `sizes` from `term_sizes`, what cancels is not held against the result."""
+    return {name: relative_error(solution[name], truth[name], (sizes or {}).get(name, 0.0)) for name in truth}

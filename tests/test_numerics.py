@@ -38,7 +38,8 @@ def test_error_against_fp64_beside_pefts(mix):
     @hypothesis.given(cases)
     def collect(case):
         problem = make_problem(dtype=dtype, adapter_dtype=adapter_dtype, **case)
-        found = errors_of_all(problem, autocast, salt=case["seed"])
+        # Of the terms: where a sum cancels, in layers this small, whose luck is worse would be chance.
+        found = errors_of_all(problem, autocast, salt=case["seed"], of_terms=True)
         for who, of_names in found.items():
             for name, error in of_names.items():
                 collected[who, name].append(error)

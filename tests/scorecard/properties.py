@@ -83,7 +83,7 @@ def worst(case: Case, impl: str = "triton") -> tuple[float, str]:
     import torch
     from torch.nn.functional import dropout
 
-    from tests.oracle import exact, solve, term_sizes
+    from tests.oracle import errors, exact, solve, term_sizes
     from tests.tolerances import GENERATED
 
     problem = _problem(case)
@@ -100,12 +100,9 @@ def worst(case: Case, impl: str = "triton") -> tuple[float, str]:
             problem, impl=impl, space=case.space, rounding=case.rounding, salt=case.seed,
             lora_dropout=case.dropout, dropout_mode=case.mode, training=drops,
         )  # fmt: skip
-    shares = {}
     for name, expected in truth.items():
         assert ours[name].shape == expected.shape, f"{name} is {list(ours[name].shape)}"
-        error = (ours[name].double() - expected).norm().item()
-        size = max(expected.norm().item(), sizes[name])
-        shares[name] = error / (GENERATED[dtype] * size) if error else 0.0
+    shares = {name: error / GENERATED[dtype] for name, error in errors(ours, truth, sizes).items()}
     # NaN is larger than any number.
     name = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
     return shares[name], name
