@@ -113,6 +113,14 @@ def test_merge(shape, dtypes, fused, monkeypatch):
     assert set(launches) == expected
 
 
+def test_merge_in_splits():
+    """The second launch adds up the norm's partial sums, and keeps n and g for the backward."""
+    problem = make_problem(1, 5, 1100, 3, torch.bfloat16, torch.float32)
+    with count_launches() as launches:
+        _compare("merge", *_factors(problem), problem.scaling, dtype=torch.bfloat16, **ROUNDED)
+    assert launches == {"_weight_norm_kernel": 1, "_merge_scale_kernel": 1}
+
+
 @every_dtype
 @every_shape
 def test_merge_with_the_scale_given(shape, dtypes):
