@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import dora_kernels as dk
+import dora_kernels.patch
 from bench import model, model_counts, model_field, model_gate
 from bench.model_counts import at_depth, count_step
 from bench.session import Session
@@ -22,7 +23,6 @@ CASES = {
     "ours": ("ours fp32, auto", Run("tiny", 0, 2, 64, 4)),
     "ours, nf4, checkpointed, high rank": ("ours fp32, auto", Run("tiny", 0, 1, 2, 64, True, "nf4")),
     "PEFT DoRA": ("PEFT DoRA fp32, autocast", Run("tiny", 0, 2, 64, 4)),
-    "PEFT LoRA, high rank": ("PEFT LoRA bf16", Run("tiny", 0, 1, 2, 64)),
 }
 
 
@@ -38,11 +38,26 @@ def test_two_depths_give_every_depth(name, run):
     if run.quantize:
         pytest.importorskip("bitsandbytes")
     contestant = model_field.contestants(BF16, run.rank)[name]
-    two, three, six = (count_step(run, contestant, BF16, HOPPER, layers) for layers in (2, 3, 6))
-    for part, exact in sums(six).items():
-        found = [at_depth(*pair, 6) for pair in zip(sums(two)[part], sums(three)[part])]
+    two, three, five = (count_step(run, contestant, BF16, HOPPER, layers) for layers in (2, 3, 5))
+    for part, exact in sums(five).items():
+        found = [at_depth(*pair, 5) for pair in zip(sums(two)[part], sums(three)[part])]
         assert found == list(exact), part
-    assert max(at_depth(*pair, 6) for pair in zip(two.peaks, three.peaks)) == max(six.peaks)
+    assert max(at_depth(*pair, 5) for pair in zip(two.peaks, three.peaks)) == max(five.peaks)
+
+
+@pytest.mark.parametrize("quantize", ["", "nf4"], ids=["dense", "nf4"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_adapters_have_the_dtype_that_the_name_says(device, quantize, monkeypatch):
+    if quantize:
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        monkeypatch.setattr(bitsandbytes.nn.Params4bit, "__deepcopy__", lambda self, memo: self)
+    monkeypatch.setattr(dora_kernels.patch, "check_model", lambda model: None)
+    base = model_field.build_base(Run("tiny", 1, 1, 8, 4, False, quantize), BF16, torch.device(device))
+    for name, contestant in model_field.contestants(BF16, 4).items():
+        if device == "cpu" or "patched" not in name:
+            adapted = model_field.adapted(base, contestant.adapt, False)
+            found = {parameter.dtype for parameter in adapted.parameters() if parameter.requires_grad}
+            assert found == (set() if contestant.kind == "base" else {BF16 if "bf16" in name else torch.float32}), name
 
 
 def test_every_contestant_has_the_bases_products():
@@ -87,10 +102,10 @@ def wrong_contestants():
     """Each is ours with one thing off."""
     right = model_field.contestants(torch.float32, 4)["ours fp32, auto"]
 
-    def change(do):
+    def change(do, at=0):
         def adapt(base):
             adapted = right.adapt(base)
-            do(next(m for m in adapted.modules() if isinstance(m, dk.DoraLinear)))
+            do([m for m in adapted.modules() if isinstance(m, dk.DoraLinear)][at])
             return adapted
 
         return right._replace(adapt=adapt)
@@ -104,7 +119,7 @@ def wrong_contestants():
     def poison(layer):
         layer.register_full_backward_hook(lambda module, into, out: tuple(g if g is None else 1.01 * g for g in into))
 
-    return {do.__name__: change(do) for do in (scale, freeze, poison)}
+    return {"scale": change(scale), "freeze": change(freeze), "poison": change(poison, at=-1)}
 
 
 def test_a_wrong_model_is_a_row_that_says_so_and_is_not_timed(monkeypatch, tmp_path):
