@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .offloading import refuse_absent
+
 
 class Freezable(nn.Module):
     """A module that may hold n and g, as `dora_linear` takes them; train, load, move or convert it then, and it raises.
@@ -13,7 +15,8 @@ class Freezable(nn.Module):
     frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def freeze(self) -> None:
-        """Computes n and g and keeps them."""
+        """Computes n and g and keeps them. Raises ValueError where the weights are not there."""
+        refuse_absent(self, "freeze an adapter")
         self.frozen_scale = self.weight_norm()
 
     def thaw(self) -> None:

@@ -16,6 +16,7 @@ from torch import nn
 
 from .config import DoraConfig
 from .linear import DoraLinear
+from .offloading import REMEDY, is_offloaded
 from .quantized import is_quantized, keep_packing, weight_of
 from .targets import LINEAR_CLASSES, find_saved, find_targets, rank_and_alpha
 
@@ -111,11 +112,10 @@ def check_model(model: nn.Module) -> None:
                 "model.merge_and_unload() merges it (to merge in fp32: save_pretrained it, then merge_dora what "
                 "load_adapter makes of the base model); or pass the base model"
             )
-        hook = getattr(module, "_hf_hook", None)
-        if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,))):
+        if is_offloaded(module):
+            where = path or "The model"
             raise ValueError(
-                f"{path or 'The model'} is offloaded by accelerate, so its weights are not there to be adapted; load "
-                "the model without cpu or disk in its device_map"
+                f"{where} is offloaded by accelerate, so its weights are not there to be adapted; {REMEDY}"
             )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
