@@ -15,7 +15,7 @@ from .adapter_files import check_digests, digests, put_in_place, save_with_heade
 from .config import DoraConfig
 from .linear import DoraLinear
 from .merging import check_finite
-from .patch import apply_dora, check_model, check_targets, dora_layers
+from .patch import apply_dora, check_model, check_targets, check_whole, dora_layers
 from .quantized import weight_of
 from .targets import find_saved, rank_and_alpha
 
@@ -47,6 +47,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
             "The model holds no adapter: pass the model that apply_dora returned, not a wrapper around it, before "
             "merge_dora (or after unmerge_dora)"
         )
+    # The frozen base may well be sharded: its weights are not written.
+    check_whole(_adapter_tensors(model).items())
     check_finite(dora_layers(model))
     suffix = ".weight" if compat == "transformers" else ""
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in _adapter_tensors(model).items()}
@@ -84,6 +86,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     directory = Path(directory)
     config, header, tensors = _read(directory)
     if patched := bool(dora_layers(model)):
+        check_whole(_adapter_tensors(model).items())
         expected = _meta(_adapter_tensors(model))
     else:
         fitting = without_absent_modules(config, [name for name, _ in model.named_modules() if name])

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .offloading import refuse_absent
+
 
 class Freezable(nn.Module):
     """A module that may hold n and g, as `dora_linear` takes them; train, load, move or convert it then, and it raises.
@@ -13,14 +15,9 @@ class Freezable(nn.Module):
     frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def freeze(self) -> None:
-        """Computes n and g and keeps them. Raises ValueError where the weights are not here to be read."""
-        norm, scale = self.weight_norm()
-        if norm.is_meta:
-            raise ValueError(
-                "frozen_adapters reads every weight once, on entering: these are on the meta device, or offloaded by "
-                "accelerate; load the model without cpu or disk in its device_map, or run it without the scope"
-            )
-        self.frozen_scale = norm, scale
+        """Computes n and g and keeps them. Raises ValueError where the weights are not there."""
+        refuse_absent(self, "freeze an adapter")
+        self.frozen_scale = self.weight_norm()
 
     def thaw(self) -> None:
         """Forgets them."""

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from . import dispatch
 from .freezable import Freezable
 from .functional import dora_linear
+from .offloading import REMEDY, is_offloaded
 from .quantized import Nf4Weight, Weight, description, needs_its_layer, readable, weight_of
 
 
@@ -188,6 +189,9 @@ class DoraLinear(Freezable):
         return linear.train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled() and is_offloaded(self):
+            # Its parameters are copies that accelerate throws away after forward, and gradients with them.
+            raise ValueError(f"this layer is offloaded by accelerate, so that its adapter would not train: {REMEDY}")
         y = dora_linear(
             x if self.compute_dtype is None else x.to(self.compute_dtype),
             self.base_weight,

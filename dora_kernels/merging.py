@@ -7,7 +7,7 @@ from torch import nn
 
 from .dequantizing import check_base, dense_dtype, dense_linear, mark, quantized_layers, unmark
 from .linear import DoraLinear
-from .patch import check_model, dora_layers, replace_module
+from .patch import check_model, check_whole, dora_layers, replace_module
 from .tying import broken_ties, check_can_untie, retie, untie
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = Fals
             The model is then unchanged.
     """
     check_model(model)
+    check_whole(model.named_parameters())
     layers = dora_layers(model)
     if not layers:
         hint = "unmerge_dora takes the merge back" if hasattr(model, "dora_unmerged") else "call apply_dora first"

@@ -10,12 +10,15 @@ import sys
 import warnings
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from .config import DoraConfig
 from .linear import DoraLinear
+from .offloading import REMEDY, is_offloaded
 from .quantized import is_quantized, keep_packing, sharding_of, weight_of
 from .targets import LINEAR_CLASSES, find_saved, find_targets, rank_and_alpha
 
@@ -73,6 +76,7 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
         raise TypeError(f"config should be a DoraConfig, got {type(config).__name__}")
     config = replace(config)  # validated again: a field may have been set since
     check_model(model)
+    check_whole(model.named_parameters())
     if layers := dora_layers(model):
         raise ValueError(f"The model has DoRA layers already ({_some(layers)}); merge_dora it, or load the base afresh")
     if hasattr(model, "dora_unmerged"):
@@ -99,7 +103,7 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuses what cannot be patched, merged or saved: a compiled or PEFT model, weights that are not here whole."""
+    """Refuses what cannot be patched, merged or saved: a compiled or PEFT model, weights that are not here."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model should be a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
@@ -111,16 +115,20 @@ def check_model(model: nn.Module) -> None:
                 "model.merge_and_unload() merges it (to merge in fp32: save_pretrained it, then merge_dora what "
                 "load_adapter makes of the base model); or pass the base model"
             )
-        hook = getattr(module, "_hf_hook", None)
-        if any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,))):
+        if is_offloaded(module):
+            where = path or "The model"
             raise ValueError(
-                f"{path or 'The model'} is offloaded by accelerate, so its weights are not there to be adapted; load "
-                "the model without cpu or disk in its device_map"
+                f"{where} is offloaded by accelerate, so its weights are not there to be adapted; {REMEDY}"
             )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device, without values; load the model's weights first")
-        if sharding := sharding_of(parameter):
+
+
+def check_whole(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Refuses, by name, what this process holds a part of."""
+    for name, tensor in tensors:
+        if sharding := sharding_of(tensor):
             raise ValueError(f"{name} is {sharding}")
 
 

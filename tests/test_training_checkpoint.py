@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 
+from tests.faults import Faults
+from training import checkpoint as checkpoints
 from training.checkpoint import damage, list_checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint
 
 ADAPTER = "adapter_model.safetensors"
@@ -143,3 +145,44 @@ def test_files_are_synced_before_the_rename_and_the_folder_after(tmp_path, monke
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="`keep` should be a positive number"):
         save(tmp_path, 1, keep=0)
+
+
+def test_a_failed_rename_puts_back_what_stood_there(tmp_path):
+    save(tmp_path, 5)
+    with Faults(tmp_path) as counted:
+        save(tmp_path, 5)
+    second = [number for number, call in enumerate(counted.calls) if call.startswith("rename")][1]
+    with Faults(tmp_path, second), pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 5)
+    assert damage(tmp_path / "checkpoint-5") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_skipped_out_loud(tmp_path, monkeypatch):
+    older, newest = save(tmp_path, 1), save(tmp_path, 2)
+    read = checkpoints._describe
+
+    def bad_block(path):
+        if newest in path.parents:
+            raise OSError(5, "Input/output error", str(path))
+        return read(path)
+
+    monkeypatch.setattr(checkpoints, "_describe", bad_block)
+    said = []
+    assert newest_checkpoint(tmp_path, said.append) == older
+    assert f"{newest}: {ADAPTER} cannot be read (Input/output error)" in said[0]
+
+
+def test_links_are_taken_away_and_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "file").write_text("not ours")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("checkpoint-0", ".tmp-1-1"):
+        (out / name).symlink_to(outside)
+    (out / "log").symlink_to(outside / "file")
+    save(out, 1, keep=1)
+    checkpoints.write_whole(out / "log", "ours")
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "log"]
+    assert (outside / "file").read_text() == "not ours" and (out / "log").read_text() == "ours"

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
@@ -99,7 +100,10 @@ class Flags:
             raise ValueError("`--no-fused` compares with PEFT's own code: it needs --use_peft")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("`--push_to_hub` needs --hub_model_id, the repository to upload to")
-        _ = self.dora  # checks its own fields
+        try:
+            _ = self.dora  # checks its own fields
+        except (TypeError, ValueError) as error:
+            raise ValueError(_in_flags(str(error))) from None
         if self.use_liger and self.torch_device.type != "cuda":
             raise ValueError("`--use_liger` needs a CUDA device: Liger's kernels do not run on a CPU; leave it out")
         if self.deepspeed:
@@ -254,6 +258,13 @@ def _as_arguments(values: dict) -> list[str]:
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
         words += [] if value is None else [f"--{name}={text}"]
     return words
+
+
+def _in_flags(words: str) -> str:
+    """What the engine says of its config, in the names of the flags."""
+    for field_, flag_ in {"r": "lora_r", "target_modules": "lora_target_modules"}.items():
+        words = words.replace(f"`{field_}`", f"`--{flag_}`")
+    return re.sub(r"`(lora_alpha|lora_dropout|impl)`", r"`--\1`", words)
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from .. import dispatch
 from ..freezable import Freezable
 from ..functional import dora_linear
+from ..offloading import refuse_absent
 from ..quantized import Nf4Weight, Weight, description, is_quantized, readable, weight_of
 
 
@@ -47,6 +48,7 @@ class FusedForward(Freezable):
         if not isinstance(self, FusedForward):
             return type(self).forward(self, x, *args, **kwargs)
         if args or kwargs or why_left_to_peft(self) or not _takes(self, x):
+            self._refuse_offloaded(x)
             return self.stock.forward(self, x, *args, **kwargs)
         (adapter,) = active_adapters(self)
         magnitude, dropout = self.lora_magnitude_vector[adapter], self.lora_dropout[adapter]
@@ -69,6 +71,13 @@ class FusedForward(Freezable):
             **self.dora_fusion.options,
         )
         return y.to(x.dtype) if is_quantized(self.base_layer) else y
+
+    def _refuse_offloaded(self, x: torch.Tensor) -> None:
+        """PEFT's DoRA would read weights that are not there, and say only that they are on the meta device."""
+        variants = (self.lora_variant.get(adapter) for adapter in self.active_adapters)
+        if x.is_meta or self.disable_adapters or self.merged or not any(variants):
+            return
+        refuse_absent(self, "run DoRA, PEFT's or fused")
 
     def weight_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
         """n and g of the active adapter, as forward computes them."""

@@ -1,0 +1,33 @@
+"""Two processes, and four offload orders. A case is a file of the suite, whose tests are this row's."""
+
+from .row import Record, Row, Verdict, failures
+
+FILES = {
+    "test_training_processes": "DDP",
+    "test_training_sharded": "FSDP2",
+    "test_offload": "offloading before and after apply_dora and patch_peft",
+}
+
+
+def run(name: str) -> dict:
+    from .suite import outcomes
+
+    found = outcomes("-n", "0", f"tests/{name}.py")
+    bad = {test: outcome for test, outcome in found.items() if outcome != "passed"}
+    assert not bad, f"{bad}"
+    return {"tests": len(found)}
+
+
+def judge(records: list[Record]) -> Verdict:
+    failed = failures(records)
+    parts = [f"{FILES[r['case']]}: {r.get('tests', 'failed')}" for r in records]
+    return Verdict(f"tests passed of {', '.join(parts)}", len(records) == len(FILES) and not failed)
+
+
+ROW = Row(
+    what="two-process DDP and FSDP2, four offload orders",
+    target="equal, or a clear error before training",
+    cases=lambda: list(FILES),
+    run=run,
+    judge=judge,
+)
