@@ -79,6 +79,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         RuntimeError: inside `frozen_adapters`.
     """
     check_model(model)
+    check_whole(_adapter_tensors(model).items())
     if any(layer.frozen_scale is not None for layer in dora_layers(model).values()):
         raise RuntimeError(
             "cannot load an adapter inside frozen_adapters: its norms would go stale; leave the scope first"
@@ -86,7 +87,6 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     directory = Path(directory)
     config, header, tensors = _read(directory)
     if patched := bool(dora_layers(model)):
-        check_whole(_adapter_tensors(model).items())
         expected = _meta(_adapter_tensors(model))
     else:
         fitting = without_absent_modules(config, [name for name, _ in model.named_modules() if name])
