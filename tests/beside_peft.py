@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from .oracle import errors, exact, relative_error, solve, solve_peft, term_sizes
+from .oracle import errors, exact, relative_error, solve, solve_peft
 
 # Base dtype, adapter dtype, autocast dtype of the PEFT run (fp32 adapters train under autocast in the HF Trainer).
 MIXES = {
@@ -23,14 +23,13 @@ def ways(dtype):
     return [(space, rounding) for space in spaces for rounding in ("nearest", "dithered")]
 
 
-def errors_of_all(problem, autocast, salt, of_terms=False):
-    """{"peft" or (space, rounding): {name: relative error}}; `of_terms`: of a value's terms where these cancel."""
-    truth, dtype = exact(problem), problem.x.dtype
-    sizes = term_sizes(problem, torch.finfo(dtype).smallest_normal) if of_terms else None
-    found = {"peft": errors(solve_peft(problem, autocast), truth, sizes)}
-    for space, rounding in ways(dtype):
+def errors_of_all(problem, autocast, salt):
+    """{"peft" or (space, rounding): {name: relative error}}."""
+    truth = exact(problem)
+    found = {"peft": errors(solve_peft(problem, autocast), truth)}
+    for space, rounding in ways(problem.x.dtype):
         ours = solve(problem, space=space, rounding=rounding, impl="triton", salt=salt)
-        found[space, rounding] = errors(ours, truth, sizes)
+        found[space, rounding] = errors(ours, truth)
     return found
 
 

@@ -150,6 +150,19 @@ def guard_bands():
 
 
 @contextmanager
+def poisoned_memory():
+    """torch.empty and its kin return NaN (integers: the largest), so that an unwritten lane shows."""
+    mode = torch.get_deterministic_debug_mode()
+    # PyTorch fills fresh memory in deterministic mode only; warn_only keeps that mode from refusing other operations.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+
+
+@contextmanager
 def count_launches():
     """Yields a Counter of Triton launches by kernel name, interpreted or compiled."""
     launches = Counter()

@@ -17,9 +17,11 @@ CASES = 40  # per mix: 240 cases, each in both spaces and both roundings
 
 cases = st.fixed_dictionaries(
     {
-        "M": st.integers(1, 80),
-        "N": st.integers(1, 80),
-        "K": st.integers(1, 80),
+        # From 16 on: in a layer of a few numbers one that cancels outweighs all other cases, and whose it is is chance.
+        # Smaller ones are held against fp64 alone, in tests.scorecard.properties.
+        "M": st.integers(16, 64),
+        "N": st.integers(16, 64),
+        "K": st.integers(16, 64),
         "R": st.integers(1, 40),
         "bias": st.booleans(),
         "update": st.sampled_from([1e-3, 1e-2, 0.1, 1.0]),
@@ -38,8 +40,7 @@ def test_error_against_fp64_beside_pefts(mix):
     @hypothesis.given(cases)
     def collect(case):
         problem = make_problem(dtype=dtype, adapter_dtype=adapter_dtype, **case)
-        # Of the terms: where a sum cancels, in layers this small, whose luck is worse would be chance.
-        found = errors_of_all(problem, autocast, salt=case["seed"], of_terms=True)
+        found = errors_of_all(problem, autocast, salt=case["seed"])
         for who, of_names in found.items():
             for name, error in of_names.items():
                 collected[who, name].append(error)

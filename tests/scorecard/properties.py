@@ -132,7 +132,13 @@ def _problem(case):
 
 
 def run(batch):
-    shares = []
+    from tests.buffers import poisoned_memory
+
+    with poisoned_memory():
+        return {"worst": max(_shares(batch))}
+
+
+def _shares(batch):
     for number in range(BATCH):
         case = draw(Random(f"{batch}/{number}"))
         try:
@@ -140,8 +146,7 @@ def run(batch):
             assert share <= 1, f"{name} is off by {share:.2f} times its bar"
         except Exception as error:
             raise AssertionError(f"{batch}/{number}: {type(error).__name__}: {error}; {case}") from error
-        shares.append(share)
-    return {"worst": max(shares)}
+        yield share
 
 
 def judge(records):
