@@ -10,7 +10,7 @@ demo: $(VENV)/.installed  ## fine-tune the embedded model on the embedded data
 test: $(VENV)/.installed  ## run the tests; kernels run under Triton's interpreter where there is no GPU
 	$(BIN)/python -m pytest -n 2
 
-scorecard: $(VENV)/.installed  ## measure the reliability scorecard and write tests/SCORECARD.md; hours, resumable
+scorecard: $(VENV)/.peft-suite  ## measure the reliability scorecard and write tests/SCORECARD.md; hours, resumable
 	$(BIN)/python -m tests.scorecard --write
 
 lint: $(VENV)/.installed  ## check style and formatting

@@ -67,16 +67,19 @@ def test_a_trained_adapter_is_never_touched():
     assert after[name.format(1)][3] == before[name.format(1)][3], "m is not the norm"
 
 
-def test_what_was_trained_while_patched_is_kept():
+@pytest.mark.parametrize("trained", ["", "lora_magnitude_vector"], ids=["everything", "magnitudes_alone"])
+def test_what_was_trained_while_patched_is_kept(trained):
     model = fresh(dtype=torch.float32)
     patch_peft(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and trained in name)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     step(model.train())
     optimizer.step()
-    trained = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kept = {name: p.detach().clone() for name, p in model.named_parameters()}
     unpatch_peft(model)
     for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, trained[name]), name
+        assert torch.equal(parameter, kept[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
