@@ -151,10 +151,6 @@ def contestants(dtype: torch.dtype, rank: int) -> dict[str, Contestant]:
             device = next(model.parameters()).device
             with device if device.type == "cuda" else nullcontext():
                 model = peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
-            for parameter in model.parameters():
-                # PEFT takes the dtype of a dense base; beside 4-bit weights its adapters stay fp32.
-                if parameter.requires_grad and not fp32_adapters:
-                    parameter.data = parameter.data.to(dtype)
             if patched:
                 patch(model)
             return model
