@@ -7,6 +7,7 @@ from unittest.mock import patch
 import peft
 import torch
 
+from dora_kernels.autograd import DoraLinearFunction
 from dora_kernels.interop import peft_linear
 from tests.tiny_models import FAMILIES, VOCAB
 
@@ -94,3 +95,17 @@ def count_fused():
     dora_linear = peft_linear.dora_linear
     with patch.object(peft_linear, "dora_linear", counted):
         yield calls
+
+
+@contextmanager
+def frozen_magnitude():
+    """An engine with one fault, the one that others had: the magnitude silently does not train."""
+    backward = DoraLinearFunction.backward
+
+    def wrong(ctx, grad_y):
+        gradients = list(backward(ctx, grad_y))
+        gradients[4] = torch.zeros_like(gradients[4])
+        return tuple(gradients)
+
+    with patch.object(DoraLinearFunction, "backward", staticmethod(wrong)):
+        yield

@@ -4,9 +4,7 @@ In fp64, where two right engines differ by 1e-15 a step and a wrong gradient by 
 """
 
 import copy
-from contextlib import contextmanager
 from types import SimpleNamespace
-from unittest.mock import patch
 
 import datasets
 import peft
@@ -17,10 +15,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from dora_kernels.autograd import DoraLinearFunction
 from dora_kernels.interop import patched_peft, unpatch_peft
 from dora_kernels.interop.trainer import DoraKernelsCallback, check_liger
-from tests.interop import assert_close, count_fused, dora_config
+from tests.interop import assert_close, count_fused, dora_config, frozen_magnitude
 from tests.tiny_models import VOCAB, llama
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -93,20 +90,6 @@ def run_sft(folder, callbacks=()):
         callbacks=list(callbacks),
     )
     return losses(trainer), trainer
-
-
-@contextmanager
-def frozen_magnitude():
-    """An engine with one fault, the one that others had: the magnitude silently does not train."""
-    backward = DoraLinearFunction.backward
-
-    def wrong(ctx, grad_y):
-        gradients = list(backward(ctx, grad_y))
-        gradients[4] = torch.zeros_like(gradients[4])
-        return tuple(gradients)
-
-    with patch.object(DoraLinearFunction, "backward", staticmethod(wrong)):
-        yield
 
 
 def adapters(trainer):

@@ -54,10 +54,10 @@ def peft_model(family: str):
     from tests.tiny_models import FAMILIES as MODELS
 
     torch.manual_seed(0)
-    # Named, for "all-linear" leaves out BERT's classifier in one of the engines alone.
     return peft.get_peft_model(MODELS[family](), dora_config(target_modules=TARGETS[family]))
 
 
+# By name, so that both engines adapt the same layers.
 TARGETS = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],
@@ -79,28 +79,17 @@ def own_model(family: str):
 
 
 def trained(family: str, engine: str) -> list[float]:
-    from unittest.mock import patch
-
-    import torch
+    from contextlib import nullcontext
 
     import dora_kernels as dk
-    from dora_kernels.autograd import DoraLinearFunction
+    from tests.interop import frozen_magnitude
 
     if engine == "apply_dora":
         return losses(own_model(family))
     model = peft_model(family)
     report = dk.patch_peft(model, impl="triton" if engine == "kernels" else "reference")
     assert not report.skipped, f"left to PEFT: {report.skipped}"
-    if engine != "wrong":
-        return losses(model)
-    backward = DoraLinearFunction.backward
-
-    def without_magnitude(ctx, grad_y):
-        gradients = list(backward(ctx, grad_y))
-        gradients[4] = torch.zeros_like(gradients[4])
-        return tuple(gradients)
-
-    with patch.object(DoraLinearFunction, "backward", staticmethod(without_magnitude)):
+    with frozen_magnitude() if engine == "wrong" else nullcontext():
         return losses(model)
 
 
