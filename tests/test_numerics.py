@@ -1,54 +1,35 @@
 """The numerics we promise: error against fp64 next to the installed PEFT's, and small updates that do not vanish."""
 
 from collections import defaultdict
+from random import Random
 
-import hypothesis
 import pytest
 import torch
-from hypothesis import strategies as st
 
 import dora_kernels as dk
 
-from .beside_peft import MIXES, errors_of_all, root_mean_square, ways
+from .beside_peft import MIXES, draw, errors_of_all, root_mean_square, ways
 from .oracle import NAMES, make_problem
-from .tolerances import PEFT_FACTOR, PEFT_FACTOR_FP32_ADAPTERS, SINGLE_CASE_FACTOR, UNIT_ROUNDOFF
+from .tolerances import PEFT_FACTOR, PEFT_FACTOR_FP32_ADAPTERS, SINGLE_CASE_FACTOR, SUM_FP32, UNIT_ROUNDOFF
 
-CASES = 40  # per mix: 240 cases, each in both spaces and both roundings
-
-cases = st.fixed_dictionaries(
-    {
-        # From 16 on: in a layer of a few numbers one that cancels outweighs all other cases, and whose it is is chance.
-        # Smaller ones are held against fp64 alone, in tests.scorecard.properties.
-        "M": st.integers(16, 64),
-        "N": st.integers(16, 64),
-        "K": st.integers(16, 64),
-        "R": st.integers(1, 40),
-        "bias": st.booleans(),
-        "update": st.sampled_from([1e-3, 1e-2, 0.1, 1.0]),
-        "seed": st.integers(0, 2**31),
-    }
-)
+# Of each mix, 320 in all, each in every form and rounding. In fp32 both errors are noise: more cases for less of it.
+CASES, CASES_FP32 = 40, 120
 
 
-@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
+@pytest.mark.parametrize("mix", MIXES)
 def test_error_against_fp64_beside_pefts(mix):
-    dtype, adapter_dtype, autocast = mix
+    dtype, adapter_dtype, autocast = MIXES[mix]
     unit = UNIT_ROUNDOFF[dtype]
     collected = defaultdict(list)
-
-    @hypothesis.settings(max_examples=CASES, phases=[hypothesis.Phase.generate])
-    @hypothesis.given(cases)
-    def collect(case):
-        problem = make_problem(dtype=dtype, adapter_dtype=adapter_dtype, **case)
-        found = errors_of_all(problem, autocast, salt=case["seed"])
+    for number in range(CASES_FP32 if dtype == torch.float32 else CASES):
+        layer = draw(Random(f"{mix}/{number}"))
+        problem = make_problem(dtype=dtype, adapter_dtype=adapter_dtype, **layer)
+        found = errors_of_all(problem, autocast, salt=layer["seed"])
         for who, of_names in found.items():
             for name, error in of_names.items():
                 collected[who, name].append(error)
                 theirs = found["peft"][name]
                 assert who == "peft" or error <= SINGLE_CASE_FACTOR * max(theirs, unit), (who, name, error, theirs)
-
-    collect()
-    assert len(collected["peft", "y"]) == CASES
 
     def rms(who, name):
         return root_mean_square(collected[who, name])
@@ -56,8 +37,10 @@ def test_error_against_fp64_beside_pefts(mix):
     for way in ways(dtype):
         for name in NAMES:
             bar = PEFT_FACTOR[way[1], dtype] * rms("peft", name)
-            if mix == MIXES["bf16-fp32-adapters"] and name in PEFT_FACTOR_FP32_ADAPTERS:
+            if mix == "bf16-fp32-adapters" and name in PEFT_FACTOR_FP32_ADAPTERS:
                 bar = unit * PEFT_FACTOR_FP32_ADAPTERS[name]
+            if name == "db" and dtype == torch.float32:
+                bar = SUM_FP32
             assert rms(way, name) <= bar, (way, name, rms(way, name), rms("peft", name))
 
 

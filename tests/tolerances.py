@@ -20,8 +20,12 @@ PEFT_FACTOR = {
     # Nothing is rounded to a smaller type in fp32: both errors are summation noise of one size, and which of two such
     # is larger is chance.
     ("nearest", torch.float32): 1.05,
-    ("dithered", torch.float32): 1.05,
 }
+
+SUM_FP32 = 3 * UNIT_ROUNDOFF[torch.float32]
+"""db is nothing but a sum over tokens, and its error in fp32 the order of the additions: PyTorch's is a cascade, the
+interpreter's numpy adds a block's 32 rows one by one (1.3 times the error), a GPU's is a tree. √32 additions of half a
+unit each."""
 
 PEFT_FACTOR_FP32_ADAPTERS = {"dA": 2.5, "dB": 2.5}
 """16-bit base, fp32 adapters, no autocast: PEFT copies x to fp32 and runs the adapter in fp32 GEMMs, so its dA and dB

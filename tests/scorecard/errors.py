@@ -20,19 +20,15 @@ def cases():
 
 def run(case):
     """{who: {name: sum of the squared errors}} over a batch."""
-    from tests.beside_peft import MIXES, errors_of_all, errors_of_two_roundings
+    from tests.beside_peft import MIXES, draw, errors_of_all, errors_of_two_roundings
     from tests.oracle import make_problem
 
     dtype, adapter_dtype, autocast = MIXES[case.split("/")[0]]
     squares = defaultdict(lambda: defaultdict(float))
     for number in range(BATCH):
-        random = Random(f"{case}/{number}")
-        # From 16 on, so that no single number that cancels outweighs all others.
-        M, N, K = (random.randint(16, 96) for _ in range(3))
-        rank, bias, update = random.randint(1, 40), random.random() < 0.5, random.choice([1e-3, 1e-2, 0.1, 1.0])
-        seed = random.randrange(2**32)
-        problem = make_problem(M, N, K, rank, dtype, adapter_dtype, bias, update, seed)
-        for who, errors in errors_of_all(problem, autocast, salt=seed).items():
+        layer = draw(Random(f"{case}/{number}"))
+        problem = make_problem(dtype=dtype, adapter_dtype=adapter_dtype, **layer)
+        for who, errors in errors_of_all(problem, autocast, salt=layer["seed"]).items():
             for name, error in errors.items():
                 assert math.isfinite(error), f"{who} {name} is {error} in case {number}"
                 squares[who if who == "peft" else " ".join(who)][name] += error**2
