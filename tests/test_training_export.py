@@ -113,3 +113,23 @@ def test_nothing_is_overwritten(tmp_path):
         with pytest.raises(SystemExit, match="adapter exists already"):
             run(tmp_path / "adapter", tmp_path / "adapter", "--to", to)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--output_dir", "/proc/x", "--rank", "2"], "`--output_dir` /proc/x cannot be made there"),
+        (
+            ["--output_dir", "OUT", "--rank", "1000000000"],
+            "`--rank` 1000000000 is far more than 32, from which on nothing is lost",
+        ),
+    ],
+    ids=["no place", "a rank beyond any layer"],
+)
+def test_what_cannot_be_written_is_said_in_the_flags_names(words, message, tmp_path):
+    base = base_folder(tmp_path / "base")
+    our_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    words = [word.replace("OUT", str(tmp_path / "out")) for word in words]
+    with pytest.raises(SystemExit, match=message):
+        main(["--base_model", str(base), "--adapter", str(tmp_path / "adapter"), "--to", "lora", *words])
+    assert not (tmp_path / "out").exists()

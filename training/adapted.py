@@ -97,7 +97,10 @@ def check_output(output: Path) -> None:
 def new_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` to write into, which becomes `output` at the end, or vanishes if anything fails."""
     staged = output.parent / f".{output.name}-{os.getpid()}"
-    staged.mkdir(parents=True)
+    try:
+        staged.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"`--output_dir` {output} cannot be made there: {error}") from None
     try:
         yield staged
         staged.rename(output)  # refused by the system if files came to be there meanwhile

@@ -78,6 +78,12 @@ def run(flags: Flags) -> None:
     output, sources = Path(flags.output_dir), Sources(Path(flags.adapter), flags.base_model or None)
     check_output(output)
     model = sources.load()
+    layers = dora_layers(model).values()
+    exact = max(min(layer.in_features, layer.out_features) for layer in layers)
+    if flags.rank > max(layer.in_features + layer.out_features for layer in layers):
+        raise ValueError(
+            f"`--rank` {flags.rank} is far more than {exact}, from which on nothing is lost: choose at most that"
+        )
     with new_folder(output) as folder:
         errors = write_lora(model, flags.rank, folder)
     print(f"what rank {flags.rank} misses, as a share of each layer's DoRA update:\n{errors}")

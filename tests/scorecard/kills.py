@@ -18,7 +18,8 @@ def interrupt(seed: str, option: str, points: int) -> dict:
     command = [sys.executable, "-m", "tests.kill_training", "--seed", seed, *words]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     if ended.returncode:
-        raise RuntimeError(ended.stderr[-1500:])
+        said = re.search(r".*; the last child said", ended.stderr)
+        raise RuntimeError(f"{said[0] if said else 'it failed'}: {ended.stderr[-1500:]}")
     line = ended.stdout.splitlines()[["--points", "--stops"].index(option)]
     done = {name: int(count) for name, count in re.findall(r"([a-z ]+): (\d+)", line.partition(" ")[2])}
     assert done["points"] == points, line
