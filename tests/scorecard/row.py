@@ -117,4 +117,10 @@ def _read(path: Path, stamp: dict) -> list[Record]:
     if not path.exists() or stamp["commit"].endswith(("-changed", "unknown")):
         return []
     first, *lines = path.read_text().split("\n")[:-1] or ["null"]
-    return [json.loads(line) for line in lines] if json.loads(first) == stamp else []
+    same = _but_for_the_date(json.loads(first)) == _but_for_the_date(stamp)
+    return [json.loads(line) for line in lines] if same else []
+
+
+def _but_for_the_date(stamp: dict | None) -> dict:
+    # A row of hours runs past midnight.
+    return {name: value for name, value in (stamp or {}).items() if name != "date"}
