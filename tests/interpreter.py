@@ -14,10 +14,11 @@ patterns as uint16 and forgets that in most places. What is wrong in Triton 3.6 
 | tl.dot on fp32, tf32 (the default) | full fp32                             | operands cut to 10 mantissa bits       |
 | tl.maximum/minimum/clamp with NaN  | NaN wins (until 3.9)                  | NaN loses unless propagate_nan asks    |
 | reduce, scan over bf16 or fp16     | bit patterns; fp16 sums in fp32       | raises: convert to tl.float32 first    |
+| tl.sum                             | one by one, except on the last axis   | a tree, with a tree's rounding error   |
 | range(n), n a kernel argument      | raises (3.6 with numpy 2.4)           | a loop                                 |
 | Python floats as kernel arguments  | stay double, never promote            | fp32 scalars, or as annotated          |
 
-Still not the GPU: a * b + c is never fused, / and tl.sqrt are exact, and sums have another order.
+Still not the GPU: a * b + c is never fused, / and tl.sqrt are exact, and the trees of sums are others.
 """
 
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from triton.runtime.interpreter import (
     GridExecutor,
     InterpretedFunction,
     InterpreterBuilder,
+    ReduceOps,
     ReduceScanOpInterface,
     TensorHandle,
 )
@@ -145,6 +147,18 @@ def _check_tensor(self, input):
     return STOCK[ReduceScanOpInterface, "check_tensor"](self, input)
 
 
+def _sum(self, input):
+    """As lanes and warps add: in a sum of n equal numbers log n roundings meet, and not n."""
+    data = input.handle.data
+    if data.dtype.kind != "f" or self.axis is None:
+        return STOCK[ReduceOps, "sum"](self, input)
+    parts = np.moveaxis(data, self.axis, 0)
+    while len(parts) > 1:  # the lengths of blocks are powers of two
+        half = len(parts) // 2
+        parts = parts[:half] + parts[half:]
+    return self.to_tensor(np.expand_dims(parts[0], self.axis) if self.keep_dims else parts[0], input.dtype)
+
+
 def _init_args_hst(self, args_dev, kwargs):
     """A float argument reaches a compiled kernel as an fp32 scalar, which promotes bf16 and rounds a double."""
     args_hst, kwargs_hst = STOCK[GridExecutor, "_init_args_hst"](self, args_dev, kwargs)
@@ -188,6 +202,7 @@ REPLACEMENTS = {
     # Absent before 3.9, where tl.full(..., tl.bfloat16) and bf16 * 0.5 therefore raise.
     (InterpreterBuilder, "get_bf16"): lambda self, value: encode(np.array([value], np.float32), tl.bfloat16),
     (ReduceScanOpInterface, "check_tensor"): _check_tensor,
+    (ReduceOps, "sum"): _sum,
     (GridExecutor, "_init_args_hst"): _init_args_hst,
     (triton_interpreter, "_patch_lang_tensor"): _patch_lang_tensor,
 }

@@ -93,6 +93,13 @@ def _reduce_kernel(x_ptr, y_ptr, OP: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _columns_kernel(x_ptr, y_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    offs = tl.arange(0, COLUMNS)
+    x = tl.load(x_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + offs[None, :])
+    tl.store(y_ptr + offs, tl.sum(x, axis=0))
+
+
+@triton.jit
 def _count_kernel(y_ptr, n):
     total = 0
     for i in range(0, n, 2):
@@ -217,6 +224,15 @@ def test_reductions(dtype, device):
     assert out.item() == x.float().max().item()
 
 
+def test_a_sum_is_a_tree(device):
+    """Added one by one to 2²⁴, which has no place for them, 127 ones would all be lost."""
+    x = torch.ones(128, 16)
+    x[0] = 2.0**24
+    out = torch.empty(16, device=device)
+    _columns_kernel[(1,)](x.to(device), out, ROWS=128, COLUMNS=16)
+    assert (out > 2**24 + 64).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=_name)
 def test_sum_in_16_bits_is_refused(dtype):
     x = torch.ones(128, dtype=dtype)
@@ -261,6 +277,7 @@ STOCK_FAULTS = {
     "less": lambda: test_arithmetic("less", torch.bfloat16, "cpu"),
     "dot": lambda: test_dot(torch.bfloat16, "cpu"),
     "tf32": lambda: test_dot_shows_tf32("tf32", "cpu"),
+    "tree": lambda: test_a_sum_is_a_tree("cpu"),
     "sum": lambda: test_sum_in_16_bits_is_refused(torch.bfloat16),
     "float-argument": lambda: test_a_float_argument_is_an_fp32_scalar(torch.float64, "cpu"),
 }

@@ -22,11 +22,6 @@ PEFT_FACTOR = {
     ("nearest", torch.float32): 1.05,
 }
 
-SUM_FP32 = 3 * UNIT_ROUNDOFF[torch.float32]
-"""db is nothing but a sum over tokens, and its error in fp32 the order of the additions: PyTorch's is a cascade, the
-interpreter's numpy adds a block's 32 rows one by one (1.3 times the error), a GPU's is a tree. √32 additions of half a
-unit each."""
-
 PEFT_FACTOR_FP32_ADAPTERS = {"dA": 2.5, "dB": 2.5}
 """16-bit base, fp32 adapters, no autocast: PEFT copies x to fp32 and runs the adapter in fp32 GEMMs, so its dA and dB
 carry no 16-bit rounding. Ours do, as under autocast: h and dh are handed over in 16 bits. Their bar is this many unit
