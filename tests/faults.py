@@ -8,35 +8,44 @@ import builtins
 import errno
 import io
 import os
-import random
+import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
 import safetensors.torch
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerFast
 
 KINDS = ("full", "input/output", "torn")
-"""No space when writing begins; an error once all is written; half of it written, and then no space."""
+"""No space when writing begins; an error once all is written; half of what is written first, and then no space."""
+CONTENT = ("write", "tensors", "tokenizer")
+"""The calls that write content: others cannot be torn."""
 
 NUMBERS = {"full": errno.ENOSPC, "input/output": errno.EIO, "torn": errno.ENOSPC}
 
 
 class Faults:
     """While open, counts what is done to files under `folder`: opening for writing, syncing, renaming, making and
-    removing folders and files, and safetensors' own writing. Call number `strike` fails, once."""
+    removing folders and files, and the writing of safetensors and tokenizers themselves. Call number `strike` fails,
+    once; a call that would have done nothing (making a folder that is there) is none.
+
+    `delivered` tells whether it did: of a file that is opened and never written to, no write fails.
+    """
 
     def __init__(self, folder: Path, strike: int = -1, kind: str = "full", before=lambda: None):
         self.folder, self.strike, self.kind, self.before = str(folder.resolve()), strike, kind, before
         self.calls: list[str] = []
+        self.delivered = False
         self._patches = ExitStack()
 
     def __enter__(self) -> "Faults":
         replaced = [(io, "open", self._open), (builtins, "open", self._open)]
         replaced.append((safetensors.torch, "serialize_file", self._serialize))
-        replaced += [
-            (os, name, self._wrap(name)) for name in ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
-        ]
+        replaced.append((PreTrainedTokenizerFast, "_save_pretrained", self._save_tokenizer()))
+        replaced.append((shutil, "_USE_CP_SENDFILE", False))  # copies are written by `write`, which can fail
+        names = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink", "remove")
+        replaced += [(os, name, self._wrap(name)) for name in names]
         for module, name, function in replaced:
             self._patches.enter_context(mock.patch.object(module, name, function))
         return self
@@ -49,6 +58,8 @@ class Faults:
         return len(self.calls) > self.strike >= 0
 
     def error(self) -> OSError:
+        """What the failing call raises now."""
+        self.delivered = True
         number = NUMBERS[self.kind]
         return OSError(number, os.strerror(number), self.calls[self.strike].partition(" ")[2])
 
@@ -65,9 +76,13 @@ class Faults:
         function = getattr(os, name)
 
         def called(path, *rest, dir_fd=None, **options):
-            place = f"/proc/self/fd/{path if name == 'fsync' else dir_fd}"
-            within = os.readlink(place) if name == "fsync" or dir_fd is not None else os.path.abspath(path)
-            if self._is_struck(name, within):
+            if name == "fsync":
+                within = os.readlink(f"/proc/self/fd/{path}")
+            else:
+                folder = os.getcwd() if dir_fd is None else os.readlink(f"/proc/self/fd/{dir_fd}")
+                within = os.path.abspath(os.path.join(folder, path))
+            does = name == "fsync" or os.path.lexists(within) == (name != "mkdir")
+            if does and self._is_struck(name, within):
                 raise self.error()
             return function(path, *rest, **options | ({} if dir_fd is None else {"dir_fd": dir_fd}))
 
@@ -78,7 +93,7 @@ class Faults:
         if isinstance(file, int) or not set(mode) & set("wax+"):
             return opened
         path = os.path.abspath(file)
-        return Failing(opened, path, self) if self._is_struck("write", path) else opened
+        return Failing(opened, self) if self._is_struck("write", path) else opened
 
     def _serialize(self, tensors, path, metadata=None):
         struck = self._is_struck("tensors", os.path.abspath(path))
@@ -87,7 +102,26 @@ class Faults:
         if struck:
             if self.kind == "torn":  # as versions do that write under the final name
                 os.truncate(path, os.path.getsize(path) // 2)
+            self.delivered = True
             raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(NUMBERS[self.kind])}")
+
+    def _save_tokenizer(self):
+        """In Rust, which knows no kind of its own for what fails."""
+        save = PreTrainedTokenizerFast._save_pretrained
+
+        def called(tokenizer, save_directory, *rest, **options):
+            path = os.path.join(os.path.abspath(save_directory), "tokenizer.json")
+            struck = self._is_struck("tokenizer", path)
+            if not struck or self.kind != "full":
+                saved = save(tokenizer, save_directory, *rest, **options)
+            if not struck:
+                return saved
+            if self.kind == "torn":
+                os.truncate(path, os.path.getsize(path) // 2)
+            self.delivered = True
+            raise Exception(f"{os.strerror(NUMBERS[self.kind])} (os error {NUMBERS[self.kind]})")
+
+        return called
 
 
 OPEN, SERIALIZE = io.open, safetensors.torch.serialize_file
@@ -96,17 +130,18 @@ OPEN, SERIALIZE = io.open, safetensors.torch.serialize_file
 class Failing:
     """An open file whose first `write` fails, or whose `close` does."""
 
-    def __init__(self, file, path: str, faults: Faults):
-        self._file, self._path, self._faults = file, path, faults
-        self._size = os.path.getsize(path)  # not 0 where it is appended to
+    def __init__(self, file, faults: Faults):
+        self._file, self._faults = file, faults
 
     def __getattr__(self, name):
         return getattr(self._file, name)
 
     def write(self, data):
-        if self._faults.kind == "full":
-            raise self._faults.error()
-        return self._file.write(data)
+        if self._faults.kind == "input/output":
+            return self._file.write(data)
+        if self._faults.kind == "torn":
+            self._file.write(data[: len(data) // 2])
+        raise self._faults.error()
 
     def writelines(self, lines):
         for line in lines:
@@ -114,9 +149,7 @@ class Failing:
 
     def close(self) -> None:
         self._file.close()
-        if self._faults.kind == "torn":
-            os.truncate(self._path, (self._size + os.path.getsize(self._path)) // 2)
-        if self._faults.kind != "full":
+        if self._faults.kind == "input/output" and not self._faults.delivered:
             raise self._faults.error()
 
     def __enter__(self):
@@ -129,25 +162,22 @@ class Failing:
             self._file.close()
 
 
-def truncated(path: Path, chance: random.Random) -> None:
-    os.truncate(path, chance.randrange(path.stat().st_size))
+def truncated(path: Path, at: int) -> None:
+    os.truncate(path, at)
 
 
-def flipped(path: Path, chance: random.Random) -> None:
+def flipped(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
-    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    content[at] ^= 1 << at % 8
     path.write_bytes(content)
 
 
-def zeroed(path: Path, chance: random.Random) -> None:
+def zeroed(path: Path, at: int) -> None:
     """As file systems leave blocks that were never written."""
     content = path.read_bytes()
-    start = chance.randrange(len(content))
-    path.write_bytes(content[:start] + bytes(len(content) - start))
+    path.write_bytes(content[:at] + bytes(len(content) - at))
 
 
-def missing(path: Path, chance: random.Random) -> None:
-    path.unlink()
-
-
-AT_REST = {"truncated": truncated, "flipped": flipped, "zeroed": zeroed, "missing": missing}
+AT_REST = {"truncated": truncated, "flipped": flipped, "zeroed": zeroed}
+"""What befalls a finished file, from a byte on or in it."""
+PLACES = {"first": lambda size: 0, "middle": lambda size: size // 2, "last": lambda size: size - 1}

@@ -206,6 +206,17 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
     )
 
 
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Raises OSError if it cannot be written."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        # tokenizers, in Rust, has no kind of its own for a full disk
+        raise OSError(f"the tokenizer cannot be written to {folder}: {error}") from error
+
+
 def finish(flags: Flags, adapter: Adapter, tokenizer, rows: Rows, seconds: float) -> None:
     """The adapter, its card and the curve in the output folder; the summary; the upload."""
     output_dir = Path(flags.output_dir)
@@ -215,7 +226,7 @@ def finish(flags: Flags, adapter: Adapter, tokenizer, rows: Rows, seconds: float
     with tempfile.TemporaryDirectory(prefix=".finish-", dir=output_dir) as temporary:
         staged = Path(temporary)
         adapter.write(staged)
-        tokenizer.save_pretrained(staged)
+        save_tokenizer(tokenizer, staged)
         plot_losses(output_dir / METRICS, staged / "loss.png")
         write_card(flags, adapter, rows, staged / "README.md")
         files = [str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file()]

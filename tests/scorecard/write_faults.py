@@ -1,215 +1,64 @@
-"""Write faults at every write site. A case is a scenario and a number that chooses the call to fail, and how it fails.
+"""Write faults at every write site. A case is a scenario, one of its calls that can fail, and how it fails; or, at rest,
+a finished file and what is done to it.
 
 Each scenario writes where something good is already, under `tests.faults`. Whatever the fault: an error comes out that
 names it, unless the write was complete; what was good before still verifies and loads, bit for bit, or what replaced it
-does; and writing once more, without the fault, succeeds.
+does; and writing once more, without the fault, succeeds. A fault that did not happen is no case.
 """
 
 import functools
 import io
-import random
-import shutil
+import json
+import re
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from .row import Row, none_fail
+from .row import Record, Row, Verdict, failures
+from .scenarios import SCENARIOS, Adapter, Checkpoint, same_adapter
+from .small import base, model
 
-CASES = {"checkpoint": 75, "adapter": 36, "metrics": 18, "merge": 30, "export": 24, "run": 75, "rest": 60}
+LEAST = 300
 SAID = ("No space left on device", "Input/output error")
+FILES = {
+    "checkpoint": ("adapter_config.json", "adapter_model.safetensors", "manifest.json")
+    + ("training_state.json", "training_state.safetensors"),
+    "adapter": ("adapter_config.json", "adapter_model.safetensors"),
+}
+"""What lies at rest."""
 
 
-class Scenario:
-    """Something good in `folder`, and what writes over it or beside it."""
+def cases() -> list[str]:
+    """Every call of every scenario, failing in every way that such a call can; every file, damaged in every way."""
+    from tests.faults import AT_REST, CONTENT, KINDS, PLACES
 
-    errors: tuple = (OSError,)
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def write(self) -> None:
-        raise NotImplementedError
-
-    def check(self, failed: bool) -> None:
-        """Asserts that what is there is good; `failed`: the write raised."""
-        raise NotImplementedError
-
-    def remember(self) -> None:
-        """Called when the fault is about to happen."""
-
-
-class Checkpoint(Scenario):
-    """The third checkpoint of a run, whose older ones are rotated."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.out, self.sound = folder / "out", []
-        for step in (1, 2):
-            self.save(step)
-
-    def save(self, step):
-        import torch
-
-        import dora_kernels as dk
-        from training.checkpoint import save_checkpoint
-
-        tensors = {"moment": torch.full((3,), float(step))}
-        save_checkpoint(self.out, step, tensors, {"step": step}, lambda path: dk.save_adapter(model(step), path))
-
-    def write(self):
-        from safetensors import SafetensorError
-
-        try:
-            self.save(3)
-        except SafetensorError as error:  # the commands' own `except` turns both into one sentence
-            raise OSError(str(error)) from error
-
-    def remember(self):
-        from training.checkpoint import damage, list_checkpoints, step_of
-
-        self.sound = [step_of(path) for path in list_checkpoints(self.out) if damage(path) is None]
-
-    def check(self, failed):
-        import dora_kernels as dk
-        from training.checkpoint import load_checkpoint, newest_checkpoint, step_of
-
-        newest = newest_checkpoint(self.out, say=lambda text: None)
-        step = step_of(newest)
-        assert step >= max(self.sound), f"{max(self.sound)} was sound, now {step} is the newest"
-        tensors, state = load_checkpoint(newest)
-        assert state == {"step": step} and tensors["moment"].tolist() == [step] * 3
-        same_adapter(dk.load_adapter(base(), newest), model(step))
-
-
-class Adapter(Scenario):
-    """An adapter of another rank over one that is there."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.save(1)
-
-    def save(self, step):
-        import dora_kernels as dk
-
-        dk.save_adapter(model(step), self.folder / "out")
-
-    def write(self):
-        self.save(5)
-
-    def check(self, failed):
-        import dora_kernels as dk
-
-        loaded = dk.load_adapter(base(), self.folder / "out")
-        step = 5 if loaded.dora_config.r == model(5).dora_config.r else 1
-        assert failed or step == 5
-        same_adapter(loaded, model(step))
-
-
-class Metrics(Scenario):
-    """A log, cut back to a step and gone on with."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        from training.metrics import append_row
-
-        self.path = folder / "metrics.jsonl"
-        for step in range(1, 6):
-            append_row(self.path, {"step": step, "loss": step / 7})
-
-    def write(self):
-        from training.metrics import append_row, keep_until, plot_losses
-
-        keep_until(self.path, 3)
-        append_row(self.path, {"step": 4, "loss": 4 / 7})
-        plot_losses(self.path, self.folder / "loss.png")
-
-    def check(self, failed):
-        from training.metrics import read_rows
-
-        steps = [row["step"] for row in read_rows(self.path)]
-        assert steps[:3] == [1, 2, 3] and (failed or steps == [1, 2, 3, 4]), steps
-
-
-class Merge(Scenario):
-    """A new folder with a model; nothing of it is there unless all is."""
-
-    module, words = "merge", ()
-    errors = (SystemExit,)
-
-    def write(self):
-        import importlib
-
-        command = importlib.import_module(f"training.{self.module}")
-        words = ["--base_model", base_folder(), "--adapter", adapter_folder(), "--output_dir", self.folder / "out"]
-        shutil.rmtree(self.folder / "out", ignore_errors=True)
-        command.main([*map(str, words), *self.words])
-
-    def check(self, failed):
-        left = sorted(path.name for path in self.folder.iterdir())
-        assert left == ([] if failed else ["out"]), left
-        if not failed:
-            assert contents(self.folder / "out") == whole(type(self).__name__)
-
-
-class Export(Merge):
-    module, words = "export", ("--to", "lora", "--rank", "2")
-
-
-class Run(Scenario):
-    """Training from the first file to the last, over a folder in which an earlier adapter is."""
-
-    errors = (SystemExit,)
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        import dora_kernels as dk
-
-        self.out, self.sound = folder / "out", []
-        dk.save_adapter(model(1), self.out)
-
-    def write(self, *bare):
-        from tests.training_runs import arguments
-        from training.__main__ import main
-
-        main(arguments(rows_file(), self.out, *bare, base_model=base_folder(), max_steps=4, eval_step=0, lora_r=3))
-
-    remember = Checkpoint.remember
-
-    def check(self, failed):
-        import dora_kernels as dk
-        from training.checkpoint import newest_checkpoint, step_of
-
-        newest = newest_checkpoint(self.out, say=lambda text: None)
-        assert (step_of(newest) if newest else 0) >= max(self.sound, default=0)
-        loaded = dk.load_adapter(base(), self.out)
-        if loaded.dora_config.r == model(1).dora_config.r:
-            assert failed
-            same_adapter(loaded, model(1))
-        else:
-            assert adapter_bytes(self.out) == whole("Run")[WEIGHTS]
-        if failed:
-            self.write("--resume")
-            assert adapter_bytes(self.out) == whole("Run")[WEIGHTS]
-
-
-WEIGHTS = "adapter_model.safetensors"
-SCENARIOS = {"checkpoint": Checkpoint, "adapter": Adapter, "metrics": Metrics}
-SCENARIOS |= {"merge": Merge, "export": Export, "run": Run}
+    found = []
+    for name in SCENARIOS:
+        for number, call in enumerate(calls(name)):
+            kinds = KINDS if call.split()[0] in CONTENT else KINDS[:2]  # only content can be torn
+            found += [f"{name}|{number}|{kind}" for kind in kinds]
+    for name, files in FILES.items():
+        for file in files:
+            found += [f"{name} at rest|{file}|missing"]
+            found += [f"{name} at rest|{file}|{fault} {place}" for fault in AT_REST for place in PLACES]
+    return found
 
 
 def run(case: str) -> dict:
-    name, number = case.split("-")
+    name, what, kind = case.split("|")
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        return at_rest(Path(folder), int(number)) if name == "rest" else while_writing(name, Path(folder), int(number))
+        if name == "checkpoint at rest":
+            found = checkpoint_at_rest(Path(folder), what, kind)
+        elif name == "adapter at rest":
+            found = adapter_at_rest(Path(folder), what, kind)
+        else:
+            found = while_writing(name, Path(folder), int(what), kind)
+    return {"scenario": name, "call": what, "kind": kind} | found
 
 
-def while_writing(name: str, folder: Path, number: int) -> dict:
-    from tests.faults import KINDS, Faults
+def while_writing(name: str, folder: Path, strike: int, kind: str) -> dict:
+    from tests.faults import Faults
 
-    total = calls(name)
-    # All calls once, with one kind after the other, then all again with the next; a run's are too many for that.
-    step = 1 if CASES[name] >= total else total / CASES[name]
-    strike, kind = int(number * step) % total, KINDS[(number + number // total) % len(KINDS)]
     scenario, error = SCENARIOS[name](folder), None
     with Faults(folder, strike, kind, scenario.remember) as faults:
         try:
@@ -217,46 +66,79 @@ def while_writing(name: str, folder: Path, number: int) -> dict:
         except scenario.errors as raised:
             error = raised
     assert faults.struck, "the chosen call was not reached"
-    what = f"{faults.calls[strike].replace(str(folder), '')} ({kind})"
+    what = normal(faults.calls[strike], folder)
     try:
         assert error is None or any(said in str(error) for said in SAID), f"an error without the cause: {error}"
+        assert faults.delivered or error is None, "an error without a fault"
         scenario.check(failed=error is not None)
         if error is not None and name != "run":
             scenario.write()
             scenario.check(failed=False)
     except (Exception, SystemExit) as raised:
-        raise AssertionError(f"{what}: {type(raised).__name__}: {raised}; the write had said: {error}") from raised
-    return {"call": what, "raised": error is not None}
+        raise AssertionError(f"{what} ({kind}): {type(raised).__name__}: {raised}; the write said: {error}") from raised
+    return {"call": what, "delivered": faults.delivered, "detected": error is not None}
 
 
-def at_rest(folder: Path, number: int) -> dict:
+def normal(call: str, folder: Path) -> str:
+    """A call by names that are the same in every run."""
+    inside = call.replace(str(folder.resolve()), "").replace(str(folder), "")
+    return re.sub(r"/(\.tmp-\d+|\.finish|\.adapter|\.out)-\w+", r"/\1-*", inside)
+
+
+def checkpoint_at_rest(folder: Path, name: str, fault: str) -> dict:
     """One file of the newest of two checkpoints, damaged: the older one is taken, and said why."""
-    from tests.faults import AT_REST
     from training.checkpoint import newest_checkpoint, step_of
 
     checkpoint = Checkpoint(folder)
-    newest = checkpoint.out / "checkpoint-2"
-    files = sorted(path for path in newest.iterdir())
-    file, fault = files[number % len(files)], list(AT_REST)[number // len(files) % len(AT_REST)]
+    file = checkpoint.out / "checkpoint-2" / name
     before = file.read_bytes()
-    AT_REST[fault](file, random.Random(number))
+    delivered = damage(file, fault)
     said = []
     found = step_of(newest_checkpoint(checkpoint.out, said.append))
-    harmless = file.exists() and file.name == "manifest.json" and same_manifest(before, file.read_bytes())
-    assert found == (2 if harmless else 1), f"{fault} {file.name}: checkpoint {found} is taken, having said {said}"
+    harmless = not delivered or (file.exists() and name == "manifest.json" and same_manifest(before, file.read_bytes()))
+    assert found == (2 if harmless else 1), f"{fault} {name}: checkpoint {found} is taken, having said {said}"
     assert bool(said) != harmless
     checkpoint.sound = [found]
     checkpoint.check(failed=True)
     checkpoint.write()
     checkpoint.sound = [3]
     checkpoint.check(failed=False)
-    return {"call": f"{fault} {file.name}", "raised": False}
+    return {"delivered": delivered, "detected": bool(said)}
+
+
+def adapter_at_rest(folder: Path, name: str, fault: str) -> dict:
+    """One of its two files, damaged: it is refused, unless what nobody reads was hit, and can be written anew."""
+    import dora_kernels as dk
+
+    adapter = Adapter(folder)
+    delivered = damage(folder / "out" / name, fault)
+    try:
+        same_adapter(dk.load_adapter(base(), folder / "out"), model(1))
+        said = ""
+    except (ValueError, OSError) as error:
+        said = str(error)
+        assert len(said) > 20, f"says only {said!r}"
+    assert delivered or not said
+    adapter.write()
+    adapter.check(failed=False)
+    return {"delivered": delivered, "detected": bool(said)}
+
+
+def damage(file: Path, fault: str) -> bool:
+    """Does it to the file; whether that changed anything."""
+    from tests.faults import AT_REST, PLACES
+
+    if fault == "missing":
+        file.unlink()
+        return True
+    before = file.read_bytes()
+    way, place = fault.split()
+    AT_REST[way](file, PLACES[place](len(before)))
+    return file.read_bytes() != before
 
 
 def same_manifest(before: bytes, after: bytes) -> bool:
     """Whether the files that it lists are the same: a flipped bit may turn a space into another."""
-    import json
-
     try:
         return json.loads(before)["files"] == json.loads(after)["files"]
     except (ValueError, KeyError):
@@ -264,98 +146,39 @@ def same_manifest(before: bytes, after: bytes) -> bool:
 
 
 @functools.cache
-def calls(name: str) -> int:
-    """How many calls of a scenario can fail."""
+def calls(name: str) -> list[str]:
+    """The calls of a scenario that can fail, in order."""
     from tests.faults import Faults
 
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(io.StringIO()),
+    ):
         scenario = SCENARIOS[name](Path(folder))
         with Faults(Path(folder)) as faults:
             scenario.write()
-    return len(faults.calls)
+    return [normal(call, Path(folder)) for call in faults.calls]
 
 
-@functools.cache
-def base_folder() -> Path:
-    from tests.kill_training import tiny_base
+def judge(records: list[Record]) -> Verdict:
+    """Counts faults that happened, each once: a call that is made again with the same names is the same fault."""
+    failed = failures(records)
+    happened = [record for record in records if record["failed"] is None and record["delivered"]]
 
-    return tiny_base(keep() / "base")
+    def distinct(found):
+        return {(record["scenario"], record["call"], record["kind"]) for record in found}
 
-
-@functools.cache
-def adapter_folder() -> Path:
-    import dora_kernels as dk
-
-    dk.save_adapter(model(1), keep() / "adapter")
-    return keep() / "adapter"
-
-
-@functools.cache
-def rows_file() -> Path:
-    from tests.training_runs import demo_rows, write_rows
-
-    return write_rows(keep() / "rows.jsonl", demo_rows(30))
-
-
-@functools.cache
-def keep() -> Path:
-    """A folder until the process ends."""
-    keep.folder = tempfile.TemporaryDirectory()
-    return Path(keep.folder.name)
-
-
-def base():
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(base_folder())
-
-
-@functools.cache
-def model(step: int):
-    """An adapted base whose values tell the step; its rank is the step's from 5 on, else 2."""
-    import torch
-
-    import dora_kernels as dk
-
-    torch.manual_seed(step)
-    adapted = dk.apply_dora(base(), dk.DoraConfig(r=step if step >= 5 else 2, target_modules=["q_proj", "up_proj"]))
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    return adapted
-
-
-@functools.cache
-def whole(name: str) -> dict[str, bytes]:
-    """What the scenario writes where nothing fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        scenario = {"Merge": Merge, "Export": Export, "Run": Run}[name](Path(folder))
-        scenario.write()
-        return contents(Path(folder, "out"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def adapter_bytes(folder: Path) -> bytes:
-    return (folder / WEIGHTS).read_bytes()
-
-
-def same_adapter(loaded, expected) -> None:
-    import torch
-
-    trained = {name: p for name, p in expected.named_parameters() if p.requires_grad}
-    actual = {name: p for name, p in loaded.named_parameters() if p.requires_grad}
-    assert actual.keys() == trained.keys()
-    assert all(torch.equal(actual[name], p) for name, p in trained.items()), "another adapter"
+    every, detected = distinct(happened), distinct(record for record in happened if record["detected"])
+    text = f"{len(every)} distinct faults in {len(happened)} cases: {len(detected)} detected"
+    text += f", {len(every - detected)} harmless (all is whole all the same), {len(failed)} failures"
+    return Verdict(text, len(detected) >= LEAST and not failed)
 
 
 ROW = Row(
     what="write faults (full disk, I/O error, torn file, flipped bit, missing file) at every write site",
-    target="300, all detected, no good checkpoint lost",
-    cases=lambda: [f"{name}-{number}" for name, count in CASES.items() for number in range(count)],
+    target=f"{LEAST}, all detected, no good checkpoint lost",
+    cases=cases,
     run=run,
-    judge=none_fail(300, of="faults"),
+    judge=judge,
 )
