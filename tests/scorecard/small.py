@@ -1,4 +1,4 @@
-"""A tiny base model, adapters of it and rows to train on, kept until the process ends: what rows 12 and 15 write with."""
+"""A tiny base model, adapters of it and rows to train on, kept until the process ends."""
 
 import functools
 import tempfile

@@ -1,5 +1,6 @@
-"""Write faults at every write site. A case is a scenario, one of its calls that can fail, and how it fails; or, at rest,
-a finished file and what is done to it.
+"""Write faults at every write site. A case is a scenario, one of its calls that can fail, and how it fails.
+
+Or, at rest, a finished file and what is done to it.
 
 Each scenario writes where something good is already, under `tests.faults`. Whatever the fault: an error comes out that
 names it, unless the write was complete; what was good before still verifies and loads, bit for bit, or what replaced it
@@ -20,11 +21,9 @@ from .small import base, model
 
 LEAST = 300
 SAID = ("No space left on device", "Input/output error")
-FILES = {
-    "checkpoint": ("adapter_config.json", "adapter_model.safetensors", "manifest.json")
-    + ("training_state.json", "training_state.safetensors"),
-    "adapter": ("adapter_config.json", "adapter_model.safetensors"),
-}
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+FILES = {"adapter": ADAPTER}
+FILES["checkpoint"] = (*ADAPTER, "manifest.json", "training_state.json", "training_state.safetensors")
 """What lies at rest."""
 
 
