@@ -60,7 +60,12 @@ class Sources:
         # A Hub id has one slash at most.
         if not (local / "config.json").is_file() and (local.exists() or len(local.parts) > 2 or local.is_absolute()):
             raise FileNotFoundError(f"the base model {self.base_model} should be a Hub id or a folder with config.json")
-        self.config = AutoConfig.from_pretrained(self.base_model)
+        try:
+            self.config = AutoConfig.from_pretrained(self.base_model)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"the base model {self.base_model} is neither here nor readable from the Hub: {error}"
+            ) from error
         if getattr(self.config, "quantization_config", None) is not None:
             raise ValueError(
                 f"the base model {self.base_model} is quantised, and so would be the result: pass the original, "

@@ -247,7 +247,7 @@ def _yaml_arguments(path: Path, names: list[str]) -> list[str]:
         raise ValueError(f"`--config` {path} should hold `flag: value` lines, got {type(values).__name__}")
     for name in values:
         if name not in names or name == "config":
-            raise ValueError(f"`--config` {path} has an unknown key {name!r}{_nearest(str(name), names)}")
+            raise ValueError(f"`--config` {path} has an unknown key {str(name)!r}{_nearest(str(name), names)}")
     return _as_arguments(values)
 
 

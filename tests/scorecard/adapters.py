@@ -175,4 +175,5 @@ ROW = Row(
     cases=lambda: map(str, range(CASES)),
     run=run,
     judge=judge,
+    fast=True,
 )
