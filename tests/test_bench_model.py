@@ -146,7 +146,7 @@ def test_sixteen_bits_see_a_magnitude_that_is_left_out():
     gate = model_gate.Gate(run, BF16, CPU)
     field = model_field.contestants(BF16, 4)
     right = gate.errors(field["ours fp32, auto"])
-    assert gate.broken(right) is None and max(right.values()) < 0.03
+    assert gate.broken(right) is None and all(error < 0.03 for error in right.values())
     # Its magnitude stays the norm's.
     gate.values = {
         path: values | {"dm": gate.base.get_submodule(path).weight.float().norm(dim=1)}

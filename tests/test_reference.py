@@ -21,7 +21,7 @@ SPACES = ["token", "weight"]
 def test_equals_the_oracle_in_fp64(shape, space, bias):
     problem = make_problem(*shape, dtype=torch.float64, bias=bias)
     found = errors(solve(problem, space=space, impl="reference"), exact(problem))
-    assert max(found.values()) < ORACLE_FP64, found
+    assert all(error < ORACLE_FP64 for error in found.values()), found
 
 
 def test_more_rows_than_a_chunk(monkeypatch):
@@ -29,7 +29,7 @@ def test_more_rows_than_a_chunk(monkeypatch):
     problem = make_problem(50, 30, 20, 3, dtype=torch.float64, bias=True)
     for space in SPACES:
         found = errors(solve(problem, space=space, impl="reference"), exact(problem))
-        assert max(found.values()) < ORACLE_FP64, (space, found)
+        assert all(error < ORACLE_FP64 for error in found.values()), (space, found)
 
 
 def _inner(problem, space, impl, norm):
@@ -202,4 +202,4 @@ def test_a_magnitude_may_be_negative(space, impl):
     problem = make_problem(11, 9, 13, 3, dtype=torch.float64)
     problem.magnitude[::2] *= -1
     found = errors(solve(problem, space=space, impl=impl), exact(problem))
-    assert max(found.values()) < ORACLE_FP64, found
+    assert all(error < ORACLE_FP64 for error in found.values()), found

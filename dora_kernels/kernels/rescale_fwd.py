@@ -22,14 +22,16 @@ class RescaleFwdConfig(NamedTuple):
     num_stages: int
 
 
-def rescale_fwd_config(rank: int, itemsize: int, stored_itemsize: int) -> RescaleFwdConfig:
-    """By rank, accumulator size and the size of what is stored."""
+def rescale_fwd_config(rank: int, itemsize: int, stored_itemsize: int, factor_itemsize: int) -> RescaleFwdConfig:
+    """By rank and the sizes of the accumulator, of what is stored, and of the wider of h and B."""
+    block_r = rank_block(rank, itemsize)
     if itemsize == 8:
         block_m, block_n = 32, 32
     else:
         # fp32 values take twice the registers: 64 tokens of them spill at ranks that 16 does not divide.
-        block_m, block_n = 64 if stored_itemsize == 2 else 32, 64
-    return RescaleFwdConfig(block_m, block_n, rank_block(rank, itemsize), num_warps=8, num_stages=2)
+        narrow = stored_itemsize == 4 or (factor_itemsize == 4 and rank > block_r)
+        block_m, block_n = 32 if narrow else 64, 64
+    return RescaleFwdConfig(block_m, block_n, block_r, num_warps=8, num_stages=2)
 
 
 @triton.jit(do_not_specialize=["salt"])
@@ -106,7 +108,8 @@ def rescale_fwd(
     if out.numel() == 0:
         return out
     dtype = mag_norm_scale.dtype
-    config = rescale_fwd_config(R, dtype.itemsize, base_out.element_size())
+    factor_itemsize = max(h.element_size(), lora_B.element_size())
+    config = rescale_fwd_config(R, dtype.itemsize, base_out.element_size(), factor_itemsize)
     other = base_out if undropped is None else undropped
     any_bias = bias if base_bias is None else base_bias
     _rescale_fwd_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](

@@ -42,12 +42,17 @@ def main() -> int:
     torch.set_num_threads(1)  # as in conftest.py
     names = [name for name in asked.rows or NAMES if not asked.fast or module(name).ROW.fast]
     now = {name: value for name, value in stamp(torch.device("cpu")).items() if name != "load"}
+    if not names:
+        parser.error(f"none of {', '.join(asked.rows)} is a fast row")
     lines, missed = {}, False
     for name in names:
         row, path = module(name).ROW, STORE / f"{name}.jsonl"
         if asked.again:
             path.unlink(missing_ok=True)
         records = measure(name, row, path, now)
+        if (commit := stamp(torch.device("cpu"))["commit"]) != now["commit"]:
+            path.unlink()
+            raise SystemExit(f"{name}: the tree was {now['commit']} and is {commit} now; measure it again")
         verdict = row.judge(records)
         lines[name] = table.line(name, row, verdict, now)
         for record in failures(records)[:SHOWN]:

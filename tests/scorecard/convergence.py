@@ -5,6 +5,8 @@ same on PyTorch), `apply_dora` (our own layers with PEFT's initial A) and `wrong
 others' did not: the control, which must be seen. Data, the models' own dropout and the initial state are equal.
 """
 
+import math
+
 from .row import Record, Row, Verdict, failures
 
 FAMILIES = ("llama", "gpt2", "bert", "t5")
@@ -96,9 +98,14 @@ def trained(family: str, engine: str) -> list[float]:
 def run(case: str) -> dict:
     family, engine = case.split()
     expected, found = losses(peft_model(family)), trained(family, engine)
+    # max() may drop a NaN.
+    assert all(map(math.isfinite, (*expected, *found))), f"a loss is not finite: {found}, PEFT's {expected}"
     learned = (sum(expected[:8]) - sum(expected[-8:])) / 8
     assert learned > LEARNED, f"the loss fell by {learned:.2g} only: nothing to compare"
-    return {"difference": max(abs(ours - theirs) / theirs for ours, theirs in zip(found, expected)), "learned": learned}
+    return {
+        "difference": max(abs(ours - theirs) / theirs for ours, theirs in zip(found, expected, strict=True)),
+        "learned": learned,
+    }
 
 
 def judge(records: list[Record]) -> Verdict:

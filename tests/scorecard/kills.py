@@ -31,7 +31,8 @@ def judge(records: list[Record]) -> Verdict:
     points, saving = (sum(record[name] for record in good) for name in ("points", "in a save"))
     lost = max((record["most steps lost"] for record in good), default=0)
     text = f"{points} of {len(records) * POINTS}, {saving} of them in a save; at most {lost} steps were done again"
-    return Verdict(text, points >= TARGET and len(good) == len(records))
+    met = points >= TARGET and saving >= TARGET // 10 and len(good) == len(records)
+    return Verdict(text, met)
 
 
 ROW = Row(

@@ -17,8 +17,9 @@ from .suite import ROOT
 
 FOLDER = Path("build/peft-suite")
 ENGINES = ("reference", "triton")
-WANTED = 729
-"""Of PEFT 0.21.2's tests that `-k dora` selects, all that can pass on a CPU, with the Hub at hand."""
+WANTED = 727
+"""Of PEFT 0.21.2's tests that `-k dora` selects, those that pass on plain PEFT without the Hub. Fewer is a suite that
+did not run whole."""
 
 
 def suite(engine: str) -> tuple[dict[str, str], Counter]:
@@ -50,7 +51,7 @@ def judge(records: list[Record]) -> Verdict:
         else f"{record['case']}: {record['failed'][:200]}"
         for record in records
     ]
-    met = not failures(records) and all(record["passed"] == record["plain"] >= 1 for record in records)
+    met = not failures(records) and all(record["passed"] == record["plain"] >= WANTED for record in records)
     return Verdict("; ".join(parts), met)
 
 

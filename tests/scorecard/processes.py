@@ -5,8 +5,10 @@ from .row import Record, Row, Verdict, failures
 FILES = {
     "test_training_processes": "DDP",
     "test_training_sharded": "FSDP2",
+    "test_training_engines": "what is refused before training",
     "test_offload": "offloading before and after apply_dora and patch_peft",
 }
+LEAST = 4  # tests of each file: the four orders of offloading, and no file that lost its tests
 
 
 def run(name: str) -> dict:
@@ -15,6 +17,7 @@ def run(name: str) -> dict:
     found = outcomes("-n", "0", f"tests/{name}.py")
     bad = {test: outcome for test, outcome in found.items() if outcome != "passed"}
     assert not bad, f"{bad}"
+    assert len(found) >= LEAST, f"{len(found)} tests only"
     return {"tests": len(found)}
 
 

@@ -100,7 +100,9 @@ def measure(name: str, row: Row, path: Path, stamp: dict) -> list[Record]:
             record = {"case": case, "failed": None}
             try:
                 record |= row.run(case)
-            except Exception as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # pytest's own failures, and commands that exit, are failures of this case
                 record["failed"] = f"{type(error).__name__}: {error}"
             record["seconds"] = round(time.perf_counter() - started, 3)
             file.write(json.dumps(record) + "\n")
