@@ -1,11 +1,12 @@
 """The rows on faults, hostile input and damage count what happened, and each thing once."""
 
 import os
+import random
 
 import pytest
 
 from tests.faults import Faults
-from tests.scorecard import adapters, command_lines, write_faults
+from tests.scorecard import adapters, command_lines, paths, write_faults
 
 
 def faults(count, **changed):
@@ -30,6 +31,51 @@ def test_generated_cases_count_once(row):
     assert row.judge(good).met
     assert not row.judge([good[0], good[0]]).met
     assert not row.judge([*good, {"failed": "AssertionError"}]).met
+
+
+def test_hostile_paths_count_once_and_what_should_work_does():
+    kinds = (*paths.WORKS, "save", "merge", "export", "load")
+    chosen = [kinds[number % len(kinds)] for number in range(paths.LEAST)]
+    good = [
+        {"failed": None, "kind": kind, "given": str(number), "refused": kind == "load"}
+        for number, kind in enumerate(chosen)
+    ]
+    assert paths.judge(good).met
+    assert not paths.judge(good[1:] + good[1:2]).met, "the same path twice"
+    assert not paths.judge([*good, {"failed": "AssertionError"}]).met
+    for kind in kinds[:-1]:
+        assert not paths.judge([r | {"refused": r["refused"] or r["kind"] == kind} for r in good]).met, kind
+
+
+def test_a_hostile_path_that_writes_outside_or_is_refused_for_nothing_fails(monkeypatch):
+    def outside(sandbox, given):
+        (sandbox / "home" / "file").touch()
+
+    def refuses(sandbox, given):
+        raise SystemExit("error: unrecognized arguments: --renamed")
+
+    kind = paths.WORKS[0]
+    for attempt, message in ((outside, "changed: .*home/file"), (refuses, "was refused")):
+        monkeypatch.setitem(paths.ATTEMPTS, kind, attempt)
+        with pytest.raises(AssertionError, match=message):
+            paths.run(f"{kind}-0")
+
+
+def test_a_corruption_changes_something_and_no_parameter_is_left_out(monkeypatch, tmp_path):
+    changes = [False, True]
+
+    def sometimes(directory, chance, source):
+        if changes.pop(0):
+            (directory / "adapter_config.json").write_text("{}")
+        return "config"
+
+    monkeypatch.setitem(adapters.CORRUPT, "config", sometimes)
+    adapters.corrupt(tmp_path / "adapter", "config", random.Random(0), "ours")
+    assert not changes
+    sound, values = adapters.good("ours"), adapters.expected("ours")
+    assert not adapters.attempt(sound, "ours", values)
+    with pytest.raises(AssertionError, match="other parameters"):
+        adapters.attempt(sound, "ours", values | {"one more": None})
 
 
 def test_a_fault_that_does_not_happen_says_so(tmp_path):

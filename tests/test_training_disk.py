@@ -34,8 +34,8 @@ def test_a_run_writes_through_no_link_and_a_full_disk_at_its_end_keeps_the_old_a
     with Faults(out) as counted:
         main(arguments(data, out, "--resume", **SHORT))  # a finished run: only its last files are written again
     last = [(number, call) for number, call in enumerate(counted.calls) if "/.finish-" in call]
-    strikes = [number for number, call in last if call.startswith(("tensors", "replace"))]
-    for strike in (strikes[0], strikes[-1]):
+    strikes = {call.split()[0]: number for number, call in last}  # the last of each kind
+    for strike in (strikes["tensors"], strikes["tokenizer"], strikes["replace"]):
         with (
             Faults(out, strike),
             pytest.raises(SystemExit, match=r"No space left[^;]*; .*checkpoint-2 is sound: continue"),

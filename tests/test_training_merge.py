@@ -119,6 +119,10 @@ def _absent_base(folder):
     shutil.rmtree(folder / "base")
 
 
+def _unreadable_base(folder):
+    (folder / "base" / "config.json").write_text("{")
+
+
 def _quantised(folder):
     _edit(folder / "base" / "config.json", quantization_config={"load_in_4bit": True, "quant_method": "bitsandbytes"})
 
@@ -136,6 +140,7 @@ REFUSED = {
     "plain_lora": (_plain_lora, "a plain LoRA adapter; load it with PEFT"),
     "no_base_named": (_nameless, "names no base model: say which with --base_model"),
     "absent_base": (_absent_base, "should be a Hub id or a folder with config.json"),
+    "unreadable_base": (_unreadable_base, "the base model .*base is neither here nor readable"),
     "quantised_base": (_quantised, "is quantised, and so would be the result"),
     "no_weights": (_weightless, "should be a folder with adapter_model.safetensors"),
     "overwriting": (_there_already, "merged exists already: choose another"),
@@ -153,6 +158,14 @@ def test_bad_input_is_refused_before_a_weight_is_read(damage, message, folders, 
         run(tmp_path / "adapter", tmp_path / "merged")
     assert str(error.value).startswith("error: ")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_without_a_name_is_no_place(folders, tmp_path, monkeypatch):
+    """Such as the one that the command runs in: it cannot be replaced."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"`--output_dir` \. should end in the name of a folder"):
+        run(folders / "adapter", ".", "--base_model", folders / "base")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_diverged_adapter_and_a_full_disk_leave_nothing(folders, tmp_path, monkeypatch):

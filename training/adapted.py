@@ -93,9 +93,11 @@ class Sources:
 
 
 def check_output(output: Path) -> None:
-    """Raises FileExistsError unless `output` is absent or an empty folder."""
+    """Raises FileExistsError unless `output` is absent or an empty folder, ValueError if it ends in no name."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"`--output_dir` {output} exists already: choose another, nothing is overwritten")
+    if output.name in ("", ".."):
+        raise ValueError(f"`--output_dir` {output} should end in the name of a folder: it is replaced by the new one")
 
 
 @contextmanager

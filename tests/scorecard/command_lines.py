@@ -83,6 +83,7 @@ def check_words(asked, words: str) -> None:
     named = asked if isinstance(asked, dict) else {word.partition("=")[0]: word.partition("=")[2] for word in asked}
     flat = [part for value in named.values() if isinstance(value, (list, dict)) for part in value]
     passed = [*named, *(name.replace("--lora_", "") for name in map(str, named)), *map(str, named.values()), *flat]
+    passed += [name.strip("-").replace("_", " ") for name in map(str, named) if "_" in name]
     if "text" in named:  # all that was passed is a file
         passed.append("--config")
     missing = re.search("(is needed as well|are required)", words) and re.search(r"--\w", words)
