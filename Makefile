@@ -21,10 +21,10 @@ offline: $(VENV)/.installed  ## compile every kernel for every supported GPU and
 	$(BIN)/python -m bench offline --check
 
 peft-suite: $(VENV)/.peft-suite  ## run PEFT's own DoRA tests with the engine in them; fetches their source distribution
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.peft_suite build/peft-suite --engines reference
+	$(BIN)/python -m tests.peft_suite build/peft-suite --engines reference
 
 peft-suite-kernels: $(VENV)/.peft-suite  ## the same with the kernels under Triton's interpreter, which takes longer
-	HF_HUB_OFFLINE=1 $(BIN)/python -m tests.peft_suite build/peft-suite --engines triton
+	$(BIN)/python -m tests.peft_suite build/peft-suite --engines triton
 
 $(VENV)/.peft-suite: $(VENV)/.installed
 	$(BIN)/python -m pip install attrs diffusers scipy parameterized pillow  # what PEFT's tests import

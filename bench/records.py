@@ -29,7 +29,7 @@ def stamp(device: torch.device, commit: str | None = None) -> dict:
         "cuda": torch.version.cuda if gpu else None,
         "torch": torch.__version__,
         **{name: _version(name) for name in ("triton", "peft", "transformers")},
-        "commit": commit or _commit(),
+        "commit": commit or head(),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -93,7 +93,8 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _commit() -> str:
+def head() -> str:
+    """The commit of the working tree, with "-changed" where files differ from it."""
     others = [f":(exclude){path}" for path in WRITTEN]
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
     return _output("git", "rev-parse", "--short=12", "HEAD") + ("-changed" if changed not in ("", "unknown") else "")

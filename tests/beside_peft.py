@@ -6,7 +6,7 @@ import torch
 
 from .oracle import errors, exact, relative_error, solve, solve_peft
 
-# Base dtype, adapter dtype, autocast dtype of the PEFT run (fp32 adapters train under autocast in the HF Trainer).
+# Base dtype, adapter dtype, autocast dtype of both runs (fp32 adapters train under autocast in the HF Trainer).
 MIXES = {
     "fp32": (torch.float32, torch.float32, None),
     "bf16": (torch.bfloat16, torch.bfloat16, None),
@@ -40,7 +40,7 @@ def errors_of_all(problem, autocast, salt):
     truth = exact(problem)
     found = {"peft": errors(solve_peft(problem, autocast), truth)}
     for space, rounding in ways(problem.x.dtype):
-        ours = solve(problem, space=space, rounding=rounding, impl="triton", salt=salt)
+        ours = solve(problem, autocast, space=space, rounding=rounding, impl="triton", salt=salt)
         found[space, rounding] = errors(ours, truth)
     return found
 

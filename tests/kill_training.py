@@ -111,7 +111,7 @@ class Harness:
 
     def attempt(self, out: Path, number: int, done: dict[str, int]) -> bool:
         """One child, interrupted if `number` is a signal. Whether the run is finished."""
-        (out / LOCK).unlink(missing_ok=True)
+        before = locked(out)
         child = start(self.words(out, "--resume"), self.folder / "log")
         if number == signal.SIGKILL and done["points"] % 2:
             # Writing, renaming and rotating take some 50 ms: aim at a save, and strike at a random moment of it.
@@ -119,7 +119,7 @@ class Harness:
             delay = self.random.uniform(0, 0.05)
         else:
             # The handler of SIGTERM stands from the moment the folder is locked.
-            status = wait_until(child, (out / LOCK).exists) if number == signal.SIGTERM else None
+            status = wait_until(child, lambda: locked(out) > before) if number == signal.SIGTERM else None
             delay = self.random.uniform(0, self.seconds / (2 if number == signal.SIGTERM else 1))
         if status is None and number:
             deadline = time.perf_counter() + delay
@@ -152,6 +152,11 @@ class Harness:
         self.check(all(row in numbers(self.whole) for row in evaluations), f"an evaluation of {out} differs")
         same = (out / WEIGHTS).read_bytes() == (self.folder / "whole" / WEIGHTS).read_bytes()
         self.check(same, f"the adapter of {out} differs")
+
+
+def locked(out: Path) -> int:
+    """When the folder was last locked; the file stays behind, as after any crash, and must not be in the way."""
+    return (out / LOCK).stat().st_mtime_ns if (out / LOCK).exists() else 0
 
 
 def read(out: Path) -> list[dict]:

@@ -59,15 +59,20 @@ def _collect(y, leaves, grad_y):
     return dict(zip(NAMES, (y.detach(), *grads)))
 
 
-def solve(problem, **options):
-    """By the engine; `options` go to `dora_linear`."""
+def solve(problem, autocast=None, **options):
+    """By the engine, under autocast to `autocast` if given; `options` go to `dora_linear`."""
     leaves = problem.leaves()
     x, lora_A, lora_B, magnitude, *bias = leaves
-    y = dk.dora_linear(
-        x, problem.weight, lora_A, lora_B, magnitude,
-        scaling=problem.scaling, bias=bias[0] if bias else None, **options,
-    )  # fmt: skip
+    with _autocast(autocast):
+        y = dk.dora_linear(
+            x, problem.weight, lora_A, lora_B, magnitude,
+            scaling=problem.scaling, bias=bias[0] if bias else None, **options,
+        )  # fmt: skip
     return _collect(y, leaves, problem.grad_y)
+
+
+def _autocast(dtype):
+    return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def exact(problem, keep=None, mode="lora"):
@@ -162,7 +167,7 @@ def solve_peft(problem, autocast=None):
     model = peft_model(problem)
     layer = model.base_model.model.linear
     x = problem.x.clone().requires_grad_()
-    with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+    with _autocast(autocast):
         y = model(x)
     leaves = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
     leaves.append(layer.lora_magnitude_vector["default"].weight)

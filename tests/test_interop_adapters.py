@@ -65,17 +65,10 @@ def test_merged_in_part(models):
 
 
 def test_weighted(models):
-    """PEFT's combinations know A and B alone: what it makes of them, and of their magnitudes, or what it says."""
+    """PEFT's combinations know A and B alone: what it makes of them, and of their magnitudes."""
     outcomes = []
     for model in models:
-        try:
-            model.add_weighted_adapter(["default", "second"], [0.7, 0.3], "both", combination_type="svd")
-            model.set_adapter("both")
-            outcomes.append(infer(model))
-        except Exception as error:
-            outcomes.append(f"{type(error).__name__}: {error}")
-    plain, patched = outcomes
-    if isinstance(plain, str):
-        assert patched == plain
-    else:
-        assert_close(patched, plain)
+        model.add_weighted_adapter(["default", "second"], [0.7, 0.3], "both", combination_type="svd")
+        model.set_adapter("both")
+        outcomes.append(infer(model))
+    assert_close(*reversed(outcomes))

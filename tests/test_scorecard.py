@@ -5,7 +5,8 @@ import json
 import pytest
 
 from tests.scorecard import failure_modes, mutations, table
-from tests.scorecard.row import NAMES, Row, Verdict, measure, module, none_fail
+from tests.scorecard import row as rows
+from tests.scorecard.row import NAMES, Row, Verdict, module, none_fail
 
 STAMP = {"commit": "0123456789ab", "date": "2026-01-02"}
 
@@ -14,13 +15,17 @@ def row_of(run, count=4, at_least=4):
     return Row("figure", "target", lambda: map(str, range(count)), run, none_fail(at_least))
 
 
+def measure(row, path, stamp=STAMP, head=None):
+    return rows.measure("name", row, path, stamp, head or (lambda: stamp["commit"]))
+
+
 def test_a_failure_is_counted_and_the_others_go_on(tmp_path):
     def run(case):
         assert case != "2", "two"
         return {"figure": int(case)}
 
     row = row_of(run)
-    records = measure("name", row, tmp_path / "row.jsonl", STAMP)
+    records = measure(row, tmp_path / "row.jsonl")
     assert [record["failed"] is None for record in records] == [True, True, False, True]
     assert records[2]["failed"].startswith("AssertionError: two")
     assert [record.get("figure") for record in records] == [0, 1, None, 3]
@@ -29,7 +34,7 @@ def test_a_failure_is_counted_and_the_others_go_on(tmp_path):
 
 def test_too_few_cases_do_not_meet_the_target(tmp_path):
     row = row_of(lambda case: {}, count=3)
-    assert not row.judge(measure("name", row, tmp_path / "row.jsonl", STAMP)).met
+    assert not row.judge(measure(row, tmp_path / "row.jsonl")).met
 
 
 def test_an_interrupted_row_goes_on(tmp_path):
@@ -42,11 +47,11 @@ def test_an_interrupted_row_goes_on(tmp_path):
         return {}
 
     with pytest.raises(KeyboardInterrupt):
-        measure("name", row_of(run), path, STAMP)
+        measure(row_of(run), path)
     with path.open("a") as file:
         file.write('{"case": "2", "fai')  # what a kill leaves of a line
     after_midnight = STAMP | {"date": "2026-01-03"}
-    assert len(measure("name", row_of(run), path, after_midnight)) == 4
+    assert len(measure(row_of(run), path, after_midnight)) == 4
     assert ran == ["0", "1", "2", "3"]
     stamp, *records = [json.loads(line) for line in path.read_text().splitlines()]
     assert stamp == after_midnight and [record["case"] for record in records] == ["0", "1", "2", "3"]
@@ -57,9 +62,24 @@ def test_what_another_tree_measured_is_not_kept(tmp_path, commit):
     path, ran = tmp_path / "row.jsonl", []
     row = row_of(lambda case: ran.append(case) or {})
     stamp = STAMP | {"commit": commit}
-    measure("name", row, path, STAMP if commit == "ba9876543210" else stamp)
-    measure("name", row, path, stamp)
+    measure(row, path, STAMP if commit == "ba9876543210" else stamp)
+    measure(row, path, stamp)
     assert len(ran) == 8
+
+
+def test_a_case_during_which_the_tree_changed_is_not_kept(tmp_path):
+    path, heads = tmp_path / "row.jsonl", iter([STAMP["commit"], "ba9876543210"])
+    with pytest.raises(SystemExit, match="the tree was 0123456789ab and is ba9876543210 now"):
+        measure(row_of(lambda case: {}), path, head=lambda: next(heads))
+    assert [json.loads(line)["case"] for line in path.read_text().splitlines()[1:]] == ["0"]
+
+
+@pytest.mark.parametrize("exception", [SystemExit(2), pytest.fail.Exception("no"), pytest.skip.Exception("no")])
+def test_what_is_no_exception_of_the_case_fails_it_too(tmp_path, exception):
+    def run(case):
+        raise exception
+
+    assert rows.failures(measure(row_of(run), tmp_path / "row.jsonl"))[3]["case"] == "3"
 
 
 def test_other_lines_of_the_table_stay(tmp_path, monkeypatch):

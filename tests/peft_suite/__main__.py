@@ -25,6 +25,9 @@ FUSED_SHARE = 0.8
 """Of the calls to DoRA on linear layers, at least; measured: 378 of 430. The rest have several active adapters, or
 a base weight that trains (the views of FSDP)."""
 
+SECONDS = 7200
+"""A run that takes longer hangs."""
+
 LAUNCHES = 2
 """Of kernels per fused call, at least: the norm and the rescaling. A fallback to the reference launches none."""
 
@@ -43,7 +46,7 @@ def source_distribution(folder: Path) -> Path:
         (tests / "__init__.py").touch()
         for file in tests.glob("*.py"):
             file.write_text(file.read_text().replace("from tests.", "from peft_tests."))
-        put_stand_ins(folder / name)
+    put_stand_ins(folder / name)
     return folder / name
 
 
@@ -63,7 +66,10 @@ def put_stand_ins(working_directory: Path) -> None:
 
 
 def run(sources: Path, engine: str, workers: int, selection: str) -> Path:
-    """Runs the selection on `engine` "off", "reference" or "triton"; the path of the JUnit file it leaves."""
+    """Runs the selection on `engine` "off", "reference" or "triton"; the path of the JUnit file it leaves.
+
+    Without the Hub, so that the same tests can pass everywhere; `HF_HUB_OFFLINE=0` asks it.
+    """
     results = sources.parent / f"{engine}.xml"
     results.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "peft_tests", "-k", selection, "-n", str(workers)]
@@ -74,10 +80,9 @@ def run(sources: Path, engine: str, workers: int, selection: str) -> Path:
     command += ["-W", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"]
     command += ["-o", "addopts=", "-p", "no:cacheprovider", "-q", "--tb=short"]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    interpret = "1" if engine == "triton" else "0"
-    subprocess.run(
-        command, cwd=sources, env=os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": interpret}, check=False
-    )
+    environment = {"HF_HUB_OFFLINE": "1"} | os.environ
+    environment |= {"PYTHONPATH": paths, "TRITON_INTERPRET": "1" if engine == "triton" else "0"}
+    subprocess.run(command, cwd=sources, env=environment, check=False, timeout=SECONDS)
     return results
 
 

@@ -11,15 +11,17 @@ An interrupted row goes on with the same command: what build/scorecard holds fro
 
 import argparse
 import os
+import platform
 import sys
 from pathlib import Path
 
 # Before Triton is imported, as in conftest.py: the kernels of all rows run under the interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import numpy
 import torch
 
-from bench.records import stamp
+from bench.records import head, stamp
 from tests import interpreter
 
 from . import table
@@ -42,6 +44,7 @@ def main() -> int:
     torch.set_num_threads(1)  # as in conftest.py
     names = [name for name in asked.rows or NAMES if not asked.fast or module(name).ROW.fast]
     now = {name: value for name, value in stamp(torch.device("cpu")).items() if name != "load"}
+    now |= {"python": platform.python_version(), "numpy": numpy.__version__}
     if not names:
         parser.error(f"none of {', '.join(asked.rows)} is a fast row")
     lines, missed = {}, False
@@ -49,10 +52,7 @@ def main() -> int:
         row, path = module(name).ROW, STORE / f"{name}.jsonl"
         if asked.again:
             path.unlink(missing_ok=True)
-        records = measure(name, row, path, now)
-        if (commit := stamp(torch.device("cpu"))["commit"]) != now["commit"]:
-            path.unlink()
-            raise SystemExit(f"{name}: the tree was {now['commit']} and is {commit} now; measure it again")
+        records = measure(name, row, path, now, head)
         verdict = row.judge(records)
         lines[name] = table.line(name, row, verdict, now)
         for record in failures(records)[:SHOWN]:

@@ -115,7 +115,9 @@ def judge(records: list[Record]) -> Verdict:
         for control in (False, True)
     )
     worst, least = max(right, default=float("nan")), min(wrong, default=float("nan"))
+    # max() and min() may drop a NaN.
     complete = len(records) == len(FAMILIES) * len(ENGINES) and not failures(records)
+    complete &= all(math.isfinite(record["difference"]) for record in measured)
     return Verdict(
         f"{worst:.1e} at most in {len(right)} runs (AdamW, learning rate {LEARNING_RATE}); where the magnitude "
         f"does not train, {least:.1e} at least",

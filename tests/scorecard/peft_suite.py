@@ -1,8 +1,8 @@
 """Row 8: PEFT's own DoRA tests with the engine in them.
 
 A case is an engine: what passes on plain PEFT on this machine must pass on the reference and on the interpreted
-kernels. Some of PEFT's tests fetch models from the Hub; where it is out of reach they fail on plain PEFT too, and count
-for neither.
+kernels. The Hub is not asked: PEFT's tests that need it fail on plain PEFT too and count for neither, but for five that
+get tiny random models of ours under the names they load.
 """
 
 import functools
@@ -46,18 +46,19 @@ def run(case: str) -> dict:
 
 def judge(records: list[Record]) -> Verdict:
     parts = [
-        f"{record['case']}: {record['passed']} of the {record['plain']} that pass on plain PEFT here"
+        f"{record['case']}: {record['passed']} of the {record['plain']} that pass on plain PEFT without the Hub"
         if record["failed"] is None
         else f"{record['case']}: {record['failed'][:200]}"
         for record in records
     ]
-    met = not failures(records) and all(record["passed"] == record["plain"] >= WANTED for record in records)
+    complete = [record["case"] for record in records] == list(ENGINES) and not failures(records)
+    met = complete and all(record["passed"] == record["plain"] >= WANTED for record in records)
     return Verdict("; ".join(parts), met)
 
 
 ROW = Row(
-    what="PEFT's own suite with the engine in it, `-k dora`",
-    target=f"what passes on plain PEFT, on both engines ({WANTED} of {WANTED} where the Hub is at hand)",
+    what="PEFT's own suite with the engine in it, `-k dora`, without the Hub, five of its tests on tiny random models",
+    target=f"what passes on plain PEFT, on both engines, and {WANTED} at least",
     cases=lambda: ENGINES,
     run=run,
     judge=judge,

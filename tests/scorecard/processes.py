@@ -24,7 +24,8 @@ def run(name: str) -> dict:
 def judge(records: list[Record]) -> Verdict:
     failed = failures(records)
     parts = [f"{FILES[r['case']]}: {r.get('tests', 'failed')}" for r in records]
-    return Verdict(f"tests passed of {', '.join(parts)}", len(records) == len(FILES) and not failed)
+    complete = [record["case"] for record in records] == list(FILES)
+    return Verdict(f"tests passed of {', '.join(parts)}", complete and not failed)
 
 
 ROW = Row(

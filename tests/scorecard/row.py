@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -83,14 +84,18 @@ def none_fail(at_least: int, of: str = "cases") -> Callable[[list[Record]], Verd
     return judge
 
 
-def measure(name: str, row: Row, path: Path, stamp: dict) -> list[Record]:
+def measure(name: str, row: Row, path: Path, stamp: dict, head: Callable[[], str]) -> list[Record]:
     """The records of all cases; those that `path` holds from the same commit and software are not measured again.
 
-    Each case is on disk before the next one starts, so that a row which was interrupted goes on where it was.
+    Each case is on disk before the next one starts, so that a row which was interrupted goes on where it was. Rows run
+    for hours, and some start processes that read the tree as it then is: after each case `head` must still tell the
+    stamp's commit. Raises SystemExit where it does not; what was measured before that stays.
     """
     kept = {record["case"]: record for record in _read(path, stamp)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line) + "\n" for line in (stamp, *kept.values())))
+    rewritten = path.with_suffix(".new")  # a kill in the midst of it must not cost hours
+    rewritten.write_text("".join(json.dumps(line) + "\n" for line in (stamp, *kept.values())))
+    os.replace(rewritten, path)
     cases = list(row.cases())
     with path.open("a") as file:
         for case in tqdm(cases, desc=name, unit="case"):
@@ -105,6 +110,8 @@ def measure(name: str, row: Row, path: Path, stamp: dict) -> list[Record]:
             except BaseException as error:  # pytest's own failures, and commands that exit, are failures of this case
                 record["failed"] = f"{type(error).__name__}: {error}"
             record["seconds"] = round(time.perf_counter() - started, 3)
+            if (commit := head()) != stamp["commit"]:
+                raise SystemExit(f"{name}: the tree was {stamp['commit']} and is {commit} now; measure it again")
             file.write(json.dumps(record) + "\n")
             file.flush()
             kept[case] = record

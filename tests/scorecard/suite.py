@@ -9,6 +9,7 @@ from pathlib import Path
 from tests.peft_suite.__main__ import read
 
 ROOT = Path(__file__).parents[2]
+NOT_RUN = "not run (needs a GPU)"
 
 
 def outcomes(*words: str, root: Path = ROOT, timeout: float = 3600) -> dict[str, str]:
