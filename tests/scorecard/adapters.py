@@ -7,6 +7,7 @@ nobody, and their values stay out of it.
 """
 
 import functools
+import json
 import random
 import shutil
 import signal
@@ -15,7 +16,7 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
-from .corruptions import CORRUPT, identity
+from .corruptions import CONFIG, CORRUPT, identity
 from .row import Record, Row, Verdict, failures
 
 EXAMPLES, CASES = 50, 36  # more than 1,000, as small things come twice
@@ -126,6 +127,9 @@ def good(source: str) -> Path:
             parameter.add_(torch.randn_like(parameter) * 0.1)
     dk.save_adapter(model, directory) if source == "ours" else model.save_pretrained(directory)
     (directory / "README.md").unlink(missing_ok=True)
+    path = directory / CONFIG  # where PEFT writes a set, in another order in every process
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {"target_modules": sorted(fields["target_modules"])}, indent=2))
     return directory
 
 
