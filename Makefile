@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test scorecard lint offline peft-suite peft-suite-kernels clean
+.PHONY: demo test scorecard scorecard-fast lint offline peft-suite peft-suite-kernels clean
 
 demo: $(VENV)/.installed  ## fine-tune the embedded model on the embedded data
 	$(BIN)/python -m training
@@ -12,6 +12,9 @@ test: $(VENV)/.installed  ## run the tests; kernels run under Triton's interpret
 
 scorecard: $(VENV)/.peft-suite  ## measure the reliability scorecard and write tests/SCORECARD.md; hours, resumable
 	$(BIN)/python -m tests.scorecard --write
+
+scorecard-fast: $(VENV)/.installed  ## measure the rows of the scorecard that take seconds
+	$(BIN)/python -m tests.scorecard --fast
 
 lint: $(VENV)/.installed  ## check style and formatting
 	$(BIN)/ruff check .

@@ -2,13 +2,11 @@
 
 import argparse
 import json
-import sys
-import types
 
 import pytest
 import torch
 
-from bench import contestants, gate, layer, predict, records, report, step, timing
+from bench import contestants, predict, records, report, step, timing
 from bench.__main__ import COMMANDS, main
 from bench.memory import peak_bytes
 from bench.session import Session
@@ -114,116 +112,6 @@ def test_four_bit_weights(tmp_path):
     rows = {row["contestant"]: row for row in rows_of(path)}
     for name in ("frozen base", "PEFT LoRA fp32", "PEFT DoRA fp32", "PEFT DoRA fp32, patched", "ours fp32, auto"):
         assert rows[name]["failed"] is None and rows[name]["seconds"]["total"]["median"] > 0
-
-
-def test_a_contestant_that_is_wrong_or_breaks_is_not_timed(monkeypatch):
-    """A gate that cannot close is no gate: a scaled output, a missing gradient and a raised error each keep out."""
-    problem = contestants.make_problem(layer_shapes("tiny")[0], 8, 4, torch.float32, DEVICE)
-    right = contestants.contestants(torch.float32, DEVICE)["ours fp32, token, reference"]
-
-    def scaled(problem):
-        entry = right.build(problem)
-        entry.module.lora_alpha *= 1.1
-        return entry
-
-    def incomplete(problem):
-        entry = right.build(problem)
-        return entry._replace(trained={name: p for name, p in entry.trained.items() if name != "dm"})
-
-    def full(problem):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 EiB")
-
-    field = {"right": right}
-    field |= {build.__name__: right._replace(build=build) for build in (scaled, incomplete, full)}
-    results = layer.measure(problem, field, repetitions=1)
-    assert results["right"]["failed"] is None and results["right"]["seconds"]
-    assert "wrong: y" in results["scaled"]["failed"]
-    assert results["incomplete"]["failed"].startswith("wrong: dm inf")
-    assert results["full"]["failed"] == "out of memory"
-    assert not any("seconds" in results[name] for name in ("scaled", "incomplete", "full"))
-
-
-@pytest.fixture
-def axolotl(monkeypatch):
-    """A stand-in for Axolotl's module: `apply_lora_o(self, X)` for a PEFT layer `self.o_proj` and X [batch, rows, K].
-
-    Like Axolotl's it keeps the norm on the magnitude; `module.fresh` counts how often it was computed.
-    """
-    module = types.ModuleType("axolotl.kernels.lora")
-    module.fresh = 0
-
-    def apply_lora_o(self, X):
-        assert X.ndim == 3
-        layer = self.o_proj
-        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        magnitude, weight = layer.lora_magnitude_vector["default"].weight, layer.base_layer.weight
-        adapted = weight + layer.scaling["default"] * (B @ A).to(weight.dtype)
-        if not hasattr(magnitude, "_dora_cache"):
-            module.fresh += 1
-            magnitude._dora_cache = adapted.norm(dim=1).detach()
-        scale = magnitude / magnitude._dora_cache
-        return torch.nn.functional.linear(X, (scale[:, None] * adapted).to(X.dtype))
-
-    module.apply_lora_o = apply_lora_o
-    for name in ("axolotl", "axolotl.kernels"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    return module
-
-
-def test_axolotl_is_a_row_where_it_is_installed(axolotl):
-    problem = contestants.make_problem(layer_shapes("tiny")[0], 8, 4, torch.float32, DEVICE)
-    field = contestants.contestants(torch.float32, DEVICE)
-    results = layer.measure(problem, {name: c for name, c in field.items() if "Axolotl" in name}, repetitions=2)
-    assert list(results) == ["Axolotl DoRA fp32"]
-    assert results["Axolotl DoRA fp32"]["failed"] is None and results["Axolotl DoRA fp32"]["seconds"]
-    # The gate, three for warmth, two timed, one for memory: each with a norm of its own.
-    assert axolotl.fresh == 7
-    assert {"Axolotl DoRA fp32", "Axolotl DoRA bf16"} < set(contestants.contestants(torch.bfloat16, DEVICE))
-    assert not any("axolotl" in line for line in contestants.left_out())
-
-
-def test_without_axolotl_the_reason_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "axolotl", None)
-    assert any(line.startswith("axolotl: left out; ModuleNotFoundError") for line in contestants.left_out())
-    assert not any("Axolotl" in name for name in contestants.contestants(torch.bfloat16, DEVICE))
-
-
-def test_sixteen_bits_pass_the_gate_with_room():
-    """The bar is for wrong contestants: the right ones, PEFT's too, stay well below."""
-    problem = contestants.make_problem(layer_shapes("tiny")[2], 40, 4, torch.bfloat16, DEVICE)
-    field = contestants.contestants(torch.bfloat16, DEVICE)
-    exact = {kind: gate.truth(kind, problem) for kind in ("base", "lora", "dora")}
-    bar = gate.BAR[torch.bfloat16] * gate.UNIT_ROUNDOFF[torch.bfloat16]
-    for name, contestant in field.items():
-        errors = gate.errors(contestant, problem, exact[contestant.kind])
-        assert all(error < bar / 2 for error in errors.values()), (name, errors)
-
-
-def test_a_failure_while_timing_is_a_row_too(monkeypatch):
-    problem = contestants.make_problem(layer_shapes("tiny")[0], 8, 4, torch.float32, DEVICE)
-    field = contestants.contestants(torch.float32, DEVICE)
-    phases, calls = contestants.Entry.phases, []
-
-    def breaks(self, problem):
-        run = phases(self, problem)
-        if "dm" not in self.trained:
-            return run
-
-        def broken():
-            calls.append(1)
-            if len(calls) > 9:
-                raise torch.OutOfMemoryError("later")
-            yield from run()
-
-        return broken
-
-    monkeypatch.setattr(contestants.Entry, "phases", breaks)
-    results = layer.measure(problem, field, repetitions=3)
-    assert results["PEFT DoRA fp32"]["failed"] == "out of memory"
-    assert results["PEFT LoRA fp32"]["seconds"]["total"]["repetitions"] == 3
-    # Each of those that broke did so once, and was left out from then on.
-    assert len(calls) == 9 + sum(row["failed"] is not None for row in results.values())
 
 
 def test_the_gpu_clock_reads_events_in_order(monkeypatch):
