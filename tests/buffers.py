@@ -213,7 +213,9 @@ def guard_launches():
 
         return run_guarded
 
-    with patch.object(InterpretedFunction, "run", guarded(InterpretedFunction.run)):
+    with ExitStack() as stack:
+        for function in (InterpretedFunction, JITFunction):
+            stack.enter_context(patch.object(function, "run", guarded(function.run)))
         yield launches
 
 

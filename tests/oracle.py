@@ -30,12 +30,12 @@ class Problem:
         return [convert(t.detach()).requires_grad_() for t in tensors if t is not None]
 
 
-def make_problem(M, N, K, R, dtype=torch.float32, adapter_dtype=None, bias=False, update=0.3, seed=0):
+def make_problem(M, N, K, R, dtype=torch.float32, adapter_dtype=None, bias=False, update=0.3, seed=0, device="cpu"):
     """Random data at the scales of a trained model: ‖s B A‖ / ‖W‖ is `update`, m is within 10 % of ‖W‖."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device=device)
 
     adapter_dtype = adapter_dtype or dtype
     weight = (normal(N, K) * 0.05).to(dtype)

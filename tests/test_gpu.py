@@ -20,11 +20,8 @@ MIXES = {
 }
 
 
-def _on_gpu(problem):
-    for name, value in vars(problem).items():
-        if isinstance(value, torch.Tensor):
-            setattr(problem, name, value.cuda())
-    return problem
+def _problem(*sizes, **options):
+    return make_problem(*sizes, **options, device="cuda")
 
 
 def _check(problem, space, rounding="nearest"):
@@ -43,7 +40,7 @@ def _check(problem, space, rounding="nearest"):
 @pytest.mark.parametrize("rank", [8, 16, 64, 384])
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_llama_layers_in_bf16(layer, rank, tokens, space):
-    _check(_on_gpu(make_problem(tokens, *layer, rank, torch.bfloat16, torch.float32)), space)
+    _check(_problem(tokens, *layer, rank, torch.bfloat16, torch.float32), space)
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
@@ -53,14 +50,14 @@ def test_llama_layers_in_bf16(layer, rank, tokens, space):
 def test_dtypes(mix, space, rounding, bias):
     if mix[0] == torch.float16 and space == "weight":
         with pytest.raises(ValueError, match="fp16"):
-            solve(_on_gpu(make_problem(64, 64, 64, 8, *mix)), space=space)
+            solve(_problem(64, 64, 64, 8, *mix), space=space)
         return
-    _check(_on_gpu(make_problem(515, 1024, 4096, 17, *mix, bias=bias)), space, rounding)
+    _check(_problem(515, 1024, 4096, 17, *mix, bias=bias), space, rounding)
 
 
 @pytest.mark.parametrize("space", ["token", "weight"])
 def test_three_runs_are_bit_equal(space):
-    problem = _on_gpu(make_problem(2048, 4096, 4096, 16, torch.bfloat16, torch.float32))
+    problem = _problem(2048, 4096, 4096, 16, torch.bfloat16, torch.float32)
     first, second, third = (solve(problem, space=space, impl="triton") for _ in range(3))
     for name in first:
         assert torch.equal(first[name], second[name]) and torch.equal(first[name], third[name]), name
@@ -69,7 +66,7 @@ def test_three_runs_are_bit_equal(space):
 def test_more_elements_than_two_to_the_31():
     """M·N = 2.3e9: the last tokens must be theirs, not wrapped around."""
     tokens = 82_000
-    problem = _on_gpu(make_problem(64, 28_672, 128, 16, torch.bfloat16, torch.float32))
+    problem = _problem(64, 28_672, 128, 16, torch.bfloat16, torch.float32)
     x = problem.x.repeat(tokens // 64 + 1, 1)[:tokens]
     factors = (problem.weight, problem.lora_A, problem.lora_B, problem.magnitude)
     options = {"scaling": problem.scaling, "space": "token", "impl": "triton", "rounding": "nearest"}
@@ -77,13 +74,14 @@ def test_more_elements_than_two_to_the_31():
         y = dk.dora_linear(x, *factors, **options)
         tail = dk.dora_linear(x[-64:], *factors, **options)
     assert y.numel() > 2**31
-    assert torch.equal(y[-64:], tail)
+    # The GEMM of 64 rows may sum in another order than that of 82,000.
+    torch.testing.assert_close(y[-64:], tail, rtol=2**-6, atol=2**-6 * y[-64:].abs().max().item())
 
 
 @pytest.mark.parametrize("space", ["token", "weight"])
 def test_cuda_graph_capture(space):
     """No synchronisation, no host read, no memory from outside the caching allocator: a step can be captured."""
-    problem = _on_gpu(make_problem(512, 1024, 2048, 16, torch.bfloat16, torch.float32))
+    problem = _problem(512, 1024, 2048, 16, torch.bfloat16, torch.float32)
     leaves = problem.leaves()
     x, lora_A, lora_B, magnitude = leaves
 
@@ -111,7 +109,7 @@ def test_cuda_graph_capture(space):
 
 @pytest.mark.parametrize("space", ["token", "weight"])
 def test_compiled_by_inductor(space):
-    problem = _on_gpu(make_problem(256, 512, 768, 16, torch.bfloat16, torch.float32))
+    problem = _problem(256, 512, 768, 16, torch.bfloat16, torch.float32)
     leaves = problem.leaves()
 
     def layer(x, lora_A, lora_B, magnitude):
@@ -128,10 +126,24 @@ def test_compiled_by_inductor(space):
 
 def test_peak_memory_of_weight_space():
     """One W' at a time and nothing else of its size: forward and backward of a layer with W of 32 MiB."""
-    problem = _on_gpu(make_problem(64, 4096, 4096, 16, torch.bfloat16, torch.float32))
+    problem = _problem(64, 4096, 4096, 16, torch.bfloat16, torch.float32)
     weight_bytes = problem.weight.numel() * problem.weight.element_size()
     solve(problem, space="weight", impl="triton")
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     solve(problem, space="weight", impl="triton")
     assert torch.cuda.max_memory_allocated() - before < 1.5 * weight_bytes
+
+
+@pytest.mark.parametrize("space", ["token", "weight"])
+@pytest.mark.parametrize("rank", [16, 64])
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
+def test_a_fresh_adapter_is_an_exact_no_op(layer, rank, space):
+    """m comes from the norm alone, n in weight space from norm and merge in one launch: g must still be exactly 1."""
+    out_features, in_features = layer
+    with torch.device("cuda"):
+        linear = torch.nn.Linear(in_features, out_features, bias=False, dtype=torch.bfloat16)
+        x = torch.randn(512, in_features, dtype=torch.bfloat16)
+    fresh = dk.DoraLinear.from_linear(linear, r=rank, lora_alpha=2 * rank, space=space, impl="triton")
+    with torch.no_grad():
+        assert torch.equal(fresh(x), linear(x))

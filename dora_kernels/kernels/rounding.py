@@ -31,7 +31,9 @@ def round_to(x, rows, columns, salt, DTYPE: tl.constexpr, DITHERED: tl.constexpr
             # fp16's subnormals are normal fp32 numbers: the step is fp16's ulp, or 2⁻²⁴ where that is larger.
             step = (bits & 0x7F800000).to(tl.float32, bitcast=True) * 0.0009765625
             step = tl.maximum(step, 5.9604644775390625e-08)
-            steps = tl.floor(tl.abs(x) / step + (noise & 0x1FFF).to(tl.float32) * 0.0001220703125)
+            # Times the reciprocal of a power of two, which is exact: Triton's division is not, to the last bit.
+            reciprocal = (0x7F000000 - step.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+            steps = tl.floor(tl.abs(x) * reciprocal + (noise & 0x1FFF).to(tl.float32) * 0.0001220703125)
             magnitude = tl.minimum(steps * step, 65504.0).to(tl.uint32, bitcast=True)
             dithered = (magnitude | (bits & 0x80000000)).to(tl.float32, bitcast=True)
         # Infinities and NaN as they are: a NaN's pattern plus a hash may wrap to zero.
