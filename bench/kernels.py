@@ -2,30 +2,33 @@
 
 Both roofs are measured in the same run, interleaved with the kernels: a device-to-device copy, and a product of random
 matrices (bf16 on a GPU; fp32 on a CPU, where the reference runs in the kernels' place and the bytes are those that the
-kernels would move). Bytes are what must cross the memory bus once; `loads` is what the programs load, the L2 cache's
-work included. The floor of products in fp32 precision is that of three tf32 products, each at half bf16's rate.
+kernels would move). The floor's bytes are the operation's arguments and results, once each; "MB" is what its launches
+move across the memory bus, `loads` what the programs load, the L2 cache's work included. The floor of products in fp32
+precision is that of three tf32 products, each at half bf16's rate. Every operation is held to fp64 first.
 """
 
 import argparse
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from dora_kernels import dispatch
 
-from .compare import seconds, title
+from . import kernel_gate
+from .compare import seconds
 from .contestants import ALPHA_OVER_RANK, DTYPES, empty_problem, make_problem
 from .gpus import Roofs
 from .gpus import seconds as launch_seconds
+from .operations import operations
 from .session import Session
 from .session import add_arguments as add_session_arguments
 from .tables import milliseconds, table
-from .timing import attempt, interleaved, release
+from .timing import interleaved
 from .traffic import Operation, counting
 
 COMMAND = "kernels"
 COPY, GEMM = "device copy", "GEMM"
-ROUNDED = {"rounding": "dithered", "salt": 0}
 ROOF_BYTES, ROOF_FLOPS = 1 << 30, 1 << 40  # of a predicted copy and GEMM: any would do
 SLOWER = {"bf16": 1, "tf32x3": 6, "fp32": 1, "fp64": 1}
 """How many times longer than the measured GEMM's format a product takes; fp32 and fp64 are only timed on a CPU."""
@@ -43,57 +46,37 @@ def main(args: argparse.Namespace) -> int:
 
 def run(session: Session) -> None:
     """Measures every case of the session's preset."""
+    dtype = DTYPES[session.preset.dtype]
     for case, *sizes in session.preset.layers():
         if session.skips(COMMAND, case):
             continue
-        print(f"\n{title(case)}", flush=True)
-        dtype = DTYPES[session.preset.dtype]
-        results, failure = attempt(
-            lambda sizes=sizes, dtype=dtype: measure(*sizes, dtype, session.device, session.repetitions)
+        results = session.measure(
+            COMMAND, case, lambda sizes=sizes: measure(*sizes, dtype, session.device, session.repetitions)
         )
-        if failure:
-            print(f"the case itself failed: {failure}", flush=True)
-            continue
-        session.records.add(COMMAND, case, results)
-        print(kernels_table(results), flush=True)
-        release()
+        if results:
+            print(kernels_table(results), flush=True)
 
 
-def operations(ops, problem, norm, scale, base_out, h) -> dict[str, Callable]:
-    """Each operation as the layer calls it, by name."""
-    p, s, dtype = problem, ALPHA_OVER_RANK, problem.x.dtype
-    factors = (p.weight, p.lora_A, p.lora_B)
-    after = {"magnitude_dtype": torch.float32, "B_dtype": torch.float32, "bias_dtype": None}
+class Counted(NamedTuple):
+    """One operation's launches, and the bytes that none could do without."""
 
-    def rescale_bwd(needs_base):
-        return ops.rescale_bwd(
-            p.grad_y,
-            base_out,
-            h,
-            p.lora_B,
-            norm,
-            scale,
-            s,
-            saved_is="output",
-            needs_base=needs_base,
-            **after,
-            **ROUNDED,
-        )
+    launches: list[Operation]
+    compulsory_bytes: int
 
-    given = {"weight_norm": norm, "mag_norm_scale": scale}
-    return {
-        "weight_norm": lambda: ops.weight_norm(*factors, p.magnitude, s, **ROUNDED),
-        "merge": lambda: ops.merge(*factors, p.magnitude, s, dtype=dtype, **ROUNDED),
-        "merge, g given": lambda: ops.merge(*factors, None, s, dtype=dtype, **given, **ROUNDED),
-        "rescale_fwd": lambda: ops.rescale_fwd(base_out, h, p.lora_B, scale, None, s, in_place=False, **ROUNDED),
-        "rescale_bwd, token space": lambda: rescale_bwd(True),
-        "rescale_bwd, weight space": lambda: rescale_bwd(False),
-        "scaled_cast of B": lambda: ops.scaled_cast(p.lora_B, dtype, scale=scale, scaling=s, **ROUNDED),
-    }
+    def row(self) -> dict:
+        """As a result has it."""
+        made = self.launches
+        return {
+            "launches": [o.name for o in made],
+            "compulsory_bytes": self.compulsory_bytes,
+            "memory_bytes": sum(o.memory for o in made),
+            "loaded_bytes": sum(o.loaded for o in made),
+            "flops": {rate: sum(o.flops for o in made if o.rate == rate) for rate in {o.rate for o in made}},
+        }
 
 
 def measure(shape, tokens: int, rank: int, dtype: torch.dtype, device: torch.device, repetitions: int) -> dict:
-    """By operation: its time, bytes and FLOPs; and the two roofs."""
+    """By operation: its error against fp64, time, bytes and FLOPs, or why it failed; and the two roofs."""
     impl = dispatch.choose_impl(device)[0]
     ops = dispatch.implementation(impl)
     with torch.no_grad():
@@ -101,41 +84,39 @@ def measure(shape, tokens: int, rank: int, dtype: torch.dtype, device: torch.dev
         factors = (problem.weight, problem.lora_A, problem.lora_B, problem.magnitude)
         norm, scale = ops.weight_norm(*factors, ALPHA_OVER_RANK)
         base_out, h = problem.x @ problem.weight.T, problem.x @ problem.lora_A.to(dtype).T
-        calls = operations(ops, problem, norm, scale, base_out, h)
+        works = operations(ops, problem, norm, scale, base_out, h)
+        errors, failed = kernel_gate.check(
+            {name: work.call for name, work in works.items()}, kernel_gate.truths(problem, norm, scale, base_out, h)
+        )
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
-        counted = {name: totals(made) for name, made in count(shape, tokens, rank, dtype, capability).items()}
+        counted = {name: c.row() for name, c in count(shape, tokens, rank, dtype, capability).items()}
         roofs, sizes = roof_calls(device)
-        phases = {name: _whole(call) for name, call in (roofs | calls).items()}
-        times, failed = interleaved(phases, device, repetitions=repetitions)
+        calls = roofs | {name: work.call for name, work in works.items() if name not in failed}
+        phases = {name: _whole(call) for name, call in calls.items()}
+        times, failed_later = interleaved(phases, device, repetitions=repetitions, head_start=True)
+    failed |= failed_later
     results = {}
-    for name in phases:
+    for name in (*roofs, *works):
         done = {part: t._asdict() for part, t in times[name].items()} if name in times else {}
         results[name] = {"impl": impl, "seconds": done, "failed": failed.get(name), **(sizes | counted)[name]}
+        if name in errors:
+            results[name]["errors"] = errors[name]
     return results
 
 
-def count(shape, tokens: int, rank: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, list[Operation]]:
-    """The launches of each operation, from fake tensors."""
+def count(shape, tokens: int, rank: int, dtype: torch.dtype, capability: tuple[int, int]) -> dict[str, Counted]:
+    """Of each operation, from fake tensors."""
     found = {}
     with counting(capability) as counter, torch.no_grad():
         problem = empty_problem(shape, tokens, rank, dtype, "cpu")
-        norm, base_out, h = torch.empty(shape.out_features), problem.grad_y, torch.empty(tokens, rank, dtype=dtype)
-        calls = operations(dispatch.implementation("triton"), problem, norm, norm, base_out, h)
-        for name, call in calls.items():
+        norm, scale = torch.empty(2, shape.out_features)
+        base_out, h = torch.empty_like(problem.grad_y), torch.empty(tokens, rank, dtype=dtype)
+        works = operations(dispatch.implementation("triton"), problem, norm, scale, base_out, h)
+        for name, work in works.items():
             counter.take()
-            call()
-            found[name] = counter.take()
+            returned = work.call()
+            found[name] = Counted(counter.take(), work.bytes(returned))
     return found
-
-
-def totals(made: list[Operation]) -> dict:
-    """Of an operation's launches, as a row has them."""
-    return {
-        "launches": [o.name for o in made],
-        "memory_bytes": sum(o.memory for o in made),
-        "loaded_bytes": sum(o.loaded for o in made),
-        "flops": {rate: sum(o.flops for o in made if o.rate == rate) for rate in {o.rate for o in made}},
-    }
 
 
 def predict(shape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs, capability: tuple[int, int]) -> dict:
@@ -154,8 +135,8 @@ def predict(shape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs, cap
             "time": ROOF_FLOPS / roofs.flops["bf16"],
         },
     }
-    for name, made in count(shape, tokens, rank, dtype, capability).items():
-        found[name] = {**totals(made), "time": sum(launch_seconds(operation, roofs) for operation in made)}
+    for name, counted in count(shape, tokens, rank, dtype, capability).items():
+        found[name] = {**counted.row(), "time": sum(launch_seconds(operation, roofs) for operation in counted.launches)}
     return {
         name: {"impl": "triton", "seconds": {"total": {"median": row.pop("time")}}, **row}
         for name, row in found.items()
@@ -185,7 +166,7 @@ def floor(row: dict, group: dict[str, dict]) -> float | None:
     bandwidth = copy["memory_bytes"] / seconds(copy)
     rate = gemm["flops"]["bf16"] / seconds(gemm)
     product = sum(flops * SLOWER[name] for name, flops in row["flops"].items()) / rate
-    return max(row["memory_bytes"] / bandwidth, product)
+    return max(row.get("compulsory_bytes", row["memory_bytes"]) / bandwidth, product)
 
 
 def kernels_table(group: dict[str, dict]) -> str:

@@ -8,7 +8,7 @@ gradients. `--preset full` runs every shape of three models; an interrupted run 
 
 import argparse
 
-from .compare import group_table, title
+from .compare import group_table
 from .contestants import DTYPES, Contestant, Problem, contestants, left_out, make_problem
 from .gate import broken, errors, truth
 from .memory import peak_bytes
@@ -37,17 +37,14 @@ def run(session: Session) -> None:
     for case, *sizes in preset.layers():
         if session.skips(COMMAND, case):
             continue
-        print(f"\n{title(case)}", flush=True)
-        problem, failure = attempt(lambda sizes=sizes: make_problem(*sizes, dtype, device))
-        if failure:
-            print(f"the case itself does not fit: {failure}", flush=True)
-            continue
-        field = contestants(dtype, device, compiled=preset.compiled, reference=preset.reference)
-        results = measure(problem, field, session.repetitions)
-        session.records.add(COMMAND, case, results)
-        print(group_table(results), flush=True)
-        del problem
-        release()
+
+        def measured(sizes=sizes):
+            problem = make_problem(*sizes, dtype, device)
+            field = contestants(dtype, device, compiled=preset.compiled, reference=preset.reference)
+            return measure(problem, field, session.repetitions)
+
+        if results := session.measure(COMMAND, case, measured):
+            print(group_table(results), flush=True)
 
 
 def measure(problem: Problem, field: dict[str, Contestant], repetitions: int) -> dict[str, dict]:
@@ -55,11 +52,13 @@ def measure(problem: Problem, field: dict[str, Contestant], repetitions: int) ->
     device, dtype = problem.x.device, problem.x.dtype
     results: dict[str, dict] = {name: {} for name in field}
     for kind in ("base", "lora", "dora"):
-        exact, lost = attempt(lambda kind=kind: truth(kind, problem))
+        exact, lost = attempt(lambda kind=kind: truth(kind, problem), who="the truth in fp64")
         for name, contestant in field.items():
             if contestant.kind != kind:
                 continue
-            found, failure = (None, lost) if lost else attempt(lambda c=contestant, e=exact: errors(c, problem, e))
+            found, failure = (
+                (None, lost) if lost else attempt(lambda c=contestant, e=exact: errors(c, problem, e), who=name)
+            )
             failure = failure or broken(found, dtype)
             results[name] = {"errors": found, "failed": failure}
             print(f"  {name}: {failure or 'correct'}", flush=True)
@@ -70,7 +69,7 @@ def measure(problem: Problem, field: dict[str, Contestant], repetitions: int) ->
     for name, contestant in field.items():
         if results[name]["failed"]:
             continue
-        entry, failure = attempt(lambda c=contestant: c.build(problem))
+        entry, failure = attempt(lambda c=contestant: c.build(problem), who=name)
         if entry is None:
             results[name]["failed"] = failure
             continue
@@ -82,5 +81,5 @@ def measure(problem: Problem, field: dict[str, Contestant], repetitions: int) ->
             results[name]["failed"] = failed[name]
             continue
         results[name]["seconds"] = {part: t._asdict() for part, t in times[name].items()}
-        results[name]["peak_bytes"], _ = attempt(lambda p=run_phases: peak_bytes(lambda: list(p()), device))
+        results[name]["peak_bytes"], _ = attempt(lambda p=run_phases: peak_bytes(lambda: list(p()), device), who=name)
     return results

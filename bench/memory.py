@@ -1,5 +1,6 @@
 """Peak memory of a call: the GPU allocator's own count, or on a CPU the sum of what PyTorch's allocator reports."""
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -8,6 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """The most memory held at once during `call`, beyond what was held before it."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

@@ -4,7 +4,7 @@ Contestants share the frozen weights. One at a time has its adapters and optimiz
 own; the frozen base is timed again at the end, and shows how far the machine has drifted. Memory is the peak beyond the
 frozen weights: adapters, gradients, optimizer and activations. Every contestant is held to fp64 first, loss and
 gradients, on two layers of the model (`model_gate.py`); one that fails is printed as failed. In the run itself it must
-reproduce the base's loss, of which a fresh adapter changes nothing, and keep finite parameters.
+reproduce the base's loss and logits, of which a fresh adapter changes nothing, and keep finite parameters.
 """
 
 import argparse
@@ -12,10 +12,11 @@ import argparse
 import torch
 from torch import nn
 
-from .compare import group_table, title
+from .compare import group_table
 from .contestants import DTYPES
+from .gate import error
 from .memory import peak_bytes
-from .model_field import Contestant, Trained, adapted, build_base, contestants
+from .model_field import Contestant, First, Trained, adapted, build_base, contestants
 from .model_gate import Gate, worst
 from .session import Session
 from .session import add_arguments as add_session_arguments
@@ -26,6 +27,10 @@ COMMAND = "model"
 STEPS = 5  # timed for each contestant; two come before
 LOSS_BAR = 0.02
 """Relative distance from the base's loss. In bf16 the loss of random weights moves by less than a percent."""
+LOGITS_BAR = {torch.float32: 1e-4, torch.bfloat16: 0.125, torch.float16: 0.03}
+"""Relative distance from the base's logits. In 16 bits 64 units of roundoff: each of a layer's linears is rounded anew,
+which adds up as a square root does, over 32 layers to about 30 units. In fp32 sums over thousands of terms come on top.
+Logits that have nothing to do with the base's are 1.4 away."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,24 +55,22 @@ def main(args: argparse.Namespace) -> int:
 
 def run(session: Session, runs: tuple[Run, ...] | None = None) -> None:
     """Measures every run of the session's preset, or those given."""
-    built: tuple[tuple, nn.Module] | None = None
+    built: list[tuple[tuple, nn.Module]] = []  # one model at a time; runs that share it stand in a row
     for run in session.preset.runs if runs is None else runs:
         case = run._asdict() | {"dtype": session.preset.dtype, "compiled": session.preset.compiled}
         if session.skips(COMMAND, case):
             continue
-        print(f"\n{title(case)}", flush=True)
-        key = (run.model, run.layers, run.quantize)
-        if built is None or built[0] != key:
-            built = None
-            release()
-            base, failure = attempt(lambda r=run: build_base(r, DTYPES[session.preset.dtype], session.device))
-            if failure:
-                print(f"the model itself failed: {failure}", flush=True)
-                continue
-            built = (key, base)
-        results = measure(built[1], run, session)
-        session.records.add(COMMAND, case, results)
-        print(group_table(results, tokens=run.batch * run.sequence), flush=True)
+
+        def measured(run=run):
+            key = (run.model, run.layers, run.quantize)
+            if not built or built[0][0] != key:
+                built.clear()
+                release()
+                built.append((key, build_base(run, DTYPES[session.preset.dtype], session.device)))
+            return measure(built[0][1], run, session)
+
+        if results := session.measure(COMMAND, case, measured):
+            print(group_table(results, tokens=run.batch * run.sequence), flush=True)
 
 
 def measure(base: nn.Module, run: Run, session: Session) -> dict[str, dict]:
@@ -76,11 +79,15 @@ def measure(base: nn.Module, run: Run, session: Session) -> dict[str, dict]:
     vocabulary = MODELS[run.model].vocab_size
     ids = torch.randint(vocabulary, (run.batch, run.sequence), generator=generator, device=session.device)
     results = hold_to_fp64(run, session)
+    expected = None  # the frozen base is the first
     for name, contestant in contestants(DTYPES[session.preset.dtype], run.rank).items():
         if not results[name]["failed"]:
-            expected = results["frozen base"].get("loss")
-            found, failure = attempt(lambda c=contestant, e=expected: one(base, c, ids, e, run.checkpointing, session))
-            results[name] |= found or {"failed": failure}
+            found, failure = attempt(
+                lambda c=contestant, e=expected: one(base, c, ids, e, run.checkpointing, session), who=name
+            )
+            result, first = found or ({"failed": failure}, None)
+            results[name] |= result
+            expected = expected or first
         print(f"  {name}: {results[name]['failed'] or 'done'}", flush=True)
         release()
     return results
@@ -89,18 +96,20 @@ def measure(base: nn.Module, run: Run, session: Session) -> dict[str, dict]:
 def hold_to_fp64(run: Run, session: Session) -> dict[str, dict]:
     """By contestant: its errors, and why it is not to be timed."""
     dtype = DTYPES[session.preset.dtype]
-    gate, lost = attempt(lambda: Gate(run, dtype, session.device, compiled=session.preset.compiled))
+    gate, lost = attempt(
+        lambda: Gate(run, dtype, session.device, compiled=session.preset.compiled), who="the truth in fp64"
+    )
     results = {}
     for name, contestant in contestants(dtype, run.rank).items():
-        errors, failure = (None, lost) if lost else attempt(lambda c=contestant: gate.errors(c))
+        errors, failure = (None, lost) if lost else attempt(lambda c=contestant: gate.errors(c), who=name)
         failure = failure or gate.broken(errors)
         results[name] = {"errors": worst(errors) if errors else None, "failed": failure}
         release()
     return results
 
 
-def one(base: nn.Module, contestant: Contestant, ids, expected, checkpointing, session: Session) -> dict:
-    """One contestant's result."""
+def one(base: nn.Module, contestant: Contestant, ids, expected: First | None, checkpointing, session: Session):
+    """One contestant's result, and its first step's loss and logits."""
     built: list[Trained] = []
 
     def build_and_warm_up():
@@ -111,14 +120,28 @@ def one(base: nn.Module, contestant: Contestant, ids, expected, checkpointing, s
 
     peak = peak_bytes(build_and_warm_up, session.device)
     (trained,) = built
-    loss = trained.first_loss.item()
-    if expected is not None and not abs(loss - expected) <= LOSS_BAR * expected:
-        return {"failed": f"wrong: loss {loss:.4f}, the base's is {expected:.4f}", "loss": loss}
-    if not all(p.isfinite().all() for p in trained.parameters):
-        return {"failed": "wrong: a step made a parameter infinite or NaN", "loss": loss}
+    found = trained.first
+    result = {"failed": wrong(trained, expected, DTYPES[session.preset.dtype]), "loss": found.loss.item()}
+    if result["failed"]:
+        return result, found
     steps = min(STEPS, session.repetitions)
     times, failed = interleaved({"step": trained.step}, session.device, repetitions=steps, warmup=0)
     if failed:
-        return {"failed": failed["step"], "loss": loss}
+        return result | {"failed": failed["step"]}, found
     seconds = {part: t._asdict() for part, t in times["step"].items()}
-    return {"failed": None, "loss": loss, "peak_bytes": peak, "seconds": seconds}
+    return result | {"peak_bytes": peak, "seconds": seconds}, found
+
+
+def wrong(trained: Trained, expected: First | None, dtype: torch.dtype) -> str | None:
+    """What the run itself shows to be wrong, or None; `expected` is the base's first step."""
+    if expected is not None:
+        loss, base_loss = trained.first.loss.item(), expected.loss.item()
+        # Not `>`: NaN is a failure.
+        if not abs(loss - base_loss) <= LOSS_BAR * base_loss:
+            return f"wrong: loss {loss:.4f}, the base's is {base_loss:.4f}"
+        distance = error(trained.first.logits, expected.logits.double())
+        if not distance <= LOGITS_BAR[dtype]:
+            return f"wrong: logits {distance:.1e} from the base's, allowed {LOGITS_BAR[dtype]:.1e}"
+    if not all(p.isfinite().all() for p in trained.parameters):
+        return "wrong: a step made a parameter infinite or NaN"
+    return None

@@ -17,6 +17,7 @@ from .contestants import ALPHA_OVER_RANK, patch
 from .shapes import MODELS, Run
 from .timing import release
 
+POSITIONS = 64  # whose logits are compared
 Adapt = Callable[[nn.Module], nn.Module]
 """Makes the trained model out of the base."""
 
@@ -88,6 +89,13 @@ def empty_nf4(weight: torch.Tensor) -> nn.Parameter:
     return Params4bit(packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True)
 
 
+class First(NamedTuple):
+    """What the first step computed, before any update."""
+
+    loss: torch.Tensor
+    logits: torch.Tensor  # [first positions, vocabulary] of the first row
+
+
 @dataclass
 class Trained:
     """A contestant ready to step."""
@@ -101,7 +109,7 @@ class Trained:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         fused = self.ids.is_cuda if self.fused is None else self.fused
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=fused) if self.parameters else None
-        self.first_loss: torch.Tensor | None = None
+        self.first: First | None = None
 
     def begin(self) -> None:
         """Makes the optimizer's moments, as the first step does."""
@@ -115,9 +123,11 @@ class Trained:
         """For `timing.interleaved`."""
         on = nullcontext() if self.autocast is None else torch.autocast(self.ids.device.type, self.autocast)
         with on:
-            loss = self.model(input_ids=self.ids, labels=self.ids).loss
-        if self.first_loss is None:
-            self.first_loss = loss.detach()
+            output = self.model(input_ids=self.ids, labels=self.ids)
+        loss = output.loss
+        if self.first is None:
+            self.first = First(loss.detach(), output.logits[0, :POSITIONS].detach().clone())
+        del output  # the logits go when the backward lets them go
         yield "forward"
         loss.backward()
         yield "backward"

@@ -56,7 +56,7 @@ class Gate:
             if part == "backward":
                 break
         found = {f"{name} of {path}": p.grad for path, some in parameters.items() for name, p in some.items()}
-        found["loss"] = trained.first_loss
+        found["loss"] = trained.first.loss
         return {name: error(found.get(name), value) for name, value in exact.items()}
 
     def broken(self, errors: dict[str, float]) -> str | None:

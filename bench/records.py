@@ -19,16 +19,19 @@ WRITTEN = ("bench/results", "tests/SCORECARD.md")
 
 def stamp(device: torch.device, commit: str | None = None) -> dict:
     """The machine, the software and the day. `commit` is for a copy of the tree that has no history."""
+    driver = (
+        _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device.type == "cuda" else ""
+    )
     gpu = device.type == "cuda"
     return {
         "kind": "GPU" if gpu else "CPU",
         "device": torch.cuda.get_device_name(device) if gpu else _cpu_name(),
         "threads": None if gpu else torch.get_num_threads(),
         "load": None if gpu else round(os.getloadavg()[0], 2),  # of the last minute, others' work
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
+        "driver": driver.partition("\n")[0] or None,  # one line per GPU, and one driver
         "cuda": torch.version.cuda if gpu else None,
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("triton", "peft", "transformers")},
+        **{name: _version(name) for name in ("triton", "peft", "transformers", "bitsandbytes", "axolotl")},
         "commit": commit or head(),
         "date": datetime.date.today().isoformat(),
     }
@@ -42,7 +45,12 @@ class Records:
         self._done = {_identity(row) for row in read_rows([path])} if path.exists() else set()
 
     def has(self, command: str, case: dict) -> bool:
-        """Whether this case was measured before, by the same commit on the same machine and software."""
+        """Whether this case was measured before, by the same commit on the same machine and software.
+
+        A tree with changes has no commit that would tell one measurement from the next.
+        """
+        if self.stamp["commit"].endswith(("-changed", "unknown")):
+            return False
         return _identity({"command": command, "case": case, "stamp": self.stamp}) in self._done
 
     def add(self, command: str, case: dict, results: dict[str, dict]) -> None:
@@ -52,8 +60,10 @@ class Records:
             for name, result in results.items()
         ]
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        with self.path.open("ab+") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # a line that a kill cut short
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         self._done.update(map(_identity, rows))
 
 

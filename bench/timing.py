@@ -1,6 +1,7 @@
 """Time of competing calls, interleaved, and what happens to one that fails."""
 
 import gc
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
+HEAD_START = 1_000_000  # cycles, half a millisecond: as long as a few launches take Python and Triton
 Phases = Callable[[], Iterator[str]]
 """A call in parts: it yields the name of each part when that part is over."""
 
@@ -24,42 +26,72 @@ class Times(NamedTuple):
 
 
 def interleaved(
-    contestants: dict[str, Phases], device: torch.device, *, repetitions: int, warmup: int = 3
+    contestants: dict[str, Phases], device: torch.device, *, repetitions: int, warmup: int = 3, head_start: bool = False
 ) -> tuple[dict[str, dict[str, Times]], dict[str, str]]:
     """Times by contestant and part, and the reasons of those that raised, which are not timed.
 
-    Each repetition runs every contestant once, so that a machine that slows down or heats up does so for all. Before
-    each of them the GPU is idle and its L2 cache holds nothing of theirs.
+    Each repetition runs every contestant once, in an order drawn anew, so that a machine that slows down or heats up
+    does so for all. Before each of them the GPU is idle and its L2 cache holds nothing of theirs. With `head_start`
+    the GPU then waits until the call is in its queue: the time of the kernels alone, and not of the CPU behind them.
     """
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     failed: dict[str, str] = {}
-    clock = _cuda_clock(device) if device.type == "cuda" else _cpu_clock
-    for repetition in range(-warmup, repetitions):
-        for name, phases in contestants.items():
-            if name in failed:
-                continue
-            passed, failure = attempt(lambda phases=phases: clock(phases))
-            if failure:
-                failed[name] = failure
-            elif repetition >= 0:
-                seconds[name].append(passed)
+    clock = _cuda_clock(device, head_start) if device.type == "cuda" else _cpu_clock
+    shuffle = random.Random(0).shuffle
+    order = list(contestants)
+    gc.collect()
+    gc.disable()  # its pauses would fall on whoever is running
+    try:
+        for repetition in range(-warmup, repetitions):
+            shuffle(order)
+            for name in order:
+                if name in failed:
+                    continue
+                passed, failure = attempt(lambda phases=contestants[name]: clock(phases), who=name)
+                if failure:
+                    failed[name] = failure
+                elif repetition >= 0:
+                    seconds[name].append(passed)
+    finally:
+        gc.enable()
     return {name: summary(runs) for name, runs in seconds.items() if name not in failed}, failed
 
 
-def attempt(call: Callable):
+class ContextLost(RuntimeError):
+    """An error after which this process can use the GPU no more, an access out of bounds for one."""
+
+
+def attempt(call: Callable, who: str = ""):
     """What `call` returns and None, or None and why it failed: memory that ran out, or the error's first line.
 
     A benchmark outlives its contestants: one that cannot run is a row that says so.
+
+    Raises:
+        ContextLost: `who` broke the GPU's context; whatever came next would fail for it.
     """
     try:
         return call(), None
+    except ContextLost:
+        raise
     except Exception as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        failure = "out of memory" if out_of_memory else f"{type(error).__name__}: {first_line[:150]}"
+        failure = _reason(error)
     # Here the error is gone, and with it the frames that held its tensors.
-    release()
+    try:
+        release()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except Exception:
+        raise ContextLost(f"{who or 'the case'}: {failure}") from None
     return None, failure
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    # cuBLAS and cuDNN have words of their own for memory that they cannot get.
+    ran_out = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in ran_out):
+        return "out of memory"
+    return f"{type(error).__name__}: {(text.strip().splitlines() or [''])[0][:150]}"
 
 
 def release() -> None:
@@ -90,12 +122,14 @@ def _cpu_clock(phases: Phases) -> dict[str, float]:
     return passed
 
 
-def _cuda_clock(device: torch.device):
+def _cuda_clock(device: torch.device, head_start: bool = False):
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
 
     def clock(phases: Phases) -> dict[str, float]:
         torch.cuda.synchronize(device)
         flush.zero_()
+        if head_start:
+            torch.cuda._sleep(HEAD_START)
         marks, names = [torch.cuda.Event(enable_timing=True)], []
         marks[0].record()
         for name in phases():

@@ -131,7 +131,9 @@ def counting(capability: tuple[int, int] = (9, 0)) -> Iterator[Counter]:
             stack.enter_context(mock.patch.object(kind, "run", launched))
         stack.enter_context(mock.patch.object(dispatch, "_why_no_triton", lambda device: None))
         stack.enter_context(mock.patch.object(dispatch, "_capability", lambda device: capability))
-        stack.enter_context(mock.patch.object(launch_data, "DEFAULT_GPU", launch_data.GPUS[capability]))
+        stack.enter_context(
+            mock.patch.object(launch_data, "DEFAULT_GPU", launch_data.GPUS.get(capability, launch_data.DEFAULT_GPU))
+        )
         stack.enter_context(mock.patch.object(autograd, "mm_fp32", mm_fp32))
         # By name: the package has a function of the module's name.
         backward = importlib.import_module("dora_kernels.kernels.rescale_bwd")

@@ -140,6 +140,25 @@ def test_a_wrong_model_is_a_row_that_says_so_and_is_not_timed(monkeypatch, tmp_p
     assert "dm of model.layers.0.self_attn.q_proj inf" in rows["freeze"]["failed"]
 
 
+def test_a_run_whose_adapter_is_not_fresh_is_wrong(monkeypatch, tmp_path):
+    """On two layers it is right, with the values that the gate gives it; in the run itself it must equal the base."""
+    right = model_field.contestants(torch.float32, 4)
+
+    def adapt(base):
+        adapted = right["ours fp32, auto"].adapt(base)
+        next(m for m in adapted.modules() if isinstance(m, dk.DoraLinear)).lora_B.data.fill_(1e-3)
+        return adapted
+
+    field = {"frozen base": right["frozen base"], "not fresh": right["ours fp32, auto"]._replace(adapt=adapt)}
+    monkeypatch.setattr(model, "contestants", lambda dtype, rank: field)
+    arguments = {"device": "cpu", "preset": "tiny", "threads": 1, "repetitions": 1, "commit": None, "again": False}
+    session = Session(argparse.Namespace(**arguments, output=tmp_path / "r.jsonl", minutes=None))
+    run = Run("tiny", 0, 1, 8, 4)
+    row = model.measure(model_field.build_base(run, torch.float32, CPU), run, session)["not fresh"]
+    assert row["failed"].startswith("wrong: logits ") and "seconds" not in row
+    assert max(row["errors"].values()) < 1e-5
+
+
 def test_sixteen_bits_see_a_magnitude_that_is_left_out():
     """The bar in bf16 is wide for rounding, and not for a layer that forgets g: 10 % of m."""
     run = Run("tiny", 0, 1, 64, 4)
