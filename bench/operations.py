@@ -1,4 +1,4 @@
-"""The engine's operations as a layer calls them, one by one: what `kernels` times and `tune` configures."""
+"""The engine's operations as a layer calls them, one by one: what `kernels` times."""
 
 from collections.abc import Callable
 from typing import NamedTuple
