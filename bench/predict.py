@@ -84,13 +84,22 @@ def predict_model(run: Run, dtype: torch.dtype, roofs: Roofs, capability: tuple[
     for name, contestant in model_field.contestants(dtype, run.rank).items():
         # A patched layer refuses tensors without data, and runs what ours runs; nothing drifts here.
         if not name.endswith(("patched", "again")):
-            results[name], failure = attempt(
+            row, failure = attempt(
                 lambda c=contestant: predict_step(
                     run, c, dtype, capability, lambda operation: seconds(operation, roofs)
                 )
             )
-            results[name] = results[name] or {"failed": failure}
+            results[name] = fitting(row, roofs) if row else {"failed": failure}
     return results
+
+
+def fitting(row: dict, roofs: Roofs) -> dict:
+    """The row of a step; where frozen weights and peak are more than the GPU's memory, one that failed."""
+    held = row["frozen_bytes"] + row["peak_bytes"]
+    if held <= roofs.memory:
+        return row
+    why = f"would not fit: {held / 2**30:.1f} GiB of {roofs.memory / 2**30:.1f} GiB"
+    return {"failed": why, "peak_bytes": row["peak_bytes"]}
 
 
 def predict(
