@@ -10,7 +10,7 @@ COMMANDS = {
     "model": "time a training step of a whole model with random weights",
     "all": "kernels, layer and model of one preset, within a number of minutes",
     "step": "train the embedded model, ours and PEFT's on the same data and seed: loss curves",
-    "predict": "the tables of layer for a GPU that is not here, from counted bytes and FLOPs",
+    "predict": "the tables of kernels, layer and model for a GPU that is not here, from counted bytes and FLOPs",
     "report": "tables and plots from committed results",
     "offline": "compile every kernel for every GPU generation, without a GPU, and hold it to its limits",
     "tune": "propose launch configurations: timed on a GPU, else ranked by static figures",

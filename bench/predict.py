@@ -43,9 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     roofs, capability = ROOFS[args.gpu], CAPABILITIES[args.gpu]
     rates = ", ".join(f"{name} {value / 1e12:.0f} TFLOP/s" for name, value in roofs.flops.items())
+    beside = f"beside what was measured in {args.measured}" if args.measured else "nothing was measured"
     print(
-        f"PREDICTION for {args.gpu}, nothing was measured. Roofs: {roofs.bandwidth / 1e12:.2f} TB/s, {rates}, "
-        f"{roofs.launch * 1e6:.0f} µs a launch ({roofs.source})"
+        f"PREDICTION for {args.gpu}, {beside}. Roofs: {roofs.bandwidth / 1e12:.2f} TB/s, {rates}, "
+        f"{roofs.launch * 1e6:.0f} µs a launch, {roofs.memory / 1e9:.0f} GB of memory ({roofs.source})"
     )
     if args.measured:
         return compare(args.measured, roofs, capability, args.tables)
