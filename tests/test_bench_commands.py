@@ -143,6 +143,7 @@ def test_predictions_are_labelled_and_compared(tiny, capsys):
     assert main([*arguments, "--verbose", "--tables", "kernels", "layer"]) == 0
     text = capsys.readouterr().out
     assert text.count("PREDICTION") == 1 + 2 * len(layer_shapes("tiny")) and "4.30 TB/s" in text
+    assert "  ours fp32, auto, backward: rescale_bwd" in text
     assert "nothing was measured" in text
     assert main([*arguments, "--measured", str(tiny)]) == 0
     text = capsys.readouterr().out

@@ -1,12 +1,21 @@
 """Predictions for a GPU that is not here: what would not fit is said, and the committed tables are what comes out."""
 
+import argparse
+from itertools import islice
+from pathlib import Path
+
+import pytest
 import torch
 
 from bench import model_field, predict
+from bench.__main__ import main
 from bench.compare import group_table
 from bench.gpus import CAPABILITIES, ROOFS
+from bench.records import RESULTS
 from bench.shapes import Run
 
+COMMITTED = RESULTS / "predict-h200.txt"
+REWRITE = "if that is meant: python -m bench predict --gpu h200 --output bench/results/predict-h200.txt"
 BF16, HOPPER = torch.bfloat16, (9, 0)
 H200 = ROOFS["h200"]
 
@@ -41,3 +50,54 @@ def test_every_gpu_has_its_data_sheets_memory():
     assert predict.fitting(held | {"peak_bytes": 41_000_000_000}, H200)["frozen_bytes"]
     row = predict.fitting(held | {"peak_bytes": 42_000_000_000}, H200)
     assert row == {"failed": "would not fit: 132.2 GiB of 131.3 GiB", "peak_bytes": 42_000_000_000}
+
+
+def by_title(sections):
+    """Each table by the line above it."""
+    return dict(section.strip().split("\n", 1) for section in sections)
+
+
+def arguments(*given):
+    parser = argparse.ArgumentParser()
+    predict.add_arguments(parser)
+    return parser.parse_args(["--gpu", "h200", *given])
+
+
+def test_the_committed_tables_are_what_is_predicted():
+    """Of the 40 cases nine: every layer at one size, and the whole model's first."""
+    head, *committed = COMMITTED.read_text().split("\n\n")
+    if predict.versions() not in head:
+        pytest.skip(f"other versions than the committed file's may launch something else: {predict.versions()}")
+    assert head == predict.header("h200", H200, "nothing was measured"), REWRITE
+    committed = by_title(committed)
+    found = by_title(predict.sections(arguments("--tables", "kernels", "layer", "--tokens", "8192", "--ranks", "16")))
+    found |= by_title(islice(predict.sections(arguments("--tables", "model", "--ranks", "16")), 1))
+    assert len(found) == 9 and len(committed) == 40
+    assert "PEFT DoRA fp32 failed: would not fit: 162.5 GiB of 131.3 GiB" in list(found.values())[-1]
+    for title, table in found.items():
+        # A table is equal as a whole or shown as a whole.
+        assert table == committed.get(title), f"{title}; {REWRITE}"
+
+
+def test_the_committed_tables_are_of_the_versions_that_ci_installs():
+    (line,) = (line for line in COMMITTED.read_text().splitlines() if line.startswith("Counted with "))
+    required = (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines()
+    for library in line.removeprefix("Counted with ").split(", "):
+        assert library.replace(" ", "==") in required, REWRITE
+
+
+def test_what_is_printed_is_written(tmp_path, capsys):
+    path = tmp_path / "predicted.txt"
+    command = ["predict", "--gpu", "h200", "--model", "tiny", "--tokens", "8", "--ranks", "4", "--tables", "layer"]
+    assert main([*command, "--output", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path.read_text()}\nwrote {path}\n"
+    with pytest.raises(SystemExit):
+        main([*command, "--output", str(path), "--measured", str(path)])
+
+
+def test_a_prediction_that_failed_is_named_beside_what_was_measured():
+    measured = {"total": {"median": 2e-3}}
+    group = {"a": {"seconds": measured, "failed": None}, "b": {"failed": "out of memory"}}
+    predicted = {"a": {"failed": "would not fit: 2.0 GiB of 1.0 GiB"}, "b": {"seconds": measured}}
+    lines = predict.comparison(group, predicted).splitlines()
+    assert lines[-2:] == ["a, predicted: would not fit: 2.0 GiB of 1.0 GiB", "b, measured: out of memory"]
