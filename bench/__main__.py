@@ -11,7 +11,7 @@ COMMANDS = {
     "all": "kernels, layer and model of one preset, within a number of minutes",
     "step": "train the embedded model, ours and PEFT's on the same data and seed: loss curves",
     "questions": "time the choices that the design rests on, each against its alternative",
-    "predict": "the tables of layer for a GPU that is not here, from counted bytes and FLOPs",
+    "predict": "the tables of kernels, layer and model for a GPU that is not here, from counted bytes and FLOPs",
     "report": "tables and plots from committed results",
     "offline": "compile every kernel for every GPU generation, without a GPU, and hold it to its limits",
     "tune": "propose launch configurations: timed on a GPU, else ranked by static figures",

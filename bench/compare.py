@@ -27,6 +27,7 @@ def lora_seconds(group: dict[str, dict], part: str = "total") -> float | None:
 def group_table(group: dict[str, dict], tokens: int = 0) -> str:
     """`group` holds a result by contestant, as `records` stores them. Below it stands why a contestant failed.
 
+    One that is predicted to fail for its memory has a peak and no time.
     With `tokens` per call there is a column of tokens a second.
     """
     base, lora = base_seconds(group), lora_seconds(group)
@@ -34,7 +35,7 @@ def group_table(group: dict[str, dict], tokens: int = 0) -> str:
     for name, row in group.items():
         total = seconds(row)
         if total is None:
-            cells = ["FAILED", *["-"] * 7]
+            cells = ["FAILED", *["-"] * 4, mebibytes(row.get("peak_bytes")), "-", "-"]
             notes.append(f"{name} failed: {row.get('failed')}")
         else:
             times = row["seconds"]["total"]

@@ -18,6 +18,7 @@ import dora_kernels as dk
 from .shapes import Shape
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALPHA_OVER_RANK = 2.0
 
 
@@ -122,8 +123,8 @@ def contestants(
 
     On a GPU `reference` adds our reference implementation, hundreds of small launches that take most of a run's time.
     """
-    half = dtype != torch.float32
-    settings = [("fp32, autocast", torch.float32, dtype), ("fp32", torch.float32, None), ("bf16", dtype, None)]
+    half, own = dtype != torch.float32, DTYPE_NAMES[dtype]
+    settings = [("fp32, autocast", torch.float32, dtype), ("fp32", torch.float32, None), (own, dtype, None)]
     settings = settings if half else [("fp32", torch.float32, None)]
     found = {"frozen base": Contestant("base", _base)}
     for name, adapter, autocast in settings:
@@ -134,16 +135,17 @@ def contestants(
         "dora", _peft(settings[0][1], settings[0][2], dora=True, patched=True)
     )
     if why_no_axolotl() is None:
-        for name, adapter in {"fp32": torch.float32, "bf16" if half else "fp32": dtype}.items():
+        for name, adapter in {"fp32": torch.float32, own: dtype}.items():
             found[f"Axolotl DoRA {name}"] = Contestant("dora", _axolotl(adapter))
     gpu = device.type == "cuda"
     implementations = ("triton", "reference") if gpu and reference else ("triton",) if gpu else ("reference",)
+    found["ours fp32, auto"] = Contestant("dora", _ours(torch.float32, "auto", implementations[0]))
     for impl in implementations:
         for space in ("token", "weight"):
             if not (dtype == torch.float16 and space == "weight"):
                 found[f"ours fp32, {space}, {impl}"] = Contestant("dora", _ours(torch.float32, space, impl))
     if half:
-        found[f"ours bf16, auto, {implementations[0]}"] = Contestant("dora", _ours(dtype, "auto", implementations[0]))
+        found[f"ours {own}, auto, {implementations[0]}"] = Contestant("dora", _ours(dtype, "auto", implementations[0]))
     if compiled:
         found = {f"{name}, compiled": c._replace(build=_compiled(c.build)) for name, c in found.items()}
     return found

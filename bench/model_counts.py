@@ -21,10 +21,11 @@ COUNTED = 2  # layers; and one more
 
 
 class Step(NamedTuple):
-    """The launches of each part of a step, and the bytes at the highest moment of each stretch."""
+    """The launches of each part of a step, and bytes: beyond the frozen weights at each stretch's peak, and those."""
 
     parts: dict[str, list[Operation]]
     peaks: tuple[int, ...]
+    frozen: int
 
 
 def count_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability: tuple[int, int], layers: int) -> Step:
@@ -49,7 +50,7 @@ def count_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability:
         trained.begin()
         counter.take()
         parts = {part: counter.take() for part in trained.step()}
-    return Step(parts, tuple(max(o.held for o in stretch) - frozen for stretch in stretches(parts)))
+    return Step(parts, tuple(max(o.held for o in stretch) - frozen for stretch in stretches(parts)), frozen)
 
 
 def stretches(parts: dict[str, list[Operation]]) -> list[list[Operation]]:
@@ -69,7 +70,7 @@ def at_depth(counted, one_more, layers: int):
 
 
 def predict_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability: tuple[int, int], seconds) -> dict:
-    """In the form of a measured result; `seconds` is the model of one launch's time."""
+    """In the form of a measured result, with "frozen_bytes"; `seconds` is the model of one launch's time."""
     layers = run.layers or MODELS[run.model].num_hidden_layers
     steps = [count_step(run, contestant, dtype, capability, COUNTED + more) for more in (0, 1)]
     times = {
@@ -79,4 +80,5 @@ def predict_step(run: Run, contestant: Contestant, dtype: torch.dtype, capabilit
     return {
         "seconds": {part: {"median": time} for part, time in times.items()},
         "peak_bytes": max(at_depth(*pair, layers) for pair in zip(*(step.peaks for step in steps))),
+        "frozen_bytes": at_depth(*(step.frozen for step in steps), layers),
     }

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dora_kernels as dk
 
-from .contestants import ALPHA_OVER_RANK, patch
+from .contestants import ALPHA_OVER_RANK, DTYPE_NAMES, patch
 from .shapes import MODELS, Run
 from .timing import release
 
@@ -179,7 +179,7 @@ def contestants(dtype: torch.dtype, rank: int) -> dict[str, Contestant]:
     else:
         for kind, method in (("lora", "LoRA"), ("dora", "DoRA")):
             field[f"PEFT {method} fp32, autocast"] = Contestant(kind, by_peft(kind == "dora", True), dtype)
-            field[f"PEFT {method} bf16"] = Contestant(kind, by_peft(kind == "dora", False))
+            field[f"PEFT {method} {DTYPE_NAMES[dtype]}"] = Contestant(kind, by_peft(kind == "dora", False))
         field["PEFT DoRA fp32"] = Contestant("dora", by_peft(True, True))
         field["PEFT DoRA fp32, autocast, patched"] = Contestant("dora", by_peft(True, True, patched=True), dtype)
     field["ours fp32, auto"] = Contestant("dora", by_us)

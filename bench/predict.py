@@ -3,11 +3,15 @@
 Each launch is assumed to take the longest of: its bytes at the copy bandwidth, its FLOPs at the rate of their format,
 and a fixed time per launch; launches follow each other without gaps, and nothing is found in the L2 cache that another
 launch left there. Bytes, FLOPs, launches and peak memory are exact; the seconds are a model, and so are all ratios.
-With `--measured FILE` each row of a real run is set beside its prediction.
+With `--measured FILE` each row of a real run is set beside its prediction. Of a model whose frozen weights and peak are
+more than the data sheet's memory there is no time. `bench/results/predict-h200.txt` is what the defaults print for an
+H200; to change it: `python -m bench predict --gpu h200 --output bench/results/predict-h200.txt`.
 """
 
 import argparse
 import itertools
+from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -37,45 +41,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=0, help="of the whole model (default: its own number)")
     parser.add_argument("--tables", choices=TABLES, nargs="+", default=list(TABLES), help="default: all")
     parser.add_argument("--verbose", action="store_true", help="list each launch of ours, with its bytes and FLOPs")
-    parser.add_argument("--measured", type=Path, help="results file of a real run: predict its rows and compare")
+    files = parser.add_mutually_exclusive_group()
+    files.add_argument("--measured", type=Path, help="results file of a real run: predict its rows and compare")
+    files.add_argument("--output", type=Path, metavar="FILE", help="write there what is printed")
 
 
 def main(args: argparse.Namespace) -> int:
     roofs, capability = ROOFS[args.gpu], CAPABILITIES[args.gpu]
-    rates = ", ".join(f"{name} {value / 1e12:.0f} TFLOP/s" for name, value in roofs.flops.items())
-    print(
-        f"PREDICTION for {args.gpu}, nothing was measured. Roofs: {roofs.bandwidth / 1e12:.2f} TB/s, {rates}, "
-        f"{roofs.launch * 1e6:.0f} µs a launch ({roofs.source})"
-    )
     if args.measured:
+        print(header(args.gpu, roofs, f"beside what was measured in {args.measured}"))
         return compare(args.measured, roofs, capability, args.tables)
-    for command in args.tables:
-        if command == model.COMMAND:
-            _print_models(args, roofs, capability)
-        else:
-            _print_layers(command, args, roofs, capability)
+    parts = []
+    for part in itertools.chain([header(args.gpu, roofs, "nothing was measured")], sections(args)):
+        print(part, flush=True)
+        parts.append(part)
+    if args.output:
+        args.output.write_text("\n".join(parts) + "\n")
+        print(f"\nwrote {args.output}")
     return 0
 
 
-def _print_layers(command: str, args: argparse.Namespace, roofs: Roofs, capability: tuple[int, int]) -> None:
-    dtype = DTYPES[args.dtype]
+def header(gpu: str, roofs: Roofs, beside: str) -> str:
+    """What the numbers are, of which roofs, and counted with which versions."""
+    rates = ", ".join(f"{name} {value / 1e12:.0f} TFLOP/s" for name, value in roofs.flops.items())
+    return (
+        f"PREDICTION for {gpu}, {beside}. Roofs: {roofs.bandwidth / 1e12:.2f} TB/s, {rates}, "
+        f"{roofs.launch * 1e6:.0f} µs a launch, {roofs.memory / 2**30:.0f} GiB of memory ({roofs.source})\n{versions()}"
+    )
+
+
+def versions() -> str:
+    """The libraries whose launches are counted."""
+    found = []
+    for name in ("torch", "peft", "transformers", "bitsandbytes"):
+        try:
+            # Without the build, which counts the same.
+            found.append(f"{name} {metadata.version(name).partition('+')[0]}")
+        except metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    return f"Counted with {', '.join(found)}"
+
+
+def sections(args: argparse.Namespace) -> Iterator[str]:
+    """Each case's title and table; an empty line before each."""
+    for command in args.tables:
+        yield from _models(args) if command == model.COMMAND else _layers(command, args)
+
+
+def _layers(command: str, args: argparse.Namespace) -> Iterator[str]:
+    of_gpu = (DTYPES[args.dtype], ROOFS[args.gpu], CAPABILITIES[args.gpu])
     for shape, tokens, rank in itertools.product(layer_shapes(args.model), args.tokens, args.ranks):
         case = {"layer": shape.name, "out": shape.out_features, "in": shape.in_features}
         case |= {"tokens": tokens, "rank": rank, "dtype": args.dtype}
-        print(f"\nPREDICTION, {command}: {title(case)}", flush=True)
+        lines = [f"\nPREDICTION, {command}: {title(case)}"]
         if command == kernels.COMMAND:
-            print(kernels.kernels_table(kernels.predict(shape, tokens, rank, dtype, roofs, capability)), flush=True)
+            lines.append(kernels.kernels_table(kernels.predict(shape, tokens, rank, *of_gpu)))
         else:
-            found = predict(shape, tokens, rank, dtype, roofs, capability, verbose=args.verbose)
-            print(group_table(found), flush=True)
+            found = predict(shape, tokens, rank, *of_gpu)
+            if args.verbose:
+                lines += launches_of_ours(found, ROOFS[args.gpu])
+            lines.append(group_table(found))
+        yield "\n".join(lines)
 
 
-def _print_models(args: argparse.Namespace, roofs: Roofs, capability: tuple[int, int]) -> None:
+def _models(args: argparse.Namespace) -> Iterator[str]:
     for rank, quantize, checkpointing in itertools.product(args.ranks, ("", "nf4"), (False, True)):
         run = Run(args.model, args.layers, args.batch, args.sequence, rank, checkpointing, quantize)
-        print(f"\nPREDICTION, model: {title(run._asdict() | {'dtype': args.dtype})}", flush=True)
-        found = predict_model(run, DTYPES[args.dtype], roofs, capability)
-        print(group_table(found, tokens=run.batch * run.sequence), flush=True)
+        found = predict_model(run, DTYPES[args.dtype], ROOFS[args.gpu], CAPABILITIES[args.gpu])
+        of_run = title(run._asdict() | {"dtype": args.dtype})
+        yield f"\nPREDICTION, model: {of_run}\n{group_table(found, tokens=run.batch * run.sequence)}"
 
 
 def predict_model(run: Run, dtype: torch.dtype, roofs: Roofs, capability: tuple[int, int]) -> dict[str, dict]:
@@ -84,26 +118,28 @@ def predict_model(run: Run, dtype: torch.dtype, roofs: Roofs, capability: tuple[
     for name, contestant in model_field.contestants(dtype, run.rank).items():
         # A patched layer refuses tensors without data, and runs what ours runs; nothing drifts here.
         if not name.endswith(("patched", "again")):
-            results[name], failure = attempt(
+            row, failure = attempt(
                 lambda c=contestant: predict_step(
                     run, c, dtype, capability, lambda operation: seconds(operation, roofs)
                 )
             )
-            results[name] = results[name] or {"failed": failure}
+            results[name] = fitting(row, roofs) if row else {"failed": failure}
     return results
 
 
+def fitting(row: dict, roofs: Roofs) -> dict:
+    """The row of a step; where frozen weights and peak are more than the GPU's memory, one that failed."""
+    held = row["frozen_bytes"] + row["peak_bytes"]
+    if held <= roofs.memory:
+        return row
+    why = f"would not fit: {held / 2**30:.1f} GiB of {roofs.memory / 2**30:.1f} GiB"
+    return {"failed": why, "peak_bytes": row["peak_bytes"]}
+
+
 def predict(
-    shape: Shape,
-    tokens: int,
-    rank: int,
-    dtype: torch.dtype,
-    roofs: Roofs,
-    capability: tuple[int, int],
-    *,
-    verbose: bool = False,
+    shape: Shape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs, capability: tuple[int, int]
 ) -> dict[str, dict]:
-    """By contestant, in the form of a measured result."""
+    """By contestant, in the form of a measured result, with the launches of each part under "launches"."""
     field = contestants(dtype, torch.device("cuda"), reference=False)
     # A patched layer refuses tensors without data, and runs what ours runs; Axolotl's kernel has no account here.
     field = {name: c for name, c in field.items() if not name.endswith("patched") and not name.startswith("Axolotl")}
@@ -116,15 +152,20 @@ def predict(
         parts, peak = counted
         times = {part: sum(seconds(o, roofs) for o in operations) for part, operations in parts.items()}
         times["total"] = sum(times.values())
-        results[name] = {"seconds": {part: {"median": t} for part, t in times.items()}, "peak_bytes": peak}
-        if verbose and name.startswith("ours"):
-            for part, operations in parts.items():
-                for o in operations:
-                    print(
-                        f"  {name}, {part}: {o.name:28}{o.memory / 1e6:9.1f} MB  loads {o.loaded / 1e6:9.1f} MB"
-                        f"{o.flops / 1e9:10.1f} GFLOP {o.rate:7}{seconds(o, roofs) * 1e6:9.1f} µs"
-                    )
+        medians = {part: {"median": t} for part, t in times.items()}
+        results[name] = {"seconds": medians, "peak_bytes": peak, "launches": parts}
     return results
+
+
+def launches_of_ours(results: dict[str, dict], roofs: Roofs) -> Iterator[str]:
+    """A line for each."""
+    for name, row in results.items():
+        for part, operations in row.get("launches", {}).items() if name.startswith("ours") else ():
+            for o in operations:
+                yield (
+                    f"  {name}, {part}: {o.name:28}{o.memory / 1e6:9.1f} MB  loads {o.loaded / 1e6:9.1f} MB"
+                    f"{o.flops / 1e9:10.1f} GFLOP {o.rate:7}{seconds(o, roofs) * 1e6:9.1f} µs"
+                )
 
 
 def count(
@@ -171,9 +212,12 @@ def predict_case(command: str, case: dict, roofs: Roofs, capability: tuple[int, 
 
 
 def comparison(group: dict[str, dict], predicted: dict[str, dict]) -> str:
-    """One row per contestant and part; peak memory beside the total."""
-    rows = []
+    """One row per contestant and part; peak memory beside the total. Below it stands what failed, or should."""
+    rows, notes = [], []
     for name, row in group.items():
+        for what, result in (("predicted", predicted.get(name, {})), ("measured", row)):
+            if result.get("failed"):
+                notes.append(f"{name}, {what}: {result['failed']}")
         guessed = predicted.get(name, {}).get("seconds", {})
         for part, times in row.get("seconds", {}).items():
             if part in guessed:
@@ -189,8 +233,9 @@ def comparison(group: dict[str, dict], predicted: dict[str, dict]) -> str:
                         ratio(memory[1], memory[0]),
                     )
                 )
-    header = ("contestant", "predicted ms", "measured ms", "measured / predicted")
-    return table((*header, "predicted MiB", "measured MiB", "measured / predicted"), rows)
+    columns = ("contestant", "predicted ms", "measured ms", "measured / predicted")
+    columns += ("predicted MiB", "measured MiB", "measured / predicted")
+    return "\n".join([table(columns, rows), *notes])
 
 
 def _first(group: dict[str, dict]) -> dict:

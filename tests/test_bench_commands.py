@@ -145,13 +145,24 @@ def test_predictions_are_labelled_and_compared(tiny, capsys):
     assert main([*arguments, "--verbose", "--tables", "kernels", "layer"]) == 0
     text = capsys.readouterr().out
     assert text.count("PREDICTION") == 1 + 2 * len(layer_shapes("tiny")) and "4.30 TB/s" in text
+    assert "  ours fp32, auto, backward: rescale_bwd" in text
+    assert "nothing was measured" in text
     assert main([*arguments, "--measured", str(tiny)]) == 0
     text = capsys.readouterr().out
+    assert text.startswith(f"PREDICTION for h200, beside what was measured in {tiny}. Roofs: ")
+    assert "nothing was measured" not in text
     assert text.count("; measured on") == len({json.dumps([row["command"], row["case"]]) for row in rows_of(tiny)})
     compared = {line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")}
     # Of each command: ours and a part.
     assert {"merge, total", "PEFT DoRA fp32, backward", "ours fp32, auto, optimizer"} - compared == set()
     assert "ours fp32, auto, total" in compared
+
+
+def test_help_names_the_tables_that_are_predicted(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.split()[:1] == ["predict"])
+    assert all(command in line for command in predict.TABLES)
 
 
 def test_the_summary_shows_ratios_where_ours_loses():

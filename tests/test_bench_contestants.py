@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from bench import contestants, gate, layer
+from bench import contestants, gate, layer, model_field, predict
 from bench.shapes import layer_shapes
 
 DEVICE = torch.device("cpu")
@@ -83,6 +83,34 @@ def test_without_axolotl_the_reason_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "axolotl", None)
     assert any(line.startswith("axolotl: left out; ModuleNotFoundError") for line in contestants.left_out())
     assert not any("Axolotl" in name for name in contestants.contestants(torch.bfloat16, DEVICE))
+
+
+@pytest.mark.parametrize("dtype", contestants.DTYPES)
+def test_names_say_the_dtype_in_use(dtype, axolotl):
+    other = {"bf16", "fp16", "fp32"} - {dtype, "fp32"}
+    both = {"fp32", dtype}
+    for device, impl in ((DEVICE, "reference"), (torch.device("cuda"), "triton")):
+        names = contestants.contestants(contestants.DTYPES[dtype], device)
+        assert not any(one in name for name in names for one in other)
+        for kind in ("PEFT LoRA", "PEFT DoRA", "Axolotl DoRA"):
+            assert {f"{kind} {one}" for one in both} <= set(names)
+        assert (f"ours {dtype}, auto, {impl}" in names) == (dtype != "fp32")
+    whole = model_field.contestants(contestants.DTYPES[dtype], 4)
+    assert not any(one in name for name in whole for one in other)
+    assert {f"PEFT {kind} {dtype}" for kind in ("LoRA", "DoRA")} <= set(whole)
+
+
+@pytest.mark.parametrize("tokens", [1, 8192])
+def test_what_is_chosen_unasked_is_a_contestant(tokens):
+    """One row beside those of each space, which takes the space that `dispatch` chooses for the shape."""
+    shape = layer_shapes("llama-3-8b")[2]
+    field = contestants.contestants(torch.bfloat16, torch.device("cuda"))
+    launched = {}
+    for form in ("auto", "token, triton", "weight, triton"):
+        parts, _ = predict.count(field[f"ours fp32, {form}"], shape, tokens, 16, torch.bfloat16, (9, 0))
+        launched[form] = [o.name for operations in parts.values() for o in operations]
+    assert launched["token, triton"] != launched["weight, triton"]
+    assert launched["auto"] == launched["token, triton" if tokens == 1 else "weight, triton"]
 
 
 def test_sixteen_bits_pass_the_gate_with_room():

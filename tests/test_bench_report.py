@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from bench import kernels
+from bench import kernels, report
 from bench.__main__ import main
 from bench.gpus import CAPABILITIES, ROOFS
 from bench.shapes import layer_shapes
@@ -17,7 +17,7 @@ STAMP = {
 }  # fmt: skip
 FACTORS = {
     "frozen base": 1.0, "PEFT LoRA bf16": 1.3, "PEFT DoRA fp32, autocast": 2.6, "PEFT DoRA bf16": 2.2,
-    "ours fp32, token, triton": 1.4, "ours fp32, weight, triton": 1.2,
+    "ours fp32, auto": 1.25, "ours fp32, token, triton": 1.4, "ours fp32, weight, triton": 1.2,
 }  # fmt: skip
 
 
@@ -108,3 +108,38 @@ def test_rows_that_lose_and_fail_stay(results, capsys):
         line for line in text.splitlines() if line.startswith("| ours fp32, token") and float(line.split("|")[8]) > 4
     ]
     assert len(losing) == 2 * 2
+
+
+def summarised(rows, command="layer"):
+    """The cells of the summary of one case; `rows` holds seconds by contestant, None for one that failed."""
+    group = {
+        name: {"command": command, "case": {"tokens": 8}, "stamp": STAMP, "failed": None if t else "out of memory"}
+        | ({"seconds": {"total": {"median": t}}} if t else {})
+        for name, t in rows.items()
+    }
+    return [cell.strip() for cell in report.summary([group]).splitlines()[-1].strip("|").split("|")]
+
+
+PEERS = {"frozen base": 1.0, "PEFT LoRA fp32": 2.0, "PEFT DoRA fp32": 3.0}
+
+
+def test_the_summary_shows_what_is_chosen_unasked():
+    """Also where another form is faster, and where it failed; × base, × LoRA, × others' DoRA best and worst."""
+    forms = {"ours fp32, auto": 6.0, "ours fp32, token, triton": 5.0, "ours bf16, auto, triton": 4.0}
+    assert summarised(PEERS | forms)[1:7] == ["ours fp32, auto", "6000.00", "6.00", "3.00", "2.00", "2.00"]
+    compiled = {f"{name}, compiled": t for name, t in (PEERS | forms).items()}
+    assert summarised(compiled)[1:4] == ["ours fp32, auto, compiled", "6000.00", "6.00"]
+    assert summarised(PEERS | forms | {"ours fp32, auto": None})[1:4] == ["ours fp32, auto: failed", "-", "-"]
+    header = [cell.strip() for cell in report.summary([]).splitlines()[0].strip("|").split("|")]
+    assert header[1] == "ours" and header[5:7] == ["× others' DoRA, best", "× others' DoRA, worst"]
+
+
+def test_older_files_show_the_fastest_form():
+    forms = {"ours fp32, token, triton": 9.0, "ours fp32, weight, triton": 6.0}
+    assert summarised(PEERS | forms)[1:4] == ["ours fp32, weight, triton", "6000.00", "6.00"]
+    assert summarised(PEERS | dict.fromkeys(forms))[1:4] == ["every form failed", "-", "-"]
+
+
+def test_axolotls_dora_is_a_peer_and_a_patched_one_is_not():
+    ours = {"ours fp32, auto": 6.0, "PEFT DoRA fp32, patched": 1.0}
+    assert summarised(PEERS | ours | {"Axolotl DoRA fp32": 2.0, "Axolotl DoRA bf16": 12.0})[5:7] == ["3.00", "0.50"]
