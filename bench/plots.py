@@ -1,13 +1,16 @@
 """The report's plots. Each function yields the paths of what it draws, none where there is nothing to show."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import fmean
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from .compare import base_seconds, seconds
 from .kernels import COPY, GEMM, SLOWER
+from .step import distances, reference_of
 
 MARKERS = "osv^D*Pxh<>p"
 COLORS = {
@@ -17,6 +20,7 @@ COLORS = {
     "Axolotl": "tab:purple",
     "ours": "tab:green",
 }
+WINDOW = 20  # steps whose mean a distance between two noisy curves is
 Groups = list[dict[str, dict]]
 
 
@@ -127,19 +131,30 @@ def plot_roofline(groups: Groups, machine: str, path: Path) -> Iterator[Path]:
 
 
 def plot_losses(groups: Groups, machine: str, path: Path) -> Iterator[Path]:
-    """The loss curves of every run, one panel per case."""
+    """Per case the loss curves of every run, and beside them their distance from the reference's, a running mean."""
     if not groups:
         return
-    figure = Figure(figsize=(8, 4 * len(groups)), layout="constrained")
-    for group, axes in zip(groups, figure.subplots(len(groups), 1, squeeze=False)[:, 0]):
-        for style, (name, row) in zip(("-", "-", "--", ":"), group.items()):
-            if row.get("losses"):
-                axes.plot(range(1, len(row["losses"]) + 1), row["losses"], style, label=name)
-        case = next(iter(group.values()))["case"]
-        axes.set(xlabel="optimizer step", ylabel="loss (nats)", yscale="log")
-        axes.set_title(f"{case['model']}, rank {case['rank']}, seed {case['seed']}; {machine}")
-        _spell_out(axes.yaxis)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=110)
+    figure = Figure(figsize=(15, 4 * len(groups)), layout="constrained")
+    for group, (curves, apart) in zip(groups, figure.subplots(len(groups), 2, squeeze=False)):
+        for style, (name, row) in zip(itertools.cycle(("-", "--", ":")), group.items()):
+            if not row.get("losses"):
+                continue
+            (line,) = curves.plot(range(1, len(row["losses"]) + 1), row["losses"], style, linewidth=1, label=name)
+            found = distances(group, name)
+            if name != reference_of(group) and len(found) >= WINDOW:
+                means = [100 * fmean(found[at - WINDOW : at]) for at in range(WINDOW, len(found) + 1)]
+                apart.plot(range(WINDOW, len(found) + 1), means, style, linewidth=1, color=line.get_color())
+        case = _case(group)
+        curves.set(xlabel="optimizer step", ylabel="loss (nats)", yscale="log")
+        # Rows of old have neither a dtype nor a rate.
+        more = [f"{name} {case[name]}" for name in ("dtype", "rate") if name in case]
+        curves.set_title(", ".join([case["model"], f"rank {case['rank']}", *more, f"seed {case['seed']}"]))
+        _spell_out(curves.yaxis)
+        apart.set(xlabel="optimizer step", yscale="log")
+        apart.set_ylabel(f"% from {reference_of(group)}, mean of {WINDOW} steps")
+        for axes in (curves, apart):
+            axes.grid(alpha=0.3)
+        curves.legend(fontsize="small")
+    figure.suptitle(machine)
+    figure.savefig(path, dpi=80)
     yield path
