@@ -108,6 +108,8 @@ def quick_cases() -> Iterable[Case]:
         # What spilled once: wide values beside masks that no size makes superfluous.
         yield Case(*dtypes, "token", 33)
         yield Case(*dtypes, "token", 1, 1001, 333, 1)
+        yield Case(*dtypes, _spaces(dtypes[0])[-1], 16, 1001, 333, 1)
+        yield Case(*dtypes, _spaces(dtypes[0])[-1], 24, 1024, 4096, 1)
     yield from _options(DTYPES[:1] + DTYPES[3:5], (16,))
     yield from _nf4(DTYPES[:1], (8, 64), ("nested",))
     yield from _nf4(DTYPES[1:2], (16,), ("plain", "parity"))

@@ -86,12 +86,13 @@ def exact(problem, keep=None, mode="lora"):
     return _evaluate(problem, leaves, problem.weight.double(), scale, keep, mode, power=1)
 
 
-def term_sizes(problem, smallest, keep=None, mode="lora"):
+def term_sizes(problem, smallest, keep=None, mode="lora", keeps_bias=False):
     """{name: √ of the sum of all its squared terms}: the size of a value if none of them cancel.
 
     A value is a sum of products, so the same function of squares is the sum of the products' squares. Factors and
     values of dh below `smallest`, the smallest normal number, count as that: what lies below is stored less exactly. A
-    norm that cancels counts as often as its own terms are larger than it.
+    norm that cancels counts as often as its own terms are larger than it. With `keeps_bias` x Wᵀ is kept with the bias,
+    as PEFT keeps it, which is taken off again for dm: two terms that cancel.
     """
     leaves = problem.leaves(lambda tensor: tensor.double().abs().clamp_min(smallest).square())
     weight, norm = problem.weight.double().square(), _exact_norm(problem).square()
@@ -100,6 +101,9 @@ def term_sizes(problem, smallest, keep=None, mode="lora"):
     scale = magnitude / norm * (terms / norm).clamp_min(1)
     squares = _evaluate(problem, leaves, weight, scale, keep, mode, power=2)
     squares["dA"] += smallest**2 * x.detach().sum() / problem.weight.shape[1]
+    if keeps_bias:
+        grad_y = problem.grad_y.double().reshape(-1, len(magnitude))
+        squares["dm"] += grad_y.square().sum(dim=0) * (leaves[4] * scale / magnitude).detach()
     squares["dx"] += smallest**2 * lora_A.detach().sum() / problem.weight.shape[1]
     return {name: square.sum().sqrt().item() for name, square in squares.items()}
 

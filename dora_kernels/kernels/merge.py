@@ -34,8 +34,10 @@ class MergeConfig(NamedTuple):
 
 def merge_config(rank: int, itemsize: int) -> MergeConfig:
     """By rank and accumulator size."""
-    block_n, block_k = (64, 64) if itemsize < 8 else (32, 32)
-    return MergeConfig(block_n, block_k, rank_block(rank, itemsize), num_warps=8 if itemsize < 8 else 4, num_stages=2)
+    block_r = rank_block(rank, itemsize)
+    # With twice the rank in registers half the rows, or fp32 weights spill.
+    block_n, block_k = (32, 32) if itemsize == 8 else (64, 64) if block_r == 16 else (32, 64)
+    return MergeConfig(block_n, block_k, block_r, num_warps=8, num_stages=2)
 
 
 def fuses_norm(

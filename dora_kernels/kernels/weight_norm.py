@@ -50,8 +50,9 @@ def weight_norm_config(
     elif straddles:
         block_n, block_k, num_warps = 16, 64, 8
     elif rank <= 32:
-        # With more of the rank in registers: more threads, and fewer blocks in flight, or they spill.
-        block_n, block_k, num_warps = 16, 128, 4 if rank <= 16 else 8
+        # With more of the rank in registers, or rows that start at odd addresses and are read in narrow pieces: more
+        # threads, and fewer blocks in flight, or they spill.
+        block_n, block_k, num_warps = 16, 128, 4 if rank <= 16 and in_features % 16 == 0 else 8
     else:
         # A is read again by each program: more features a program, fewer reads.
         block_n, block_k, num_warps = 32, 64, 8

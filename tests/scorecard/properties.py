@@ -92,7 +92,9 @@ def worst(case: Case, impl: str = "triton") -> tuple[float, str]:
     mask = dropout(torch.ones_like(problem.x), case.dropout).ne(0).double() / (1 - case.dropout)
     dropped = (mask if drops else None, case.mode)
     dtype = getattr(torch, MIXES[case.mix][2] or MIXES[case.mix][0])
-    truth, sizes = exact(problem, *dropped), term_sizes(problem, torch.finfo(dtype).smallest_normal, *dropped)
+    keeps_bias = case.bias and dtype.itemsize >= 4 and case.space != "weight" and not (drops and case.mode == "peft")
+    truth = exact(problem, *dropped)
+    sizes = term_sizes(problem, torch.finfo(dtype).smallest_normal, *dropped, keeps_bias=keeps_bias)
     torch.manual_seed(case.seed)
     autocast = MIXES[case.mix][2]
     with torch.autocast("cpu", getattr(torch, autocast or "bfloat16"), enabled=autocast is not None):
