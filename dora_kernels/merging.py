@@ -5,6 +5,7 @@ import logging
 import torch
 from torch import nn
 
+from .chunks import row_chunks
 from .dequantizing import check_base, dense_dtype, dense_linear, mark, quantized_layers, unmark
 from .linear import DoraLinear
 from .patch import check_model, check_whole, dora_layers, replace_module
@@ -29,9 +30,14 @@ def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = Fals
     Raises:
         ValueError: no DoRA layer (merged already, or never patched), NaN or infinity in an adapter, `base` with dense
             weights or none with quantised ones, or tied weights in a model whose config cannot describe them untied.
-            The model is then unchanged.
+        RuntimeError: inside `frozen_adapters`. The model is then unchanged.
+
+    Where memory runs out half way with `keep_base`, the layers that were merged are put back; without it they stay
+    merged, and the same call merges the rest.
     """
     check_model(model)
+    for layer in dora_layers(model).values():
+        layer.refuse_if_frozen("merge")
     check_whole(model.named_parameters())
     layers = dora_layers(model)
     if not layers:
@@ -48,18 +54,25 @@ def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = Fals
         model.dora_unmerged = unmerged
     cause = "rounding the merged weight" if original is None else "merging into the original weight"
     errors = {}
-    for path in list(layers):
-        # Popped, so that each unmerged weight is freed before the next layer is merged.
-        layer = layers.pop(path)
+    try:
+        for path in list(layers):
+            # Popped, so that each unmerged weight is freed before the next layer is merged.
+            layer = layers.pop(path)
+            linear = layer.to_linear(
+                None if original is None else original.get_submodule(path).weight,
+                dtype=None if base is None else dense_dtype(model),
+            )
+            errors[path] = merge_error(layer, linear.weight.T if layer.fan_in_fan_out else linear.weight)
+            logger.info("%s: %s costs %.2g of the update's norm", path, cause, errors[path])
+            if keep_base:
+                unmerged["layers"][path] = layer
+            replace_module(model, path, linear)
+    except BaseException:
         if keep_base:
-            unmerged["layers"][path] = layer
-        linear = layer.to_linear(
-            None if original is None else original.get_submodule(path).weight,
-            dtype=None if base is None else dense_dtype(model),
-        )
-        errors[path] = merge_error(layer, linear.weight.T if layer.fan_in_fan_out else linear.weight)
-        logger.info("%s: %s costs %.2g of the update's norm", path, cause, errors[path])
-        replace_module(model, path, linear)
+            for path, layer in unmerged["layers"].items():
+                replace_module(model, path, layer)
+            del model.dora_unmerged
+        raise
     worst = max(errors, key=errors.get)
     if errors[worst] > 1:
         logger.warning(
@@ -113,8 +126,15 @@ def unmerge_dora(model: nn.Module) -> nn.Module:
 def merge_error(layer: DoraLinear, merged: torch.Tensor) -> float:
     """‖merged − W'‖ / ‖W' − W‖ with W' in fp32: what rounding costs, as a share of the update. 0 without an update."""
     exact = layer.merged_weight(torch.promote_types(merged.dtype, torch.float32))
-    error, update = (exact - merged).norm(), (exact - layer.dense_base(exact.dtype)).norm()
-    return (error / update).item() if update > 0 else 0.0
+    base = layer.base_weight
+    # A dense W as it is: beside W' there is no second matrix in fp32.
+    base = base if isinstance(base, torch.Tensor) else layer.dense_base(exact.dtype)
+    sums = torch.zeros(2, dtype=torch.float64, device=exact.device)
+    for rows in row_chunks(*exact.shape):
+        for at, other in enumerate((merged, base)):
+            sums[at] += (exact[rows] - other[rows]).square().sum(dtype=torch.float64)
+    error, update = sums.sqrt().tolist()
+    return error / update if update > 0 else 0.0
 
 
 def check_finite(layers: dict[str, DoraLinear]) -> None:

@@ -19,11 +19,9 @@ from torch import nn
 from .config import DoraConfig
 from .linear import DoraLinear
 from .offloading import REMEDY, is_offloaded
+from .parents import why_overwritten, why_read_past
 from .quantized import is_quantized, keep_packing, sharding_of, weight_of
 from .targets import LINEAR_CLASSES, find_saved, find_targets, rank_and_alpha
-
-# Their fused kernels read these weights past the module's forward, so an adapter would silently do nothing.
-MAMBA_TYPES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 
 
 def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
@@ -83,14 +81,11 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
         raise ValueError("The model was merged with keep_base=True; unmerge_dora it, or load the base afresh")
     targets = find_targets(model, config)
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    mamba = getattr(getattr(model, "config", None), "model_type", None) in MAMBA_TYPES
     reasons = {}
     for path, module in targets.items():
         if paths[id(module)] > 1:
             reasons[path] = "is used in several places under several names"
-        elif mamba and path.rpartition(".")[2] == "out_proj":
-            reasons[path] = "is read by Mamba's fused kernels, past its forward"
-        elif reason := _why_unsupported(module):
+        elif reason := _why_unsupported(module) or why_read_past(model, path) or why_overwritten(model, path):
             reasons[path] = reason
     if reasons:
         listed = _some({f"{path} ({type(targets[path]).__name__}) {reason}" for path, reason in reasons.items()}, "; ")

@@ -98,12 +98,12 @@ def term_sizes(problem, smallest, keep=None, mode="lora", keeps_bias=False):
     weight, norm = problem.weight.double().square(), _exact_norm(problem).square()
     x, lora_A, lora_B, magnitude, *_ = leaves
     terms = (weight + problem.scaling**2 * lora_B @ lora_A).sum(dim=1).detach()
-    scale = magnitude / norm * (terms / norm).clamp_min(1)
-    squares = _evaluate(problem, leaves, weight, scale, keep, mode, power=2)
+    inverse = (terms / norm).clamp_min(1) / norm
+    squares = _evaluate(problem, leaves, weight, magnitude * inverse, keep, mode, power=2)
     squares["dA"] += smallest**2 * x.detach().sum() / problem.weight.shape[1]
     if keeps_bias:
         grad_y = problem.grad_y.double().reshape(-1, len(magnitude))
-        squares["dm"] += grad_y.square().sum(dim=0) * (leaves[4] * scale / magnitude).detach()
+        squares["dm"] += grad_y.square().sum(dim=0) * leaves[4].detach() * inverse
     squares["dx"] += smallest**2 * lora_A.detach().sum() / problem.weight.shape[1]
     return {name: square.sum().sqrt().item() for name, square in squares.items()}
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dora_kernels"
 # From the ground up; a module may import what stands before its own line, and packages their own modules.
 LAYERS = [
-    {"versions", "chunks", "offloading", "quantized"},
+    {"versions", "chunks", "offloading", "parents", "quantized"},
     {"freezable"},
     {"gemm", "config"},
     {"kernels", "reference"},

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGen
 from transformers.pytorch_utils import Conv1D
 
 from dora_kernels.config import DoraConfig
+from dora_kernels.frozen import frozen_adapters
 from dora_kernels.linear import DoraLinear
 from dora_kernels.merging import merge_dora, unmerge_dora
 from dora_kernels.patch import apply_dora, dora_layers
@@ -294,3 +295,31 @@ def test_what_rounding_costs_is_said_layer_by_layer(caplog):
         assert share == pytest.approx(cost.item(), rel=1e-2), path
     (warning,) = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert "costs more than the whole update in 1 of 2 layers" in warning and "v_proj" in warning
+
+
+def test_a_failure_half_way_puts_kept_layers_back(monkeypatch):
+    """Memory may run out at any layer: the model is then what it was, and can be merged and unmerged again."""
+    model = trained(llama())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    to_linear, calls = DoraLinear.to_linear, []
+
+    def second_fails(layer, *args, **kwargs):
+        calls.append(layer)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("no")
+        return to_linear(layer, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(DoraLinear, "to_linear", second_fails)
+        with pytest.raises(torch.OutOfMemoryError):
+            merge_dora(model, keep_base=True)
+    assert not hasattr(model, "dora_unmerged")
+    unmerged = unmerge_dora(merge_dora(model, keep_base=True)).state_dict()
+    assert unmerged.keys() == before.keys() and all(torch.equal(unmerged[name], before[name]) for name in before)
+
+
+def test_merging_inside_frozen_adapters_is_refused():
+    model = trained(llama())
+    refused = pytest.raises(RuntimeError, match="cannot merge inside frozen_adapters")
+    with torch.no_grad(), frozen_adapters(model.eval()), refused:
+        merge_dora(model)

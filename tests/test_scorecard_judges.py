@@ -82,6 +82,11 @@ def test_kills_that_all_come_between_the_saves():
     assert not kills.judge(records(kills, **GOOD[kills] | {"in a save": 2})).met
 
 
+def test_the_counts_of_kills_are_read():
+    line = "SIGKILL points: 25, in a save: 13, most steps lost: 2 31 s"
+    assert kills.counts_in(line) == {"points": 25, "in a save": 13, "most steps lost": 2}
+
+
 def test_a_wrong_engine_that_is_not_seen():
     found = good(convergence)
     next(record for record in found if record["case"].endswith(" wrong"))["difference"] = 0.0

@@ -12,6 +12,7 @@ from torch import nn
 
 from .. import dispatch
 from ..config import DoraConfig
+from ..parents import why_overwritten
 from ..quantized import keep_packing, weight_of
 from ..versions import require
 
@@ -68,13 +69,16 @@ def patch_peft(
 
     layers = _lora_layers(model)
     _check_has_dora(model, layers)
-    fusable = fusable_layers(model)
+    overwritten = {path: why_overwritten(model, path) for path in layers}
+    fusable = {path: layer for path, layer in fusable_layers(model).items() if overwritten[path] is None}
     for layer in fusable.values():
         if why_not_base(layer) is None:
             dispatch.choose_impl(weight_of(layer.base_layer).device, impl)
     keep_packing(model)
     fuse_layers(fusable, options)
-    report = PatchReport({path: _why_not_class(layer) or why_left_to_peft(layer) for path, layer in layers.items()})
+    report = PatchReport(
+        {path: overwritten[path] or _why_not_class(layer) or why_left_to_peft(layer) for path, layer in layers.items()}
+    )
     _warn_of_magnitudes(layers)
     if not report.fused:
         warnings.warn(f"patch_peft fuses no layer of this model as it is now:\n{report}", stacklevel=2)

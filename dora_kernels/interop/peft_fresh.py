@@ -22,6 +22,9 @@ def make_fresh_exact(layer: Linear, impl: str) -> None:
         tensors = (weight, lora_A, lora_B, magnitude)
         if any(tensor.device.type == "meta" or tensor.device != weight.device for tensor in tensors):
             continue
+        # A scaling that is a tensor is left to PEFT.
+        if not isinstance(layer.scaling[adapter], (int, float)):
+            continue
         if magnitude.element_size() < 4 or magnitude.numel() != weight.shape[0] or lora_B.any():
             continue
         norm, _ = norm_and_scale(*tensors, layer.scaling[adapter], impl)

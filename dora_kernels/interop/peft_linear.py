@@ -193,6 +193,8 @@ def _why_not_adapter(layer: nn.Module, adapter: str) -> str | None:
         return f"its adapter {adapter!r} has a dropout of its own"
     if dora.ENABLE_DORA_CACHING and not magnitude.training:
         return "PEFT's DoraCaching is on"
+    if not isinstance(layer.scaling[adapter], (int, float)):
+        return "its scaling is a tensor (prepare_model_for_compiled_hotswap), which the kernels take as a number"
     if not layer.cast_input_dtype_enabled:
         return "PEFT's casting of inputs is off"
     device = weight_of(layer.base_layer).device

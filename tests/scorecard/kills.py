@@ -21,9 +21,14 @@ def interrupt(seed: str, option: str, points: int) -> dict:
         said = re.search(r".*; the last child said", ended.stderr)
         raise RuntimeError(f"{said[0] if said else 'it failed'}: {ended.stderr[-1500:]}")
     line = ended.stdout.splitlines()[["--points", "--stops"].index(option)]
-    done = {name: int(count) for name, count in re.findall(r"([a-z ]+): (\d+)", line.partition(" ")[2])}
+    done = counts_in(line)
     assert done["points"] == points, line
     return done
+
+
+def counts_in(line: str) -> dict[str, int]:
+    """The counts in a line that `tests.kill_training` prints: `SIGKILL points: 25, in a save: 12, …`."""
+    return {name: int(count) for name, count in re.findall(r"(\w[a-z ]*): (\d+)", line.partition(" ")[2])}
 
 
 def judge(records: list[Record]) -> Verdict:
