@@ -114,7 +114,7 @@ class DoraLinearFunction(torch.autograd.Function):
         call = ctx.call
         ops = dispatch.implementation(call.impl)
         rounded = {"rounding": call.rounding, "salt": call.salt}
-        lora_x, h, saved, weight, lora_A, lora_B, norm, scale, base_bias = ctx.saved_tensors
+        lora_x, h, saved, weight, lora_A, lora_B, norm, scale, base_bias = _saved_tensors(ctx)
         weight = weight if ctx.quantized is None else ctx.quantized
         needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias = ctx.needs_input_grad[:6]
         dtype_A, dtype_B, dtype_m = ctx.adapter_dtypes
@@ -164,6 +164,18 @@ class DoraLinearFunction(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _saved_tensors(ctx):
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "output 0 of DoraLinearFunction" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{error} This is a DoRA layer's output, from which its magnitude's gradient is read. If the model must "
+            "write over it, let it write over a copy: layer.register_forward_hook(lambda layer, args, y: y.clone())"
+        ) from error
 
 
 def _sum_of_products(ops, grad_h, lora_A, grad_base, weight):
