@@ -4,7 +4,7 @@ Both roofs are measured in the same run, interleaved with the kernels: a device-
 matrices (bf16 on a GPU; fp32 on a CPU, where the reference runs in the kernels' place and the bytes are those that the
 kernels would move). The floor's bytes are the operation's arguments and results, once each; "MB" is what its launches
 move across the memory bus, `loads` what the programs load, the L2 cache's work included. The floor of products in fp32
-precision is that of three tf32 products, each at half bf16's rate. Every operation is held to fp64 first.
+precision on a GPU is that of three tf32 products, each at half bf16's rate. Every operation is held to fp64 first.
 """
 
 import argparse
@@ -31,7 +31,7 @@ COMMAND = "kernels"
 COPY, GEMM = "device copy", "GEMM"
 ROOF_BYTES, ROOF_FLOPS = 1 << 30, 1 << 40  # of a predicted copy and GEMM: any would do
 SLOWER = {"bf16": 1, "tf32x3": 6, "fp32": 1, "fp64": 1}
-"""How many times longer than the measured GEMM's format a product takes; fp32 and fp64 are only timed on a CPU."""
+"""How many times longer than bf16's a product takes on a GPU. On a CPU all are fp32's, as the measured GEMM is."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -154,7 +154,7 @@ def roof_calls(device: torch.device) -> tuple[dict[str, Callable], dict[str, dic
     moved, matrices = 2 * source.nbytes, 3 * left.nbytes
     return calls, {
         COPY: {"memory_bytes": moved, "loaded_bytes": moved // 2, "flops": {}},
-        GEMM: {"memory_bytes": matrices, "loaded_bytes": matrices, "flops": {"bf16": 2 * side**3}},
+        GEMM: {"memory_bytes": matrices, "loaded_bytes": matrices, "flops": {"bf16" if gpu else "fp32": 2 * side**3}},
     }
 
 
@@ -164,8 +164,9 @@ def floor(row: dict, group: dict[str, dict]) -> float | None:
     if not (seconds(copy) and seconds(gemm)):
         return None
     bandwidth = copy["memory_bytes"] / seconds(copy)
-    rate = gemm["flops"]["bf16"] / seconds(gemm)
-    product = sum(flops * SLOWER[name] for name, flops in row["flops"].items()) / rate
+    ((multiplied, gemm_flops),) = gemm["flops"].items()
+    slower = SLOWER if multiplied == "bf16" else dict.fromkeys(SLOWER, 1)
+    product = sum(flops * slower[name] for name, flops in row["flops"].items()) * seconds(gemm) / gemm_flops
     return max(row.get("compulsory_bytes", row["memory_bytes"]) / bandwidth, product)
 
 

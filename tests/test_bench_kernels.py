@@ -74,3 +74,17 @@ def test_a_floor_counts_every_argument_and_result_once():
     rows = {name: one.row() for name, one in counted.items()}
     # Launches read what they must and some of it again; the accounting of what they write is exact.
     assert all(row["memory_bytes"] >= 0.9 * row["compulsory_bytes"] for row in rows.values()), rows
+
+
+def test_products_in_fp32_precision_are_slower_than_the_measured_gemm_on_a_gpu_alone():
+    """There the GEMM is in bf16, and they are three products in tf32; on a CPU both are in fp32."""
+
+    def row(moved, flops, time=1.0):
+        return {"memory_bytes": moved, "flops": flops, "seconds": {"total": {"median": time}}}
+
+    work = row(1, {"tf32x3": 50})
+    for multiplied, slower in (("bf16", 6), ("fp32", 1)):
+        roofs = {kernels.COPY: row(1000, {}), kernels.GEMM: row(0, {multiplied: 100}, time=2.0)}
+        assert kernels.floor(work, roofs) == pytest.approx(slower * 50 / 50)
+    _, sizes = kernels.roof_calls(CPU)
+    assert list(sizes[kernels.GEMM]["flops"]) == ["fp32"]
