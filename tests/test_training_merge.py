@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.adapter_folders import base_folder, load, our_adapter, pefts_adapter, printed_errors, updates
-from tests.test_merging import TOLERANCE
+from tests.merging import TOLERANCE
 from tests.tiny_models import llama, logits
 from training.adapted import Sources
 from training.merge import main
