@@ -124,7 +124,8 @@ def weight_of(module: nn.Module, *, nf4_parity: bool = False) -> Weight:
     """The frozen weight [N, K] of a linear layer (`nn.Linear`, or bitsandbytes', torchao's or HQQ's).
 
     Raises:
-        ValueError: a weight that was not quantised yet, or that bitsandbytes repacked for inference on a CPU.
+        ValueError: a weight that was not quantised yet, whose scales are on another device, or that bitsandbytes
+            repacked for inference on a CPU.
     """
     if hasattr(module, "W_q"):
         shape = torch.Size((module.out_features, module.in_features))
@@ -152,7 +153,11 @@ def of_params4bit(weight: nn.Parameter, state, *, nf4_parity: bool = False) -> N
             "bitsandbytes repacked this 4-bit weight for inference on a CPU, which loses precision: load the model "
             "again, and adapt or patch it before its first forward in eval mode"
         )
-
+    if state.absmax.device != weight.device and not weight.is_meta:
+        raise ValueError(
+            f"this 4-bit weight is on {weight.device} and its scales on {state.absmax.device}: nn.DataParallel copies "
+            "the weight alone; run one process for each GPU (torchrun), or show it one GPU (CUDA_VISIBLE_DEVICES)"
+        )
     shape = torch.Size(state.shape)
     if state.quant_type != "nf4":
         from bitsandbytes.functional import dequantize_4bit

@@ -113,6 +113,14 @@ def test_a_weight_that_was_not_quantised_yet_is_refused():
         dk.DoraLinear.from_linear(bnb.nn.Linear4bit(64, 48, quant_type="nf4"), r=4, lora_alpha=8)
 
 
+def test_scales_on_another_device_are_refused():
+    """A kernel would read them through a pointer of another GPU's memory."""
+    linear = linear_4bit(torch.randn(48, 64))
+    linear.weight.quant_state.absmax = linear.weight.quant_state.absmax.to("meta")
+    with pytest.raises(ValueError, match=r"on cpu and its scales on meta: .* run one process for each GPU"):
+        dk.DoraLinear.from_linear(linear, r=4, lora_alpha=8)
+
+
 def test_a_repacked_weight_is_refused():
     """bitsandbytes repacks in the first eval forward on a CPU with AVX512-BF16; read as usual it would be noise."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu

@@ -214,7 +214,8 @@ def why_not_base(layer: nn.Module) -> str | None:
         return _why_wrapped(base, type(base))
     if type(base).forward is not kind.forward:
         return f"its base layer is a {type(base).__name__}; fused are torch.nn.Linear and transformers' Conv1D"
-    weight = base._parameters.get("weight")
+    # The replicas of nn.DataParallel hold theirs as a plain attribute.
+    weight = base._parameters.get("weight", vars(base).get("weight"))
     if weight is None:
         return "its base layer computes its weight (a parametrization)"
     # A plain tensor is a dense weight too: FSDP puts views of its flat parameter there.
