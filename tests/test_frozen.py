@@ -10,6 +10,8 @@ from torch import nn
 import dora_kernels as dk
 from dora_kernels.frozen import frozen_adapters
 from tests.buffers import count_launches
+from tests.oracle import relative_error
+from tests.tolerances import TWIN
 
 SPACES = pytest.mark.parametrize("space", ["token", "weight"])
 NORM_KERNELS = {"_weight_norm_kernel", "_weight_norm_finish_kernel", "_merge_fused_kernel"}
@@ -28,7 +30,10 @@ def make_model(layers=3, **options):
 @SPACES
 @pytest.mark.parametrize("impl", ["triton", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_the_outputs_are_the_same_bits(dtype, impl, space):
+def test_the_outputs_are_the_same(dtype, impl, space):
+    """To the last bit, except where W' comes from another kernel than the one that also computes the norm: its blocks
+    have another shape, and with it B A sums its products in another order."""
+    tolerance = TWIN[dtype] if (impl, space) == ("triton", "weight") else 0.0
     linear = nn.Linear(40, 33, dtype=dtype)
     layer = dk.DoraLinear.from_linear(linear, r=3, lora_alpha=6, space=space, impl=impl).eval()
     nn.init.normal_(layer.lora_B, std=0.1)
@@ -36,7 +41,7 @@ def test_the_outputs_are_the_same_bits(dtype, impl, space):
     with torch.no_grad():
         plain = layer(x)
         with frozen_adapters(layer):
-            assert torch.equal(layer(x), plain)
+            assert relative_error(layer(x), plain.double()) <= tolerance
         assert torch.equal(layer(x), plain)
 
 
