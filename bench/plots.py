@@ -115,10 +115,11 @@ def plot_roofline(groups: Groups, machine: str, path: Path) -> Iterator[Path]:
         if points:
             axes.scatter(*zip(*points), marker=marker, s=18, label=name)
     copy = max(group[COPY]["memory_bytes"] / seconds(group[COPY]) for group in groups)
-    gemm = max(group[GEMM]["flops"]["bf16"] / seconds(group[GEMM]) for group in groups)
+    gemm = max(sum(group[GEMM]["flops"].values()) / seconds(group[GEMM]) for group in groups)
     low, high = 1, 3 * gemm / copy
     axes.plot([low, gemm / copy, high], [low * copy, gemm, gemm], color="black", linewidth=1)
-    if any("tf32x3" in row["flops"] for group in groups for row in group.values()):
+    # On a CPU the measured GEMM is fp32's own.
+    if any("tf32x3" in row["flops"] and "bf16" in group[GEMM]["flops"] for group in groups for row in group.values()):
         slow = gemm / SLOWER["tf32x3"]
         axes.plot([slow / copy, high], [slow, slow], "--", color="black", linewidth=1)
         label = "fp32 precision: three tf32 products"

@@ -93,7 +93,7 @@ def test_dtype_and_rate_are_part_of_the_case(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(step, "losses", losses)
     path = tmp_path / "step.jsonl"
-    command = ["step", "--steps", "2", "--device", "cpu", "--output", str(path)]
+    command = ["step", "--steps", "2", "--device", "cpu", "--output", str(path), "--commit", "test"]
     for more in ([], ["--rate", "1e-4"], ["--dtype", "bf16", "--seeds", "0", "1"]):
         assert main([*command, *more]) == 0
     assert ran == [
