@@ -6,10 +6,12 @@ torch replicates onto GPUs alone; here replicas are made as it makes them, on th
 import pytest
 import torch
 
-from dora_kernels import DoraConfig, apply_dora
 from dora_kernels.interop import patch_peft
 from tests.interop import FP64, assert_close, count_fused, peft_model, step
-from tests.tiny_models import FAMILIES
+from tests.merging import trained
+from tests.tiny_models import FAMILIES, llama
+
+pytestmark = pytest.mark.filterwarnings("ignore:Calling .zero_grad", "ignore:fan_in_fan_out")
 
 
 def replica_of(model):
@@ -26,14 +28,10 @@ def replica_of(model):
     return copies[model]
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:Calling .zero_grad")
-
-
 def gradients(model):
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replicas_of_a_patched_model_are_fused(family):
     model = peft_model(family)
@@ -47,8 +45,7 @@ def test_replicas_of_a_patched_model_are_fused(family):
 
 
 def test_replicas_of_our_layers_run_like_the_model():
-    torch.manual_seed(0)
-    model = apply_dora(FAMILIES["llama"](torch.float64), DoraConfig(r=4)).train()
+    model = trained(llama(torch.float64)).train()
     expected = step(model)
     model.zero_grad()
     logits = step(replica_of(model))["logits"]

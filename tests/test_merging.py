@@ -13,8 +13,9 @@ from dora_kernels.frozen import frozen_adapters
 from dora_kernels.linear import DoraLinear
 from dora_kernels.merging import merge_dora, unmerge_dora
 from dora_kernels.patch import apply_dora, dora_layers
-from tests.merging import TOLERANCE, assert_close, trained
+from tests.merging import assert_close, trained
 from tests.tiny_models import FAMILIES, gpt2, llama, logits
+from tests.tolerances import MERGED_LOGITS
 
 
 @pytest.mark.parametrize("rounding", ["dithered", "nearest"])
@@ -27,7 +28,7 @@ def test_merged_logits_equal_the_adapters_and_no_engine_module_is_left(family, d
     model = trained(base, rounding=rounding)
     expected = logits(model)
     # The adapter says something that the tolerance would not hide.
-    assert (expected - before).abs().max() > 5 * TOLERANCE[dtype] * expected.abs().max()
+    assert (expected - before).abs().max() > 5 * MERGED_LOGITS[dtype] * expected.abs().max()
     assert merge_dora(model) is model
     assert {name: type(module) for name, module in model.named_modules()} == classes
     assert list(model.state_dict()) == keys

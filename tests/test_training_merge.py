@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.adapter_folders import base_folder, load, our_adapter, pefts_adapter, printed_errors, updates
-from tests.merging import TOLERANCE
 from tests.tiny_models import llama, logits
+from tests.tolerances import MERGED_LOGITS
 from training.adapted import Sources
 from training.merge import main
 
@@ -38,7 +38,7 @@ def test_the_checkpoint_has_the_adapters_logits_and_the_bases_keys_and_dtypes(fa
     actual = logits(load(tmp_path / "merged", family, "auto"))
     scale = expected.abs().max()
     # fp16 rounds 4 times finer than bf16.
-    tolerance = TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16] / 4) * scale
+    tolerance = MERGED_LOGITS.get(dtype, MERGED_LOGITS[torch.bfloat16] / 4) * scale
     assert (logits(load(base, family, dtype)) - expected).abs().max() > 5 * tolerance, "the adapter says something"
     assert (actual - expected).abs().max() <= tolerance
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))

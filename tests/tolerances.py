@@ -49,6 +49,14 @@ TWIN = {
     torch.bfloat16: 2e-3,
 }
 
+MERGED_LOGITS = {
+    # A merged model's worst logit against the unmerged one's, relative to the largest. fp32: a few hundred rounded
+    # products; bf16: W' is rounded once, by up to half an ulp (2⁻⁹), where the unmerged layer rounds z and y instead,
+    # through two layers.
+    torch.float32: 5e-6,
+    torch.bfloat16: 3e-2,
+}
+
 FUSED_LOSS_BF16 = 8 * UNIT_ROUNDOFF[torch.bfloat16]
 """Liger's fused cross-entropy against transformers' over bf16 logits: it rounds the logits' gradient to bf16, the
 head's product, and the scaling by the number of items, where transformers rounds fp32 once; two layers pass it on."""
