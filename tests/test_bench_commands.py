@@ -11,6 +11,7 @@ from bench.__main__ import COMMANDS, main
 from bench.memory import peak_bytes
 from bench.session import Session
 from bench.shapes import PRESETS, layer_shapes
+from tests.tolerances import SAME_FP32
 
 DEVICE = torch.device("cpu")
 # A tree with changes is never done; with a commit of that name it is.
@@ -46,7 +47,7 @@ def test_every_contestant_is_timed_and_correct(tiny):
     rows = rows_of(tiny)
     assert {row["command"] for row in rows} == {"kernels", "layer", "model"}
     assert not [row for row in rows if row["failed"]]
-    assert all(error < 1e-5 for row in rows if row["command"] == "model" for error in row["errors"].values())
+    assert all(error < SAME_FP32 for row in rows if row["command"] == "model" for error in row["errors"].values())
     shapes = len(layer_shapes("tiny"))
     names = set(contestants.contestants(torch.float32, DEVICE))
     for name in names:
@@ -57,7 +58,7 @@ def test_every_contestant_is_timed_and_correct(tiny):
             assert set(parts) == {"forward", "backward", "total"}
             assert all(0 < part["minimum"] <= part["median"] for part in parts.values())
             assert row["peak_bytes"] > 0
-            assert all(error < 1e-5 for error in row["errors"].values())
+            assert all(error < SAME_FP32 for error in row["errors"].values())
 
 
 def test_rows_are_stamped(tiny):

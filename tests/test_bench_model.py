@@ -13,6 +13,7 @@ from bench.model_counts import at_depth, count_step
 from bench.session import Session
 from bench.shapes import MODELS, Run
 from bench.traffic import counting
+from tests.tolerances import SAME_FP32
 
 BF16, HOPPER = torch.bfloat16, (9, 0)
 CPU = torch.device("cpu")
@@ -156,7 +157,7 @@ def test_a_run_whose_adapter_is_not_fresh_is_wrong(monkeypatch, tmp_path):
     run = Run("tiny", 0, 1, 8, 4)
     row = model.measure(model_field.build_base(run, torch.float32, CPU), run, session)["not fresh"]
     assert row["failed"].startswith("wrong: logits ") and "seconds" not in row
-    assert max(row["errors"].values()) < 1e-5
+    assert max(row["errors"].values()) < SAME_FP32
 
 
 def test_sixteen_bits_see_a_magnitude_that_is_left_out():

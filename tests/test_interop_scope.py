@@ -13,6 +13,7 @@ from dora_kernels.interop import patch_peft, patched_peft
 from dora_kernels.patch import dora_layers
 from tests.interop import assert_close, count_fused, dora_config, infer, peft_model, step, trained
 from tests.tiny_models import llama, logits
+from tests.tolerances import SAME_FP32
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 METHODS = ("inject_adapter", "_cast_adapter_dtype")
@@ -56,8 +57,8 @@ def test_models_made_inside_are_fused_and_undone(way, tmp_path):
         assert len(calls) == fused_layers(model) == 14
     assert fused_layers(model) == 0
     assert {name: getattr(BaseTuner, name) for name in METHODS} == originals
-    assert_close(inside, expected, 1e-5)
-    assert_close(infer(model), expected, 1e-5)
+    assert_close(inside, expected, SAME_FP32)
+    assert_close(infer(model), expected, SAME_FP32)
 
 
 def test_adapters_added_inside_are_fused_and_models_from_before_are_not():

@@ -13,6 +13,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import dora_kernels as dk
 from tests.oracle import relative_error
+from tests.tolerances import SAME_FP32
 
 SPACES = pytest.mark.parametrize("space", ["token", "weight"])
 IMPLS = pytest.mark.parametrize("impl", ["triton", "reference"])
@@ -80,7 +81,7 @@ def test_conv1d_is_the_transposed_linear():
     x = torch.randn(5, K)
     for impl in ("triton", "reference"):
         conv.impl = linear.impl = impl
-        assert torch.allclose(conv(x), linear(x), atol=1e-5)
+        assert torch.allclose(conv(x), linear(x), atol=SAME_FP32)
 
 
 @SPACES

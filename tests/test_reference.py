@@ -9,7 +9,7 @@ from dora_kernels.functional import Call, DoraLinearFunction
 from dora_kernels.reference.weight_norm import norm_scale
 
 from .oracle import errors, exact, make_problem, solve
-from .tolerances import ORACLE_FP64
+from .tolerances import ORACLE_FP64, SAME_FP32
 
 SHAPES = {"small": (5, 4, 3, 1), "odd": (37, 29, 53, 7), "rank-above-sides": (9, 6, 5, 17), "one": (1, 1, 1, 1)}
 SPACES = ["token", "weight"]
@@ -103,6 +103,7 @@ def test_a_zero_magnitude_keeps_its_gradient(dtype, space, impl, bias):
     problem.magnitude[4] = 0
     solution, truth = solve(problem, space=space, impl=impl), exact(problem)
     assert solution["dm"][4] != 0
+    # One value, of 31 terms in 16 bits that may cancel.
     assert torch.allclose(solution["dm"][4].double(), truth["dm"][4], rtol=0.05, atol=0)
 
 
@@ -135,6 +136,7 @@ def test_norms_beyond_the_range_of_squares(dtype, size, impl):
     magnitude = weight.double().norm(dim=1).float()
     norm, scale = dispatch.implementation(impl).weight_norm(weight, lora_A, lora_B, magnitude, 1.0)
     truth = weight.double().norm(dim=1)
+    # A sum of 40 squares, a root and a quotient in fp32.
     assert torch.allclose(norm.double(), truth, rtol=1e-6, atol=0)
     assert torch.allclose(scale, torch.ones(5), rtol=1e-6)
 
@@ -174,8 +176,9 @@ def test_output_features_near_zero(size, space, impl):
     if norm < torch.finfo(torch.float32).tiny:
         assert not solution["y"][:, small].any() and not solution["dm"][small] and not merged[small].any()
     else:
+        # A norm of 13 values, a quotient and a product in fp32.
         assert torch.allclose(merged[small], problem.weight[small], rtol=1e-6, atol=0)
-        assert torch.allclose(solution["dm"][small].double(), exact(problem)["dm"][small], rtol=1e-5, atol=0)
+        assert torch.allclose(solution["dm"][small].double(), exact(problem)["dm"][small], rtol=SAME_FP32, atol=0)
     assert torch.equal(solution["y"][:, kept], healthy["y"][:, kept])
     for name in ("dB", "dm"):
         assert torch.equal(solution[name][kept], healthy[name][kept]), name

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from tests.adapter_folders import PREFIX, base_folder, load, our_adapter, pefts_adapter, printed_errors, updates
 from tests.tiny_models import logits
+from tests.tolerances import SAME_FP32
 from training import merge
 from training.export import low_rank, main
 
@@ -28,8 +29,8 @@ def test_at_full_rank_the_lora_adapter_is_the_dora_adapter(family, write, tmp_pa
     config = model.peft_config["default"]
     assert (config.use_dora, config.use_rslora, config.r) == (False, False, 50)
     assert not any("magnitude" in key for key in load_file(tmp_path / "lora" / "adapter_model.safetensors"))
-    # An fp32 SVD reproduces ΔW to about 1e-6 of its norm; a few layers of it.
-    tolerance = 1e-5 * expected.abs().max()
+    # An fp32 SVD reproduces ΔW to about 1e-6 of its norm.
+    tolerance = SAME_FP32 * expected.abs().max()
     assert (logits(load(base, family)) - expected).abs().max() > 100 * tolerance, "the adapter says something"
     assert (logits(model.eval()) - expected).abs().max() <= tolerance
 
@@ -71,7 +72,7 @@ def test_the_error_falls_with_the_rank_and_a_plain_lora_update_loses_nothing():
         lora_A, lora_B = low_rank(update, rank)
         errors.append((update - lora_B @ lora_A).norm() / update.norm())
     assert errors[0] > errors[1] > errors[2] > 1e-3
-    assert errors[3] < 1e-5
+    assert errors[3] < SAME_FP32
     first = low_rank(update, 10)[0]
     torch.manual_seed(1)
     assert torch.equal(low_rank(update, 10)[0], first), "the same file every time"
@@ -85,7 +86,7 @@ def test_modules_to_save_are_kept(tmp_path):
     )
     run(tmp_path / "adapter", tmp_path / "lora", "--to", "lora", "--rank", 48)
     model = peft.PeftModel.from_pretrained(load(base), tmp_path / "lora").eval()
-    assert torch.allclose(logits(model), expected, atol=1e-5 * expected.abs().max().item())
+    assert torch.allclose(logits(model), expected, atol=SAME_FP32 * expected.abs().max().item())
     assert f"{PREFIX}lm_head.weight" in load_file(tmp_path / "lora" / "adapter_model.safetensors")
 
 

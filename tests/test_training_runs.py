@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dora_kernels as dk
+from tests.tolerances import MERGED_LOGITS, SAME_FP32
 from tests.training_runs import arguments, data, demo_rows, metrics, numbers, run, write_rows  # noqa: F401
 from training import demo
 from training.__main__ import main
@@ -54,7 +55,7 @@ def test_a_run_leaves_what_others_rely_on(whole):
     assert all(row["peak_memory_gb"] > 0 for row in rows if "loss" in row)
     before, *_, after = (row["eval_loss"] for row in rows if "eval_loss" in row)
     assert after < before - 1, "it learns"
-    assert rows[0]["eval_perplexity"] == pytest.approx(torch.tensor(before).exp().item(), rel=1e-5)
+    assert rows[0]["eval_perplexity"] == pytest.approx(torch.tensor(before).exp().item(), rel=SAME_FP32)
     card = (whole / "README.md").read_text()
     assert f"base_model: {demo.BASE}" in card and f"Held-out loss {before:.4f} before and {after:.4f} after" in card
 
@@ -86,8 +87,8 @@ def test_the_summarys_next_command_works(data, tmp_path, capsys):  # noqa: F811
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "python -m training.merge" in line)
     merge(shlex.split(line)[3:])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out-merged", dtype=torch.float32)
-    # Merging changes the order of the sums in fp32.
-    torch.testing.assert_close(logits(merged), logits(dk.load_adapter(base(), tmp_path / "out")), rtol=1e-4, atol=1e-4)
+    expected = logits(dk.load_adapter(base(), tmp_path / "out"))
+    assert (logits(merged) - expected).abs().max() <= MERGED_LOGITS[torch.float32] * expected.abs().max()
 
 
 def test_magnitudes_move(whole):
@@ -107,8 +108,7 @@ def test_the_loss_is_per_token(data, tmp_path):  # noqa: F811
     first = run(tmp_path, tmp_path / "out", max_steps=1, save_step=0)[0]
     tokenizer = AutoTokenizer.from_pretrained(demo.BASE)
     expected = held_out_loss(base(), encode(rows[16:], tokenizer, 512), 7, tokenizer.pad_token_id)
-    # The same sum in fp32, in other batches.
-    assert first["step"] == 0 and first["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert first["step"] == 0 and first["eval_loss"] == pytest.approx(expected, rel=SAME_FP32)
 
 
 def test_the_engines_agree(data, whole, tmp_path):  # noqa: F811
@@ -134,7 +134,7 @@ def test_plain_lora(data, tmp_path):  # noqa: F811
 def test_continue_from_an_adapter(data, whole, tmp_path, engine):  # noqa: F811
     bare = ["--use_peft"] if engine == "peft" else []
     first = run(data, tmp_path, *bare, init_adapter=whole, lora_r=None, max_steps=1, save_step=0)[0]
-    assert first["eval_loss"] == pytest.approx(metrics(whole)[-1]["eval_loss"], rel=1e-5)
+    assert first["eval_loss"] == pytest.approx(metrics(whole)[-1]["eval_loss"], rel=SAME_FP32)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 2
 
 

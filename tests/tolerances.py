@@ -49,6 +49,15 @@ TWIN = {
     torch.bfloat16: 2e-3,
 }
 
+SAME_FP32 = 1e-5
+"""Two fp32 programs of one layer or model, relative: another engine, form, batch, or number of processes. Each order of
+a sum is worth some unit roundoffs (6e-8), and two layers pass through a hundred of them; for loss curves beside PEFT's
+or one process's it is what users are promised. A term that is missing or wrong is a thousand times more."""
+
+AFTER_ADAM = 1e-4
+"""The same for parameters, logits and losses after a few steps of Adam, whose division by small second moments
+amplifies the last bits of a gradient."""
+
 MERGED_LOGITS = {
     # A merged model's worst logit against the unmerged one's, relative to the largest. fp32: a few hundred rounded
     # products; bf16: W' is rounded once, by up to half an ulp (2⁻⁹), where the unmerged layer rounds z and y instead,
@@ -65,8 +74,8 @@ PLAN = 0.03
 """Predicted against counted memory, of what depends on the tokens, in tiny models. Left out of the formulas are n, g,
 partial sums, A's and B's casts, positions and labels, which weigh less in a real one."""
 
-GENERATED = {
-    # Of one generated call against fp64, per value: of its size, or, where its terms cancel, of theirs. fp64: a
+SINGLE_CASE = {
+    # Of one call against fp64 or beside PEFT's, per value: of its size, or, where its terms cancel, of theirs. fp64: a
     # magnitude of 0 is taken for 2⁻⁴⁰ of the norm. fp32: as above. 16 bits: a value passes up to five roundings (A's
     # cast, h, B's cast, dh, its own), of one unit each to nearest and two dithered; rarely do they all point one way.
     torch.float64: 1e-11,

@@ -84,7 +84,7 @@ def worst(case: Case, impl: str = "triton") -> tuple[float, str]:
     from torch.nn.functional import dropout
 
     from tests.oracle import errors, exact, solve, term_sizes
-    from tests.tolerances import GENERATED
+    from tests.tolerances import SINGLE_CASE
 
     problem = _problem(case)
     drops = case.dropout > 0
@@ -104,7 +104,7 @@ def worst(case: Case, impl: str = "triton") -> tuple[float, str]:
         )  # fmt: skip
     for name, expected in truth.items():
         assert ours[name].shape == expected.shape, f"{name} is {list(ours[name].shape)}"
-    shares = {name: error / GENERATED[dtype] for name, error in errors(ours, truth, sizes).items()}
+    shares = {name: error / SINGLE_CASE[dtype] for name, error in errors(ours, truth, sizes).items()}
     # NaN is larger than any number.
     name = max(shares, key=lambda name: math.inf if math.isnan(shares[name]) else shares[name])
     return shares[name], name
