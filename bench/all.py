@@ -8,8 +8,8 @@ What the time does not reach is left to the same command, run again.
 import argparse
 
 from . import kernels, layer, model
-from .session import Session
-from .session import add_arguments as add_session_arguments
+from .rows.session import Session
+from .rows.session import add_arguments as add_session_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,19 +13,19 @@ from typing import NamedTuple
 
 import torch
 
-from dora_kernels import dispatch
+from dora_kernels.ops import dispatch
 
-from . import kernel_gate
-from .compare import seconds
-from .contestants import ALPHA_OVER_RANK, DTYPES, empty_problem, make_problem
-from .gpus import Roofs
-from .gpus import seconds as launch_seconds
-from .operations import operations
-from .session import Session
-from .session import add_arguments as add_session_arguments
-from .tables import milliseconds, table
-from .timing import interleaved
-from .traffic import Operation, counting
+from .contestants.layer import ALPHA_OVER_RANK, DTYPES, empty_problem, make_problem
+from .counting.gpus import Roofs
+from .counting.gpus import seconds as launch_seconds
+from .counting.operations import operations
+from .counting.traffic import Operation, counting
+from .gates import kernels as kernel_gate
+from .measuring.timing import interleaved
+from .rows.compare import seconds
+from .rows.session import Session
+from .rows.session import add_arguments as add_session_arguments
+from .rows.tables import milliseconds, table
 
 COMMAND = "kernels"
 COPY, GEMM = "device copy", "GEMM"

@@ -8,13 +8,13 @@ gradients. `--preset full` runs every shape of three models; an interrupted run 
 
 import argparse
 
-from .compare import group_table
-from .contestants import DTYPES, Contestant, Problem, contestants, left_out, make_problem
-from .gate import broken, errors, truth
-from .memory import peak_bytes
-from .session import Session
-from .session import add_arguments as add_session_arguments
-from .timing import attempt, interleaved, release
+from .contestants.layer import DTYPES, Contestant, Problem, contestants, left_out, make_problem
+from .gates.layer import broken, errors, truth
+from .measuring.memory import peak_bytes
+from .measuring.timing import attempt, interleaved, release
+from .rows.compare import group_table
+from .rows.session import Session
+from .rows.session import add_arguments as add_session_arguments
 
 COMMAND = "layer"
 

@@ -12,16 +12,16 @@ import argparse
 import torch
 from torch import nn
 
-from .compare import group_table
-from .contestants import DTYPES
-from .gate import error
-from .memory import peak_bytes
-from .model_field import Contestant, First, Trained, adapted, build_base, contestants
-from .model_gate import Gate, worst
-from .session import Session
-from .session import add_arguments as add_session_arguments
-from .shapes import MODELS, Run
-from .timing import attempt, interleaved, release
+from .contestants.layer import DTYPES
+from .contestants.model import Contestant, First, Trained, adapted, build_base, contestants
+from .gates.layer import error
+from .gates.model import Gate, worst
+from .measuring.memory import peak_bytes
+from .measuring.shapes import MODELS, Run
+from .measuring.timing import attempt, interleaved, release
+from .rows.compare import group_table
+from .rows.session import Session
+from .rows.session import add_arguments as add_session_arguments
 
 COMMAND = "model"
 STEPS = 5  # timed for each contestant; two come before

@@ -20,10 +20,10 @@ from typing import NamedTuple
 
 import triton
 
-from dora_kernels.kernels import interpreted
+from dora_kernels.ops.kernels import interpreted
 
-from .compiled import Figures, broken_limits, compile_launch
-from .launches import CAPABILITIES, Case, Launch, all_cases, launches, quick_cases
+from .counting.compiled import Figures, broken_limits, compile_launch
+from .counting.launches import CAPABILITIES, Case, Launch, all_cases, launches, quick_cases
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("kernel", "dtypes", "sm", "launches", "registers", "stack", "spills", "shared", "mma", "width")

@@ -8,8 +8,8 @@ from statistics import fmean
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from .compare import base_seconds, seconds
 from .kernels import COPY, GEMM, SLOWER
+from .rows.compare import base_seconds, seconds
 from .step import distances, reference_of
 
 MARKERS = "osv^D*Pxh<>p"

@@ -16,16 +16,17 @@ from pathlib import Path
 
 import torch
 
-from . import kernels, layer, model, model_field
-from .compare import group_table, title
-from .contestants import DTYPES, Contestant, contestants, empty_problem
-from .gpus import CAPABILITIES, ROOFS, Roofs, seconds
-from .model_counts import predict_step
-from .records import groups, read_rows
-from .shapes import MODELS, Run, Shape, layer_shapes
-from .tables import mebibytes, milliseconds, ratio, table
-from .timing import attempt
-from .traffic import Operation, counting, fake_module
+from . import kernels, layer, model
+from .contestants import model as model_field
+from .contestants.layer import DTYPES, Contestant, contestants, empty_problem
+from .counting.gpus import CAPABILITIES, ROOFS, Roofs, seconds
+from .counting.model_counts import predict_step
+from .counting.traffic import Operation, counting, fake_module
+from .measuring.shapes import MODELS, Run, Shape, layer_shapes
+from .measuring.timing import attempt
+from .rows.compare import group_table, title
+from .rows.records import groups, read_rows
+from .rows.tables import mebibytes, milliseconds, ratio, table
 
 TABLES = (kernels.COMMAND, layer.COMMAND, model.COMMAND)
 

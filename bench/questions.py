@@ -16,15 +16,15 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from dora_kernels import kernels
+from dora_kernels.ops import kernels
 
-from .compare import seconds
-from .contestants import ALPHA_OVER_RANK, DTYPES, Problem, contestants, make_problem
-from .operations import ROUNDED
-from .session import Session
-from .session import add_arguments as add_session_arguments
-from .tables import milliseconds, ratio, table
-from .timing import interleaved
+from .contestants.layer import ALPHA_OVER_RANK, DTYPES, Problem, contestants, make_problem
+from .counting.operations import ROUNDED
+from .measuring.timing import interleaved
+from .rows.compare import seconds
+from .rows.session import Session
+from .rows.session import add_arguments as add_session_arguments
+from .rows.tables import milliseconds, ratio, table
 from .tune import configured
 
 COMMAND = "questions"
@@ -95,7 +95,7 @@ def answers(results: dict[str, dict]) -> str:
 
 def second_read(problem: Problem) -> Calls:
     """Norm and merge: W is read twice either way, in one launch while it is in L2."""
-    module = importlib.import_module("dora_kernels.kernels.merge")  # the package has a function of this name
+    module = importlib.import_module("dora_kernels.ops.kernels.merge")  # the package has a function of this name
     factors = (problem.weight, problem.lora_A, problem.lora_B, problem.magnitude)
 
     def way(fused: bool, fields: dict[str, int] | None = None):

@@ -7,12 +7,12 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from .compare import base_seconds, group_table, lora_seconds, seconds, title
 from .kernels import kernels_table
 from .plots import plot_layers, plot_losses, plot_roofline
-from .records import RESULTS, groups, read_rows
+from .rows.compare import base_seconds, group_table, lora_seconds, seconds, title
+from .rows.records import RESULTS, groups, read_rows
+from .rows.tables import ratio, table
 from .step import curves_table
-from .tables import ratio, table
 
 COMMANDS = ("layer", "model", "step", "kernels")
 OURS = ("ours fp32, auto", "ours fp32, auto, compiled")

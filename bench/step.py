@@ -24,15 +24,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dora_kernels as dk
 from training import demo
-from training.data import encode, read_splits
-from training.loop import LoopSettings, train
-from training.metrics import read_rows
+from training.checkpoints.metrics import read_rows
+from training.minimal.batches import encode, read_splits
+from training.minimal.loop import LoopSettings, train
 
-from . import records as stored
-from .contestants import DTYPES, patch
-from .records import RESULTS, Records, stamp
-from .tables import table
-from .timing import attempt
+from .contestants.layer import DTYPES, patch
+from .measuring.timing import attempt
+from .rows import records as stored
+from .rows.records import RESULTS, Records, stamp
+from .rows.tables import table
 
 COMMAND = "step"
 CUTOFF = 256

@@ -17,10 +17,10 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 
-from dora_kernels import kernels
+from dora_kernels.ops import kernels
 
-from .compiled import SHARED_LIMITS, Figures, broken_limits, compile_launch
-from .launches import DTYPES, Case, call, launches
+from .counting.compiled import SHARED_LIMITS, Figures, broken_limits, compile_launch
+from .counting.launches import DTYPES, Case, call, launches
 from .offline import check_compilable, parse_capability
 
 CONFIGURED_BY = {

@@ -5,15 +5,15 @@ from .versions import require
 
 require("torch>=2.11", "transformers>=5.17")
 
-from .adapter import load_adapter, save_adapter
+from .adapters.save_load import load_adapter, save_adapter
 from .config import DoraConfig
-from .explain import explain
-from .frozen import frozen_adapters
-from .functional import dora_linear
-from .interop import PatchReport, patch_peft, patched_peft, unpatch_peft
-from .linear import DoraLinear
-from .merging import merge_dora, unmerge_dora
-from .patch import apply_dora
+from .layers.explain import explain
+from .layers.frozen import frozen_adapters
+from .layers.linear import DoraLinear
+from .models.apply import apply_dora
+from .models.merge import merge_dora, unmerge_dora
+from .ops.dora_linear import dora_linear
+from .peft import PatchReport, patch_peft, patched_peft, unpatch_peft
 
 __all__ = [
     "DoraConfig",
@@ -37,7 +37,7 @@ __all__ = [
 def __getattr__(name: str):
     # Its base class loads transformers' trainer, which takes seconds; who has a trainer has paid them.
     if name == "DoraKernelsCallback":
-        from .interop.trainer import DoraKernelsCallback
+        from .peft.callback import DoraKernelsCallback
 
         return DoraKernelsCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

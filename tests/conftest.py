@@ -44,7 +44,7 @@ def pytest_configure(config):
         raise pytest.UsageError("Triton was imported before tests/conftest.py could choose interpreter or GPU")
     if wants_interpreter(config.option.markexpr, torch.cuda.is_available()):
         os.environ.setdefault("TRITON_INTERPRET", "1")
-        from tests import interpreter
+        from tests.support import interpreter
 
         interpreter.install()
     else:
@@ -100,7 +100,7 @@ def _seeded():
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     # It imports Triton.
-    from tests.buffers import poisoned_memory
+    from tests.support.buffers import poisoned_memory
 
     with poisoned_memory():
         yield

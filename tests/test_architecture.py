@@ -8,29 +8,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dora_kernels"
-# From the ground up; a module may import what stands before its own line, and packages their own modules.
-LAYERS = [
-    {"versions", "chunks", "offloading", "parents", "quantized"},
-    {"freezable"},
-    {"gemm", "config"},
-    {"kernels", "reference"},
+OPS = PACKAGE / "ops"
+# From the ground up: a module imports what stands on lower floors, or in its own folder.
+FLOORS = [{"versions", "config"}, {"ops"}, {"layers"}, {"models", "peft"}, {"adapters"}, {"__init__"}]
+# The same inside `ops/`, whose modules build on each other.
+OPS_FLOORS = [
+    {"__init__", "base_weights", "chunked", "gpus"},
+    {"checks", "kernels", "reference"},
     {"dispatch"},
-    {"autograd"},
-    {"functional"},
-    {"linear"},
-    {"explain", "frozen", "targets", "tying", "dequantizing"},
-    {"patch"},
-    {"merging", "adapter_config"},
-    {"adapter_files"},
-    {"adapter"},
-    {"interop"},
-    {"__init__"},
+    {"dora_linear"},
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# One table per twin: device functions and launch data of the kernels need no reference.
-TWINS = ["cast", "merge", "nf4", "rescale_bwd", "rescale_fwd", "rounding", "weight_norm"]
-# No operation of its own: what the launchers and kernels share.
-NO_TWIN = {"__init__", "addresses", "launch", "tile"}
+# Device functions and launch data of the kernels need no reference.
+TWINS = ["base_weight", "cast", "merge", "rescale_bwd", "rescale_fwd", "rounding", "weight_norm"]
+NO_TWIN = {"__init__", "blocks", "launch"}
 
 
 def parse(path):
@@ -41,51 +31,64 @@ def sources(package=PACKAGE):
     return sorted(package.rglob("*.py"))
 
 
-def room(path):
-    """The module or sub-package directly inside the package that a file belongs to."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
-
-
-def imported_rooms(path):
-    """The rooms of the package that a file imports, anywhere in it."""
+def imports(path):
+    """What a file of the package imports from it, as paths of names: ("ops", "dispatch", "choose")."""
     inside = ("dora_kernels", *path.relative_to(PACKAGE).with_suffix("").parts)
-    rooms = set()
+    names = []
     for node in ast.walk(parse(path)):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name.split(".") for alias in node.names]
+            names += [alias.name.split(".") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = [*inside[: -node.level]] if node.level else []
             base += node.module.split(".") if node.module else []
-            names = [[*base, alias.name] for alias in node.names]
-        rooms |= {name[1] for name in names if name[0] == "dora_kernels" and len(name) > 1}
-    return rooms
+            names += [[*base, alias.name] for alias in node.names]
+    return {tuple(name[1:]) for name in names if name[0] == "dora_kernels" and len(name) > 1}
+
+
+def check_floors(floors, own, others, path):
+    level = {name: number for number, names in enumerate(floors) for name in names}
+    for name in {own, *others}:
+        assert name in level, f"{name} is new: give it a floor"
+    for other in others - {own}:
+        assert level[other] < level[own], f"{path}: {own} may not import {other}"
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down(path):
-    own = room(path)
-    assert own in LEVEL, f"{own} is a new room: give it a place in LAYERS"
-    for other in imported_rooms(path) - {own}:
-        assert other in LEVEL, f"{path} imports {other}, which has no place in LAYERS"
-        assert LEVEL[other] < LEVEL[own], f"{own} may not import {other}"
+    room = path.relative_to(PACKAGE).with_suffix("").parts
+    check_floors(FLOORS, room[0], {name[0] for name in imports(path)}, path)
+    if room[0] == "ops":
+        check_floors(OPS_FLOORS, room[1], {name[1] for name in imports(path) if name[0] == "ops"}, path)
 
 
 def test_the_import_reader_reads():
-    assert imported_rooms(PACKAGE / "dispatch.py") >= {"kernels", "reference", "versions"}
-    assert imported_rooms(PACKAGE / "kernels" / "rescale_bwd.py") >= {"gemm", "kernels"}
+    assert {name[:2] for name in imports(OPS / "dispatch.py")} >= {("ops", "kernels"), ("ops", "reference")}
+    assert ("ops", "chunked", "mm_fp32") in imports(OPS / "kernels" / "rescale_bwd.py")
+    with pytest.raises(AssertionError, match="may not import"):
+        check_floors(FLOORS, "ops", {"layers"}, "x.py")
+
+
+def test_packages_of_the_same_name_are_the_installed_ones():
+    """`dora_kernels/peft` and `tests/peft` must not stand in PEFT's place, nor `tests/bench` in the benchmarks'."""
+    import peft
+
+    import bench
+    import training
+
+    assert "site-packages" in peft.__file__ or "dist-packages" in peft.__file__
+    assert Path(bench.__file__).parent == ROOT / "bench" and Path(training.__file__).parent == ROOT / "training"
 
 
 @pytest.mark.parametrize("stem", TWINS)
 def test_the_twins_do_not_know_each_other(stem):
-    assert "reference" not in imported_rooms(PACKAGE / "kernels" / f"{stem}.py")
-    assert "kernels" not in imported_rooms(PACKAGE / "reference" / f"{stem}.py")
+    for own, other in (("kernels", "reference"), ("reference", "kernels")):
+        assert ("ops", other) not in {name[:2] for name in imports(OPS / own / f"{stem}.py")}
 
 
 def test_only_dispatch_sees_both():
     for path in sources():
-        if room(path) not in ("dispatch", "kernels", "reference"):
-            assert not imported_rooms(path) & {"kernels", "reference"}, path
+        if path.parent not in (OPS / "kernels", OPS / "reference") and path != OPS / "dispatch.py":
+            assert not {name[:2] for name in imports(path)} & {("ops", "kernels"), ("ops", "reference")}, path
 
 
 def functions(path):
@@ -106,7 +109,7 @@ def signature(function):
 
 def exported(package):
     """The names in `__all__`."""
-    for node in parse(PACKAGE / package / "__init__.py").body:
+    for node in parse(OPS / package / "__init__.py").body:
         if isinstance(node, ast.Assign) and node.targets[0].id == "__all__":
             return set(ast.literal_eval(node.value))
     raise AssertionError(f"{package} has no __all__")
@@ -118,14 +121,14 @@ def test_the_twins_export_the_same_operations():
 
 @pytest.mark.parametrize("name", sorted(exported("reference")))
 def test_twin_operations_have_one_signature(name):
-    stem = {"scaled_cast": "cast", "decode": "nf4"}.get(name, name)
-    kernel, reference = (functions(PACKAGE / package / f"{stem}.py")[name] for package in ("kernels", "reference"))
+    stem = {"scaled_cast": "cast", "decode": "base_weight"}.get(name, name)
+    kernel, reference = (functions(OPS / package / f"{stem}.py")[name] for package in ("kernels", "reference"))
     assert signature(kernel) == signature(reference)
     assert ast.get_docstring(kernel) == ast.get_docstring(reference), "one description for both"
 
 
 def test_every_kernel_file_has_its_twin():
-    kernels, references = ({path.stem for path in sources(PACKAGE / name)} for name in ("kernels", "reference"))
+    kernels, references = ({path.stem for path in sources(OPS / name)} for name in ("kernels", "reference"))
     assert kernels - NO_TWIN == references - {"__init__"} == set(TWINS)
 
 
@@ -150,7 +153,7 @@ def test_what_the_engine_does_without(what):
 
 def test_every_dot_says_its_precision():
     dots = 0
-    for path in sources(PACKAGE / "kernels"):
+    for path in sources(OPS / "kernels"):
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.dot":
                 dots += 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from training.flags import parse_flags
+from .flags import parse_flags
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -18,17 +18,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Imported once it is known which one: TRL takes seconds, and the demo does without it.
     try:
         if is_demo:
-            from training import demonstrate
+            from .minimal import demonstrate
 
             demonstrate.run(flags)
         else:
             import datasets
 
-            from training import finetune
+            from .finetune.run import run
 
             datasets.disable_progress_bars()
             words = [word for word in arguments if word != "--resume"]
-            finetune.run(flags, shlex.join(["python", "-m", "training", *words]))
+            run(flags, shlex.join(["python", "-m", "training", *words]))
     except (ValueError, OSError, FloatingPointError, SafetensorError) as error:
         sys.exit(f"error: {error}")
 

@@ -17,12 +17,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
-from dora_kernels.adapter import PREFIX, WEIGHTS_NAME
-from dora_kernels.adapter_config import adapter_fields, write_config
-from dora_kernels.patch import dora_layers
-from dora_kernels.targets import find_saved
-from training import merge
-from training.adapted import Sources, UpdateErrors, check_output, new_folder, update_of
+from dora_kernels.adapters.peft_config import adapter_fields, write_config
+from dora_kernels.adapters.save_load import PREFIX, WEIGHTS_NAME
+from dora_kernels.models.modules import dora_layers
+from dora_kernels.models.targets import find_saved
+
+from . import merge
+from .exporting import Sources, UpdateErrors, check_output, new_folder, update_of
 
 
 @dataclass

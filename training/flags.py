@@ -14,9 +14,10 @@ import yaml
 from transformers import HfArgumentParser
 
 import dora_kernels as dk
-from training import demo
-from training.engines import check_sharding, zero_config
-from training.processes import local_rank
+
+from . import demo
+from .distributed.launchers import check_sharding, zero_config
+from .distributed.processes import local_rank
 
 
 def flag(default, text: str):

@@ -15,8 +15,9 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import logging as transformers_logging
 
 import dora_kernels as dk
-from dora_kernels.patch import dora_layers
-from training.adapted import Sources, UpdateErrors, check_output, new_folder, update_of
+from dora_kernels.models.modules import dora_layers
+
+from .exporting import Sources, UpdateErrors, check_output, new_folder, update_of
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from training.memory import Planned, largest_batch, planned_model, predict
+from .memory_model import Planned, largest_batch, planned_model, predict
 
 CARDS = (16, 24, 48, 80, 141)
 # As published with the models; what is left out changes no size.

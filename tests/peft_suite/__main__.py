@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 
 from transformers import OPTConfig, OPTForCausalLM
 
-from tests.tiny_models import VOCAB, gpt2, llama
+from tests.support.tiny_models import VOCAB, gpt2, llama
 
 ROOT = Path(__file__).parents[2]
 FUSED_SHARE = 0.8

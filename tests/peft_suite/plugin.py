@@ -22,7 +22,7 @@ def pytest_configure(config):
     if config.option.engine == "triton":
         # Set by whoever started pytest: Triton decides when it is imported.
         assert os.environ.get("TRITON_INTERPRET") == "1"
-        from tests import interpreter
+        from tests.support import interpreter
 
         interpreter.install()
     config.stash[_COUNTS] = counts = Counter()
@@ -53,8 +53,8 @@ def _start(stack, engine, counts):
     from peft.tuners.lora.dora import DoraLinearLayer
     from triton.runtime.interpreter import InterpretedFunction
 
-    import dora_kernels.interop.peft_linear as peft_linear
-    from dora_kernels.interop import patched_peft
+    import dora_kernels.peft.layer as peft_linear
+    from dora_kernels.peft import patched_peft
 
     def counted(name, function):
         def call(*args, **kwargs):

@@ -21,8 +21,8 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 import numpy
 import torch
 
-from bench.records import head, stamp
-from tests import interpreter
+from bench.rows.records import head, stamp
+from tests.support import interpreter
 
 from . import table
 from .row import NAMES, failures, measure, module

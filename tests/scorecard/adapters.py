@@ -58,9 +58,9 @@ def corrupt(directory: Path, kind: str, chance: random.Random, source: str) -> s
 def attempt(directory: Path, reader: str, values: dict) -> bool:
     """Whether it was refused. Raises AssertionError if something else was loaded, or said badly."""
     import dora_kernels as dk
-    from tests.tiny_models import assert_unchanged, llama, snapshot
-    from training.adapters import add_adapter
+    from tests.support.tiny_models import assert_unchanged, llama, snapshot
     from training.flags import Flags
+    from training.model.adapter import add_adapter
 
     model = llama()
     if reader == "ours in place":
@@ -112,7 +112,7 @@ def good(source: str) -> Path:
     import torch
 
     import dora_kernels as dk
-    from tests.tiny_models import llama
+    from tests.support.tiny_models import llama
 
     torch.manual_seed(0)
     good.folders = getattr(good, "folders", [])
@@ -136,7 +136,7 @@ def good(source: str) -> Path:
 @functools.cache
 def expected(source: str) -> dict:
     import dora_kernels as dk
-    from tests.tiny_models import llama
+    from tests.support.tiny_models import llama
 
     model = dk.load_adapter(llama(), good(source))
     return {name: tensor.detach().clone() for name, tensor in trained(model).items()} | {"scalings": scalings(model)}

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from .row import Row, Verdict, failures
 
-KERNELS = Path(__file__).parents[2] / "dora_kernels" / "kernels"
+KERNELS = Path(__file__).parents[2] / "dora_kernels" / "ops" / "kernels"
 # The files whose tests are of kernels, alone or as a layer.
-FILES = ("kernels", "rounding", "nf4", "reference", "autograd", "layouts", "dropout", "autocast", "qdora")
+STEMS = ("kernels", "rounding", "nf4", "reference", "autograd", "layouts", "dropout", "autocast")
+FILES = (*(f"ops/test_{stem}" for stem in STEMS), "models/test_qdora")
 
 
 def kernels():
@@ -21,7 +22,7 @@ def kernels():
 def run(case):
     from .suite import outcomes_and_counts
 
-    outcomes, counts = outcomes_and_counts(f"tests/test_{case}.py", "-p", "tests.scorecard.guarded", "-m", "not gpu")
+    outcomes, counts = outcomes_and_counts(f"tests/{case}.py", "-p", "tests.scorecard.guarded", "-m", "not gpu")
     # What only a GPU can run is not selected: nothing else may be left out.
     failed = [test for test, outcome in outcomes.items() if outcome != "passed"]
     assert not failed, f"{len(failed)} of {len(outcomes)} tests, {failed[0]} first: {outcomes[failed[0]]}"

@@ -111,7 +111,7 @@ def _config(asked: dict) -> None:
 
 def _apply(asked: dict) -> None:
     import dora_kernels as dk
-    from tests.tiny_models import FAMILIES
+    from tests.support.tiny_models import FAMILIES
 
     fields = dict(asked)
     family = fields.pop("family")
@@ -119,8 +119,8 @@ def _apply(asked: dict) -> None:
 
 
 def _flags(asked: list[str]) -> None:
-    from training.base import check_targets
     from training.flags import parse_flags
+    from training.model.base_model import check_targets
 
     flags, is_demo = parse_flags(asked)
     flags.check()

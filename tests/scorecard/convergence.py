@@ -21,7 +21,7 @@ def batch(model, number: int) -> dict:
     """Another one for each step: four sequences that count by sevens, which can be learned."""
     import torch
 
-    from tests.tiny_models import VOCAB
+    from tests.support.tiny_models import VOCAB
 
     generator = torch.Generator().manual_seed(number)
     tokens = (torch.randint(VOCAB, (4, 1), generator=generator) + 7 * torch.arange(9)) % VOCAB
@@ -52,8 +52,8 @@ def peft_model(family: str):
     import peft
     import torch
 
-    from tests.interop import dora_config
-    from tests.tiny_models import FAMILIES as MODELS
+    from tests.support.peft_models import dora_config
+    from tests.support.tiny_models import FAMILIES as MODELS
 
     torch.manual_seed(0)
     return peft.get_peft_model(MODELS[family](), dora_config(target_modules=TARGETS[family]))
@@ -73,7 +73,7 @@ def own_model(family: str):
     import tempfile
 
     import dora_kernels as dk
-    from tests.tiny_models import FAMILIES as MODELS
+    from tests.support.tiny_models import FAMILIES as MODELS
 
     with tempfile.TemporaryDirectory() as folder:
         peft_model(family).save_pretrained(folder)
@@ -84,7 +84,7 @@ def trained(family: str, engine: str) -> list[float]:
     from contextlib import nullcontext
 
     import dora_kernels as dk
-    from tests.interop import frozen_magnitude
+    from tests.support.peft_models import frozen_magnitude
 
     if engine == "apply_dora":
         return losses(own_model(family))

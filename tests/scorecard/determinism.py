@@ -52,7 +52,7 @@ def _compiled():
 
     if not torch.cuda.is_available():
         return NOT_RUN
-    found = outcomes("-m", "gpu", "tests/test_gpu.py::test_three_runs_are_bit_equal")
+    found = outcomes("-m", "gpu", "tests/ops/test_gpu.py::test_three_runs_are_bit_equal")
     assert set(found.values()) == {"passed"}, found
     return "passed"
 
@@ -60,7 +60,7 @@ def _compiled():
 def _layer(impl, space, dtype, dropout):
     import torch
 
-    from tests.oracle import make_problem, solve
+    from tests.support.oracle import make_problem, solve
 
     # Enough tokens that several programs share a sum.
     problem = make_problem(300, 33, 29, 5, getattr(torch, dtype), torch.float32, bias=True)
@@ -74,7 +74,7 @@ def _steps(impl, space, dtype):
     import torch
 
     import dora_kernels as dk
-    from tests.tiny_models import VOCAB, llama
+    from tests.support.tiny_models import VOCAB, llama
 
     torch.manual_seed(0)
     model = llama(getattr(torch, dtype), layers=1)

@@ -7,7 +7,7 @@ from random import Random
 from .row import Row, Verdict, failures
 
 BATCHES, BATCH = 5, 20
-# By name in tests.beside_peft.MIXES. Last the one in which PEFT runs the adapter in fp32 products, and we, as under
+# By name in `beside_peft.MIXES`. Last the one in which PEFT runs the adapter in fp32 products, and we, as under
 # autocast, in 16 bits: its dA and dB carry no 16-bit rounding and are no measure for ours; y, dx and dm are.
 MIXES = ("fp32", "bf16", "fp16", "bf16-autocast", "fp16-autocast", "bf16-fp32-adapters")
 FP32_PRODUCTS = MIXES[-1]
@@ -20,8 +20,8 @@ def cases():
 
 def run(case):
     """{who: {name: sum of the squared errors}} over a batch."""
-    from tests.beside_peft import MIXES, draw, errors_of_all, errors_of_two_roundings
-    from tests.oracle import make_problem
+    from tests.support.beside_peft import MIXES, draw, errors_of_all, errors_of_two_roundings
+    from tests.support.oracle import make_problem
 
     dtype, adapter_dtype, autocast = MIXES[case.split("/")[0]]
     squares = defaultdict(lambda: defaultdict(float))

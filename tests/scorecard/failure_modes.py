@@ -39,7 +39,8 @@ def path(test: str) -> str:
 
 def named(test: str, found: dict[str, str]) -> dict[str, str]:
     """The outcomes of a test: of all its parameters, but for those that only a GPU can run."""
-    id = f"tests.{test}"
+    file, _, function = test.partition("::")
+    id = f"tests.{file.replace('/', '.')}::{function}"
     return {
         name: outcome
         for name, outcome in found.items()

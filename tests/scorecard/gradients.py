@@ -17,9 +17,9 @@ def cases():
 def run(case):
     import torch
 
-    from dora_kernels import kernels
-    from dora_kernels.functional import Call, DoraLinearFunction
-    from tests.oracle import make_problem
+    from dora_kernels.ops import kernels
+    from dora_kernels.ops.dora_linear import Call, DoraLinearFunction
+    from tests.support.oracle import make_problem
 
     random = Random(case)
     slow = case.startswith("slow")

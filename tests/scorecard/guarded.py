@@ -6,7 +6,7 @@ import pytest
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     # Not above: nothing may import Triton before conftest.py does.
-    from tests.buffers import guard_launches
+    from tests.support.buffers import guard_launches
 
     with guard_launches() as launches:
         result = yield

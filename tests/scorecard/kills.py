@@ -1,5 +1,5 @@
-"""`kill -9` at random points of training. A case is a seed of `tests.kill_training` and `POINTS` kills; half of them
-strike while a checkpoint is being written."""
+"""`kill -9` at random points of training. A case is a seed of `tests.support.kill_training` and `POINTS` kills;
+half of them strike while a checkpoint is being written."""
 
 import re
 import subprocess
@@ -12,10 +12,10 @@ TARGET = 500
 
 
 def interrupt(seed: str, option: str, points: int) -> dict:
-    """What `tests.kill_training` did with `points` interruptions of the kind that `option` counts."""
+    """What `tests.support.kill_training` did with `points` interruptions of the kind that `option` counts."""
     counts = {"--points": 0, "--stops": 0} | {option: points}
     words = [word for name, count in counts.items() for word in (name, str(count))]
-    command = [sys.executable, "-m", "tests.kill_training", "--seed", seed, *words]
+    command = [sys.executable, "-m", "tests.support.kill_training", "--seed", seed, *words]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     if ended.returncode:
         said = re.search(r".*; the last child said", ended.stderr)
@@ -27,7 +27,7 @@ def interrupt(seed: str, option: str, points: int) -> dict:
 
 
 def counts_in(line: str) -> dict[str, int]:
-    """The counts in a line that `tests.kill_training` prints: `SIGKILL points: 25, in a save: 12, …`."""
+    """The counts in a line that `tests.support.kill_training` prints: `SIGKILL points: 25, in a save: 12, …`."""
     return {name: int(count) for name, count in re.findall(r"(\w[a-z ]*): (\d+)", line.partition(" ")[2])}
 
 

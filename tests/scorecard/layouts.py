@@ -8,7 +8,7 @@ from .row import Row, none_fail
 
 @cache
 def _cases():
-    from tests.test_layouts import FORMS, LAYOUTS
+    from tests.ops.test_layouts import FORMS, LAYOUTS
 
     return {
         f"{x_layout} {grad_layout} {str(dtype).removeprefix('torch.')}": (x_layout, grad_layout, dtype)
@@ -17,7 +17,7 @@ def _cases():
 
 
 def run(case):
-    from tests.test_layouts import FORMS, test_input_and_incoming_gradient
+    from tests.ops.test_layouts import FORMS, test_input_and_incoming_gradient
 
     x_layout, grad_layout, dtype = _cases()[case]
     spaces = [space for space, of in FORMS if of == dtype]

@@ -19,7 +19,8 @@ from .suite import ROOT, outcomes
 
 MUTANTS = Path(__file__).with_name("mutants.yaml")
 UNCHANGED = "unchanged"
-ABOVE = ("training", "bench", "demo", "gpu", "scorecard", "interop_trainer", "interop_peft_suite", "liger")
+ENGINE = ("ops", "layers", "models", "peft", "adapters")
+LEFT_OUT = ("test_gpu", "test_gpu_paths", "test_callback", "test_peft_suite")
 SECONDS = 1800
 
 
@@ -36,7 +37,7 @@ class Mutant:
 
     @property
     def in_a_kernel(self) -> bool:
-        return self.file.startswith("dora_kernels/kernels/")
+        return self.file.startswith("dora_kernels/ops/kernels/")
 
     def applied(self, root: Path) -> str:
         """The file's text with the fault in it. Raises ValueError where `old` is not there exactly once."""
@@ -60,8 +61,9 @@ def mutants() -> dict[str, Mutant]:
 
 def wider(root: Path) -> list[str]:
     """The test files of the engine."""
-    files = (root / "tests").glob("test_*.py")
-    return sorted(f"tests/{file.name}" for file in files if not file.stem.removeprefix("test_").startswith(ABOVE))
+    tests = root / "tests"
+    files = [*tests.glob("test_*.py"), *(file for folder in ENGINE for file in (tests / folder).glob("test_*.py"))]
+    return sorted(str(file.relative_to(root)) for file in files if file.stem not in LEFT_OUT)
 
 
 @contextmanager

@@ -183,7 +183,7 @@ def _base_model(sandbox, name):
 
 def _checkpoints(sandbox, name):
     """Rotating deletes what this run wrote: no link's target, no name that is not a step's."""
-    from training.checkpoint import newest_checkpoint, save_checkpoint
+    from training.checkpoints.checkpoint import newest_checkpoint, save_checkpoint
 
     out = sandbox / "in" / "run"
     out.mkdir()
@@ -228,7 +228,7 @@ REFUSED = {".lock"}
 
 
 def train(out: Path, *bare: str, **flags) -> None:
-    from tests.training_runs import arguments
+    from tests.support.training_runs import arguments
     from training.__main__ import main
 
     small = {"max_steps": 2, "save_step": 1, "eval_step": 0, "val_set_size": 0, "lora_target_modules": None}

@@ -3,10 +3,10 @@
 from .row import Record, Row, Verdict, failures
 
 FILES = {
-    "test_training_processes": "DDP",
-    "test_training_sharded": "FSDP2",
-    "test_training_engines": "what is refused before training",
-    "test_offload": "offloading before and after apply_dora and patch_peft",
+    "training/test_processes": "DDP",
+    "training/test_sharded": "FSDP2",
+    "training/test_launchers": "what is refused before training",
+    "layers/test_offload": "offloading before and after apply_dora and patch_peft",
 }
 LEAST = 4  # tests of each file: the four orders of offloading, and no file that lost its tests
 

@@ -48,7 +48,7 @@ class Case:
 
 
 def draw(random: Random) -> Case:
-    from tests.buffers import LAYOUTS
+    from tests.support.buffers import LAYOUTS
 
     mix = random.choice(list(MIXES))
     dropout = random.choice([0.0, 0.0, 0.1, 0.5])
@@ -83,7 +83,7 @@ def worst(case: Case, impl: str = "triton") -> tuple[float, str]:
     import torch
     from torch.nn.functional import dropout
 
-    from tests.oracle import errors, exact, solve, term_sizes
+    from tests.support.oracle import errors, exact, solve, term_sizes
     from tests.tolerances import SINGLE_CASE
 
     problem = _problem(case)
@@ -113,8 +113,8 @@ def worst(case: Case, impl: str = "triton") -> tuple[float, str]:
 def _problem(case):
     import torch
 
-    from tests.buffers import LAYOUTS
-    from tests.oracle import make_problem
+    from tests.support.buffers import LAYOUTS
+    from tests.support.oracle import make_problem
 
     dtype, adapter_dtype, autocast = (name and getattr(torch, name) for name in MIXES[case.mix])
     problem = make_problem(
@@ -134,7 +134,7 @@ def _problem(case):
 
 
 def run(batch):
-    from tests.buffers import poisoned_memory
+    from tests.support.buffers import poisoned_memory
 
     with poisoned_memory():
         return {"worst": max(_shares(batch))}

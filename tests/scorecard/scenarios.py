@@ -40,7 +40,7 @@ class Checkpoint(Scenario):
         import torch
 
         import dora_kernels as dk
-        from training.checkpoint import save_checkpoint
+        from training.checkpoints.checkpoint import save_checkpoint
 
         tensors = {"moment": torch.full((3,), float(step))}
         save_checkpoint(self.out, step, tensors, {"step": step}, lambda path: dk.save_adapter(model(step), path))
@@ -54,13 +54,13 @@ class Checkpoint(Scenario):
             raise OSError(str(error)) from error
 
     def remember(self):
-        from training.checkpoint import damage, list_checkpoints, step_of
+        from training.checkpoints.checkpoint import damage, list_checkpoints, step_of
 
         self.sound = [step_of(path) for path in list_checkpoints(self.out) if damage(path) is None]
 
     def check(self, failed):
         import dora_kernels as dk
-        from training.checkpoint import load_checkpoint, newest_checkpoint, step_of
+        from training.checkpoints.checkpoint import load_checkpoint, newest_checkpoint, step_of
 
         newest = newest_checkpoint(self.out, say=lambda text: None)
         step = step_of(newest)
@@ -99,21 +99,21 @@ class Metrics(Scenario):
 
     def __init__(self, folder):
         super().__init__(folder)
-        from training.metrics import append_row
+        from training.checkpoints.metrics import append_row
 
         self.path = folder / "metrics.jsonl"
         for step in range(1, 6):
             append_row(self.path, {"step": step, "loss": step / 7})
 
     def write(self):
-        from training.metrics import append_row, keep_until, plot_losses
+        from training.checkpoints.metrics import append_row, keep_until, plot_losses
 
         keep_until(self.path, 3)
         append_row(self.path, {"step": 4, "loss": 4 / 7})
         plot_losses(self.path, self.folder / "loss.png")
 
     def check(self, failed):
-        from training.metrics import read_rows
+        from training.checkpoints.metrics import read_rows
 
         steps = [row["step"] for row in read_rows(self.path)]
         assert steps[:3] == [1, 2, 3] and (failed or steps == [1, 2, 3, 4]), steps
@@ -157,7 +157,7 @@ class Run(Scenario):
         dk.save_adapter(model(1), self.out)
 
     def write(self, *bare):
-        from tests.training_runs import arguments
+        from tests.support.training_runs import arguments
         from training.__main__ import main
 
         main(arguments(rows_file(), self.out, *bare, base_model=base_folder(), max_steps=4, eval_step=0, lora_r=3))
@@ -166,7 +166,7 @@ class Run(Scenario):
 
     def check(self, failed):
         import dora_kernels as dk
-        from training.checkpoint import newest_checkpoint, step_of
+        from training.checkpoints.checkpoint import newest_checkpoint, step_of
 
         newest = newest_checkpoint(self.out, say=lambda text: None)
         assert (step_of(newest) if newest else 0) >= max(self.sound, default=0)

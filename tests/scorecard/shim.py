@@ -11,7 +11,7 @@ CASES = ("rounding", "add", "mul", "dot")
 def run(case):
     import torch
 
-    from tests import test_interpreter as checks
+    from tests.support import test_interpreter as checks
 
     torch.manual_seed(0)
     compared = 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 @functools.cache
 def base_folder() -> Path:
-    from tests.kill_training import tiny_base
+    from tests.support.kill_training import tiny_base
 
     return tiny_base(keep() / "base")
 
@@ -22,7 +22,7 @@ def adapter_folder() -> Path:
 
 @functools.cache
 def rows_file() -> Path:
-    from tests.training_runs import demo_rows, write_rows
+    from tests.support.training_runs import demo_rows, write_rows
 
     return write_rows(keep() / "rows.jsonl", demo_rows(30))
 

@@ -1,4 +1,4 @@
-"""SIGTERM at random points of training. A case is a seed of `tests.kill_training` and `POINTS` stops."""
+"""SIGTERM at random points of training. A case is a seed of `tests.support.kill_training` and `POINTS` stops."""
 
 from .kills import interrupt
 from .row import Record, Row, Verdict

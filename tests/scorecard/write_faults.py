@@ -2,8 +2,8 @@
 
 Or, at rest, a finished file and what is done to it.
 
-Each scenario writes where something good is already, under `tests.faults`. Whatever the fault: an error comes out that
-names it, unless the write was complete; what was good before still verifies and loads, bit for bit, or what replaced it
+Each scenario writes where something good is already, under `tests.support.disk_faults`. Whatever the fault: an error
+comes out that names it, unless the write was complete; what was good before still verifies and loads, bit for bit, or what replaced it
 does; and writing once more, without the fault, succeeds. A fault that did not happen is no case.
 """
 
@@ -29,7 +29,7 @@ FILES["checkpoint"] = (*ADAPTER, "manifest.json", "training_state.json", "traini
 
 def cases() -> list[str]:
     """Every call of every scenario, failing in every way that such a call can; every file, damaged in every way."""
-    from tests.faults import AT_REST, CONTENT, KINDS, PLACES
+    from tests.support.disk_faults import AT_REST, CONTENT, KINDS, PLACES
 
     found = []
     for name in SCENARIOS:
@@ -56,7 +56,7 @@ def run(case: str) -> dict:
 
 
 def while_writing(name: str, folder: Path, strike: int, kind: str) -> dict:
-    from tests.faults import Faults
+    from tests.support.disk_faults import Faults
 
     scenario, error = SCENARIOS[name](folder), None
     with Faults(folder, strike, kind, scenario.remember) as faults:
@@ -86,7 +86,7 @@ def normal(call: str, folder: Path) -> str:
 
 def checkpoint_at_rest(folder: Path, name: str, fault: str) -> dict:
     """One file of the newest of two checkpoints, damaged: the older one is taken, and said why."""
-    from training.checkpoint import newest_checkpoint, step_of
+    from training.checkpoints.checkpoint import newest_checkpoint, step_of
 
     checkpoint = Checkpoint(folder)
     file = checkpoint.out / "checkpoint-2" / name
@@ -125,7 +125,7 @@ def adapter_at_rest(folder: Path, name: str, fault: str) -> dict:
 
 def damage(file: Path, fault: str) -> bool:
     """Does it to the file; whether that changed anything."""
-    from tests.faults import AT_REST, PLACES
+    from tests.support.disk_faults import AT_REST, PLACES
 
     if fault == "missing":
         file.unlink()
@@ -147,7 +147,7 @@ def same_manifest(before: bytes, after: bytes) -> bool:
 @functools.cache
 def calls(name: str) -> list[str]:
     """The calls of a scenario that can fail, in order."""
-    from tests.faults import Faults
+    from tests.support.disk_faults import Faults
 
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -1,4 +1,4 @@
-"""The embedded default: a tiny Llama, a task it cannot do, and the script that made both (`training.demo.build`)."""
+"""The embedded default: a tiny Llama, a task it cannot do, both made by `training.minimal.build_demo`."""
 
 from pathlib import Path
 

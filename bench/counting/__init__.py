@@ -1,0 +1,1 @@
+"""Bytes, FLOPs, launches and compiled kernels, counted without running."""

@@ -1,0 +1,84 @@
+"""A training step of a whole model, counted on fake tensors: every launch, and the peak memory beyond the weights.
+
+Two and three decoder layers are counted. What the third adds, each further one adds: bytes, FLOPs and launches exactly.
+So does memory, moment for moment; of the moments of a step the highest at full depth is taken.
+"""
+
+from contextlib import ExitStack
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from transformers import masking_utils
+
+import dora_kernels.models.apply
+
+from ..contestants.model import Contestant, Trained, adapted, build_base
+from ..measuring.shapes import MODELS, Run
+from .traffic import Operation, counting, fake_module
+
+COUNTED = 2  # layers; and one more
+
+
+class Step(NamedTuple):
+    """The launches of each part of a step, and bytes: beyond the frozen weights at each stretch's peak, and those."""
+
+    parts: dict[str, list[Operation]]
+    peaks: tuple[int, ...]
+    frozen: int
+
+
+def count_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability: tuple[int, int], layers: int) -> Step:
+    """With `layers` decoder layers."""
+    base = build_base(run._replace(layers=layers), dtype, torch.device("meta"))
+    with ExitStack() as stack:
+        # Without values a norm cannot be computed, and for counting it need not.
+        stack.enter_context(mock.patch.object(dora_kernels.models.apply, "check_model", lambda model: None))
+        if run.quantize:
+            from bitsandbytes.nn import Params4bit
+
+            # PEFT copies a 4-bit layer to look at it, which has no way without values.
+            stack.enter_context(mock.patch.object(Params4bit, "__deepcopy__", lambda self, memo: self))
+        model = adapted(base, contestant.adapt, run.checkpointing)
+    # Whether a batch is packed is read from its positions, which are fake; a benchmark's is not.
+    unpacked = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    with unpacked, counting(capability) as counter:
+        ids = torch.empty(run.batch, run.sequence, dtype=torch.int64)
+        fake_module(model)
+        trained = Trained(model, ids, contestant.autocast, fused=True)
+        frozen = counter.restart() - sum(parameter.nbytes for parameter in trained.parameters)
+        trained.begin()
+        counter.take()
+        parts = {part: counter.take() for part in trained.step()}
+    return Step(parts, tuple(max(o.held for o in stretch) - frozen for stretch in stretches(parts)), frozen)
+
+
+def stretches(parts: dict[str, list[Operation]]) -> list[list[Operation]]:
+    """Of a step's launches: in each, memory is highest at a moment that has its like at every depth.
+
+    That is so near an end of the layers, not between: while the backward frees activations and leaves gradients, what
+    is held rises or falls from layer to layer, and is highest at the last layer or the first.
+    """
+    half = len(parts["backward"]) // 2
+    found = [parts["forward"], parts["backward"][:half], parts["backward"][half:], parts.get("optimizer")]
+    return [stretch for stretch in found if stretch]
+
+
+def at_depth(counted, one_more, layers: int):
+    """What `counted` with `COUNTED` layers and `one_more` with one more make with `layers`."""
+    return counted + (layers - COUNTED) * (one_more - counted)
+
+
+def predict_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability: tuple[int, int], seconds) -> dict:
+    """In the form of a measured result, with "frozen_bytes"; `seconds` is the model of one launch's time."""
+    layers = run.layers or MODELS[run.model].num_hidden_layers
+    steps = [count_step(run, contestant, dtype, capability, COUNTED + more) for more in (0, 1)]
+    times = {
+        part: at_depth(*(sum(map(seconds, step.parts[part])) for step in steps), layers) for part in steps[0].parts
+    }
+    times["total"] = sum(times.values())
+    return {
+        "seconds": {part: {"median": time} for part, time in times.items()},
+        "peak_bytes": max(at_depth(*pair, layers) for pair in zip(*(step.peaks for step in steps))),
+        "frozen_bytes": at_depth(*(step.frozen for step in steps), layers),
+    }

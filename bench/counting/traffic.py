@@ -1,0 +1,228 @@
+"""Bytes, FLOPs and memory of a call, counted launch by launch without running it.
+
+Inside `counting(...)` tensors are fake: nothing is computed or allocated. PyTorch's operations are counted by a
+dispatch mode, Triton's launches by `accounting`. The fake tensors are the CPU's, which torch without CUDA can
+differentiate; `dispatch` and the launchers see the GPU that is asked for.
+"""
+
+import copy
+import importlib
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from dora_kernels.ops import dispatch, dora_linear
+from dora_kernels.ops import gpus as launch_data
+
+from . import accounting
+
+# Allocations and questions; views are recognised by their schema.
+NO_LAUNCH = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "device",
+    "detach",
+    "_unsafe_view",
+}
+NO_LAUNCH |= {"set_", "is_same_size", "lift_fresh", "resize_", "_record_function_enter_new", "_record_function_exit"}
+RATES = {torch.float32: "fp32", torch.float64: "fp64"}
+
+
+class Operation(NamedTuple):
+    """One launch: bytes that must cross the memory bus, bytes its programs load, FLOPs and their rate."""
+
+    name: str
+    memory: int
+    loaded: int
+    flops: int
+    rate: str
+    held: int = 0  # bytes alive at its end, of those allocated while counting
+
+
+class Counter(TorchDispatchMode):
+    """Notes each operation, and the most bytes that were alive at once of those allocated inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations: list[Operation] = []
+        self.peak_bytes = self._held = 0
+        self._known = weakref.WeakSet()
+
+    def take(self) -> list[Operation]:
+        """What was launched since it was last asked."""
+        taken, self.operations = self.operations, []
+        return taken
+
+    def restart(self) -> int:
+        """Begins a new peak at what is held now, which it returns."""
+        self.peak_bytes = self._held
+        return self._held
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name() == "bitsandbytes::gemm_4bit":
+            with self:
+                return _gemm_4bit(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        held_before = {id(tensor.untyped_storage()) for tensor in inputs}
+        for tensor in outputs:
+            if id(tensor.untyped_storage()) not in held_before:
+                self._hold(tensor.untyped_storage())
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in NO_LAUNCH:
+            read, written = sum(map(_bytes, inputs)), sum(map(_bytes, _written(func, args, outputs)))
+            work = _flops(func, args, kwargs, out, inputs)
+            self.operations.append(Operation(name, read + written, read, *work, self._held))
+        return out
+
+    def launched(self, kernel, *args, grid, warmup=False, **options) -> None:
+        """Stands where Triton launches."""
+        traffic = accounting.of_launch(kernel, grid, args)
+        name = kernel.fn.__name__.strip("_")
+        self.operations.append(Operation(name, traffic.memory, traffic.loaded, traffic.flops, traffic.rate, self._held))
+
+    def _hold(self, storage) -> None:
+        if storage in self._known:
+            return
+        self._known.add(storage)
+        size = storage.nbytes()
+        self._held += size
+        self.peak_bytes = max(self.peak_bytes, self._held)
+        weakref.finalize(storage, self._release, size)
+
+    def _release(self, size: int) -> None:
+        self._held -= size
+
+
+@contextmanager
+def counting(capability: tuple[int, int] = (9, 0)) -> Iterator[Counter]:
+    """Yields the counter of everything that runs inside, as it would run on a GPU of `capability`."""
+    counter = Counter()
+
+    def launched(kernel, *args, **options):
+        counter.launched(kernel, *args, **options)
+
+    def mm_fp32(a, b):
+        # As on a GPU. On CPU tensors the engine's own is a loop.
+        return torch.mm(a, b, out_dtype=torch.float32)
+
+    choose_impl = dispatch.choose_impl
+
+    def as_on_a_gpu(device, impl="auto"):
+        return choose_impl(device, "triton" if impl == "auto" else impl)
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dispatch, "choose_impl", as_on_a_gpu))
+        for kind in (JITFunction, InterpretedFunction):
+            stack.enter_context(mock.patch.object(kind, "run", launched))
+        stack.enter_context(mock.patch.object(dispatch, "_why_no_triton", lambda device: None))
+        stack.enter_context(mock.patch.object(dispatch, "_capability", lambda device: capability))
+        stack.enter_context(
+            mock.patch.object(launch_data, "DEFAULT_GPU", launch_data.GPUS.get(capability, launch_data.DEFAULT_GPU))
+        )
+        stack.enter_context(mock.patch.object(dora_linear, "mm_fp32", mm_fp32))
+        # By name: the package has a function of the module's name.
+        backward = importlib.import_module("dora_kernels.ops.kernels.rescale_bwd")
+        stack.enter_context(mock.patch.object(backward, "mm_fp32", mm_fp32))
+        # Fake tensors go below the counter, which then sees what is issued and not what a fake tensor does inside.
+        stack.enter_context(FakeTensorMode())
+        stack.enter_context(counter)
+        yield counter
+
+
+def fake_module(module: nn.Module) -> dict[int, torch.Tensor]:
+    """Inside `counting`: gives the module fake parameters and buffers; what each became, by the id of what it was."""
+    fakes: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in fakes:
+                    fakes[id(tensor)] = _fake(tensor)
+                if tensor is not None:
+                    tensors[name] = fakes[id(tensor)]
+    return fakes
+
+
+class Params4bit(FakeTensor):
+    """By this name libraries know bitsandbytes' packed weights."""
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if not isinstance(tensor, nn.Parameter):
+        return fake
+    state = getattr(tensor, "quant_state", None)
+    if state is None:
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    fake.__class__, fake._is_param, fake.quant_state = Params4bit, True, copy.copy(state)
+    for part in (fake.quant_state, fake.quant_state.state2):
+        for name in ("absmax", "code", "offset"):
+            value = getattr(part, name)
+            setattr(part, name, None if value is None else torch.empty(value.shape, dtype=value.dtype))
+    return fake
+
+
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _gemm_4bit(
+    x, packed, shape, absmax, blocksize, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None
+):
+    """bitsandbytes' product as it runs on a GPU for more than some tokens: the weight written out, then a GEMM."""
+    ops = torch.ops.bitsandbytes
+    if absmax_8bit is not None:
+        absmax = ops.dequantize_blockwise(absmax_8bit, absmax, absmax_code, 256, torch.float32) + absmax_offset
+    weight = ops.dequantize_4bit(packed, absmax, blocksize, quant_type, shape, x.dtype)
+    # Not `@`: here nothing takes it apart into what is counted.
+    y = torch.mm(x.flatten(0, -2), weight.T).view(*x.shape[:-1], shape[0])
+    return y if bias is None else y.add_(bias)
+
+
+def _written(func, args, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What an operation writes: its outputs, and arguments that it changes without returning them."""
+    written = {id(tensor): tensor for tensor in outputs}
+    for argument, value in zip(func._schema.arguments, args):
+        # Fused optimizers write gradients only to unscale them, which nobody here asks for.
+        if argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads":
+            written |= {id(tensor): tensor for tensor in _tensors(value)}
+    return list(written.values())
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    """A dimension of stride 0 repeats one element."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride()):
+        elements *= size if stride or size == 0 else 1
+    return elements * tensor.element_size()
+
+
+def _flops(func, args, kwargs, out, inputs) -> tuple[int, str]:
+    """FLOPs of a matrix product as PyTorch counts them, and the rate of the format it multiplies in."""
+    # PyTorch's registry knows addmm and not addmm_, and a GPU's attention, not a CPU's.
+    name = func.overloadpacket.__name__.rstrip("_").replace("_for_cpu", "")
+    count = flop_registry.get(getattr(torch.ops.aten, name, None))
+    if count is None:
+        return 0, "bf16"
+    kwargs = kwargs or {}
+    rate = RATES.get(inputs[0].dtype, "bf16")
+    total = count(
+        *args, **{k: v for k, v in kwargs.items() if k not in ("out_dtype", "attn_mask", "scale")}, out_val=out
+    )
+    given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+    # Under a causal mask half of attention's scores are skipped.
+    return total // 2 if given.get("is_causal") else total, rate

@@ -1,0 +1,1 @@
+"""Correctness before any number: a contestant that computes something else is not timed."""

@@ -1,0 +1,1 @@
+"""Time and memory of a call, and the shapes that are measured."""

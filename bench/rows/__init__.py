@@ -1,0 +1,1 @@
+"""Result rows: recorded, read, compared and laid out as tables."""

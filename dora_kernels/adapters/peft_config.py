@@ -1,0 +1,142 @@
+"""`adapter_config.json`, PEFT's file: written from a model, read into a `DoraConfig`."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from ..config import DoraConfig
+from ..models.modules import dora_layers
+from ..models.targets import is_all_linear
+
+CONFIG_NAME = "adapter_config.json"
+
+HONOURED = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+)
+# Fields that say where the adapter came from or how it was initialised, not what it computes.
+IRRELEVANT = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "fan_in_fan_out",
+    "inference_mode",
+    "loftq_config",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+    "use_dora",
+)
+# The other initialisations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the base weights, before the adapter.
+INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+def adapter_fields(model: nn.Module) -> dict:
+    """The fields of PEFT's `LoraConfig` that describe a patched model's adapter."""
+    config, layers = model.dora_config, dora_layers(model)
+    # The paths, as PEFT writes them: "all-linear" might mean other layers of another model class.
+    targets = sorted(layers) if is_all_linear(config.target_modules) else config.target_modules
+    task_type = _task_type(model)
+    fields = {name: getattr(config, name) for name in HONOURED} | {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
+        "use_dora": True,
+        "bias": "none",
+        "target_modules": targets,
+        "rank_pattern": config.rank_pattern or {},
+        "alpha_pattern": config.alpha_pattern or {},
+        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
+    }
+    if task_type is None:
+        fields["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    return fields
+
+
+def write_config(fields: dict, directory: Path) -> None:
+    """Writes the file: through PEFT's own `LoraConfig` where PEFT is installed, else with these fields alone."""
+    try:
+        from peft import LoraConfig
+    except ImportError:
+        (directory / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
+    else:
+        config = LoraConfig(**fields)
+        # PEFT holds them as sets and would write them in random order.
+        config.target_modules, config.exclude_modules = fields["target_modules"], fields["exclude_modules"]
+        config.save_pretrained(str(directory))
+
+
+def read_config(directory: Path) -> DoraConfig:
+    """The adapter's configuration, refused where it says anything that this engine would not do.
+
+    Raises:
+        ValueError: not JSON, not a DoRA adapter, or a feature that is not implemented, by name.
+    """
+    path = directory / CONFIG_NAME
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} should hold a JSON object, got {type(fields).__name__}")
+    if fields.get("peft_type") != "LORA":
+        raise ValueError(f'{path}: peft_type should be "LORA", got {fields.get("peft_type")!r}: not a DoRA adapter')
+    if fields.get("use_dora") is not True:
+        raise ValueError(f"{path}: use_dora is {fields.get('use_dora')!r}: a plain LoRA adapter; load it with PEFT")
+    if fields.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias={fields['bias']!r} is not supported, only adapters with bias='none' are")
+    if (init := fields.get("init_lora_weights")) not in INITIALISATIONS:
+        raise ValueError(
+            f"{path}: init_lora_weights={init!r} changed the base weights before training; convert the adapter with "
+            "PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    known = (*HONOURED, *IRRELEVANT, "bias", "init_lora_weights")
+    # Fields of any PEFT version, later ones included, are off when null, false or empty.
+    unsupported = {name: value for name, value in fields.items() if name not in known and value}
+    if unsupported:
+        listed = ", ".join(f"{name}={value!r}" for name, value in unsupported.items())
+        raise ValueError(f"{path}: not supported by this engine, or unknown: {listed[:300]}")
+    missing = [name for name in ("r", "lora_alpha", "target_modules") if fields.get(name) is None]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    try:
+        return DoraConfig.from_dict({name: fields[name] for name in HONOURED if fields.get(name) is not None})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def without_absent_modules(config: DoraConfig, names: list[str]) -> DoraConfig:
+    """`config` without the entries that match none of the modules called `names`: PEFT lists what other models have
+    ("classifier" and "score"), where a config of the user's own must match."""
+    targets, saved = config.target_modules, config.modules_to_save
+    if not isinstance(targets, str):
+        targets = [entry for entry in targets if any(f".{name}".endswith(f".{entry}") for name in names)]
+    if saved is not None:
+        saved = [entry for entry in saved if any(name.endswith(entry) for name in names)] or None
+    # With no target left the error about them all is the right one.
+    return replace(config, target_modules=targets or config.target_modules, modules_to_save=saved)
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's task type where it changes nothing but the wrapper's class; its classification types would also train the
+    classifier in full."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM" if name.endswith("ForConditionalGeneration") else None
+    return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None

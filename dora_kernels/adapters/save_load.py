@@ -1,0 +1,227 @@
+"""`save_adapter` and `load_adapter`: adapters on disk, in PEFT's files."""
+
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import DoraConfig
+from ..layers.linear import DoraLinear
+from ..models.apply import apply_dora, check_targets
+from ..models.merge import check_finite
+from ..models.modules import check_model, check_whole, dora_layers
+from ..models.targets import find_saved, rank_and_alpha
+from ..ops.base_weights import weight_of
+from .integrity import check_digests, digests, put_in_place, save_with_header
+from .peft_config import CONFIG_NAME, adapter_fields, read_config, without_absent_modules, write_config
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+MAGNITUDE = "lora_magnitude_vector"
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "peft") -> None:
+    """Writes `adapter_config.json` and `adapter_model.safetensors`, as PEFT does, making `directory` if need be.
+
+    Each file is complete under its name or absent from it, whenever the process dies. A save that fails leaves the
+    adapter that was there; one killed between the two files leaves it too, unless the configs differ, which loading
+    then sees.
+
+    Args:
+        compat: "peft" writes the magnitude's key as PEFT does; transformers' own `load_adapter` silently drops it.
+            "transformers" appends ".weight" to it, which transformers, PEFT and `load_adapter` all read.
+
+    Raises:
+        ValueError: another `compat`, a model without DoRA layers, or NaN or infinity in an adapter.
+        NotADirectoryError: `directory` is a file.
+    """
+    if compat not in ("peft", "transformers"):
+        raise ValueError(f'compat should be "peft" or "transformers", got {compat!r}')
+    check_model(model)
+    if not hasattr(model, "dora_config"):
+        raise ValueError(
+            "The model holds no adapter: pass the model that apply_dora returned, not a wrapper around it, before "
+            "merge_dora (or after unmerge_dora)"
+        )
+    # The frozen base may well be sharded: its weights are not written.
+    check_whole(_adapter_tensors(model).items())
+    check_finite(dora_layers(model))
+    suffix = ".weight" if compat == "transformers" else ""
+    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in _adapter_tensors(model).items()}
+    spelled = {PREFIX + key + (suffix if key.endswith(MAGNITUDE) else ""): tensor for key, tensor in tensors.items()}
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(f"{directory} should be a directory, not a file")
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".adapter-", dir=directory) as temporary:
+        staged = Path(temporary)
+        write_config(adapter_fields(model), staged)
+        header = {"format": "pt"} | digests(tensors, read_config(staged))
+        save_with_header(spelled, staged / WEIGHTS_NAME, header)
+        put_in_place(staged, directory, (CONFIG_NAME, WEIGHTS_NAME))
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
+    """Loads an adapter that PEFT or `save_adapter` wrote. Returns the model, adapters trainable.
+
+    A plain model gets its DoRA layers from the file's config. A model that has them (`apply_dora` with the `impl`,
+    `space` or `dropout_mode` of your choice) must match the file and keeps its own settings. Whatever is stored is
+    copied into the layers' fp32 parameters on their own device. Everything is read and checked first.
+
+    Raises:
+        FileNotFoundError: no such directory, or a file is missing from it.
+        ValueError: a damaged file, an adapter of another kind, rank or base model, or values that are not finite. The
+            message names the layer, the expected and the actual. The model is then unchanged.
+        RuntimeError: inside `frozen_adapters`.
+    """
+    check_model(model)
+    check_whole(_adapter_tensors(model).items())
+    if any(layer.frozen_scale is not None for layer in dora_layers(model).values()):
+        raise RuntimeError(
+            "cannot load an adapter inside frozen_adapters: its norms would go stale; leave the scope first"
+        )
+    directory = Path(directory)
+    config, header, tensors = _read(directory)
+    if patched := bool(dora_layers(model)):
+        expected = _meta(_adapter_tensors(model))
+    else:
+        fitting = without_absent_modules(config, [name for name, _ in model.named_modules() if name])
+        expected = _planned(model, fitting)
+    _check_tensors(directory / WEIGHTS_NAME, tensors, expected)
+    check_digests(directory / WEIGHTS_NAME, header, tensors, config)
+    if patched:
+        _check_scaling(dora_layers(model), config)
+    else:
+        apply_dora(model, fitting)
+    with torch.no_grad():
+        for key, parameter in _adapter_tensors(model).items():
+            parameter.copy_(tensors[key])
+    return model
+
+
+def check_files(directory: Path) -> None:
+    """Raises FileNotFoundError or ValueError, as `load_adapter` does, for what needs no model to be seen."""
+    config, header, tensors = _read(directory)
+    check_digests(directory / WEIGHTS_NAME, header, tensors, config)
+
+
+def _read(directory: Path) -> tuple[DoraConfig, dict[str, str], dict[str, torch.Tensor]]:
+    """The config; the header and the tensors of the file, these by PEFT's keys without their prefix."""
+    _check_files(directory)
+    return read_config(directory), *_read_tensors(directory / WEIGHTS_NAME)
+
+
+def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A patched model's adapter by PEFT's keys, without their prefix: the parameters themselves."""
+    tensors = {}
+    for path, layer in dora_layers(model).items():
+        tensors[f"{path}.lora_A.weight"] = layer.lora_A
+        tensors[f"{path}.lora_B.weight"] = layer.lora_B
+        tensors[f"{path}.{MAGNITUDE}"] = layer.magnitude
+    config = getattr(model, "dora_config", None)
+    return tensors | (_saved_tensors(model, config) if config else {})
+
+
+def _planned(model: nn.Module, config: DoraConfig) -> dict[str, tuple[list[int], torch.dtype]]:
+    """Shape and dtype of what `_adapter_tensors` will return once `config` is applied."""
+    planned = {}
+    for path, linear in check_targets(model, config).items():
+        r, _ = rank_and_alpha(config, path)
+        shape = weight_of(linear).shape
+        out_features, in_features = reversed(shape) if isinstance(linear, Conv1D) else shape
+        planned[f"{path}.lora_A.weight"] = [r, in_features], torch.float32
+        planned[f"{path}.lora_B.weight"] = [out_features, r], torch.float32
+        planned[f"{path}.{MAGNITUDE}"] = [out_features], torch.float32
+    return planned | _meta(_saved_tensors(model, config))
+
+
+def _meta(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[list[int], torch.dtype]]:
+    return {key: (list(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+
+
+def _saved_tensors(model: nn.Module, config: DoraConfig) -> dict[str, torch.Tensor]:
+    return {
+        f"{path}.{name}": tensor
+        for path, module in find_saved(model, config).items()
+        for name, tensor in module.state_dict(keep_vars=True).items()
+    }
+
+
+def _check_files(directory: Path) -> None:
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"{directory} is not a directory; an adapter on the Hub is fetched with huggingface_hub.snapshot_download"
+        )
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (directory / name).is_file():
+            pickled = name == WEIGHTS_NAME and (directory / "adapter_model.bin").is_file()
+            hint = "; adapter_model.bin is a pickle: load it with PEFT and save it as safetensors" if pickled else ""
+            raise FileNotFoundError(f"Can't find '{name}' at '{directory}'{hint}")
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """The file's header, and its tensors by PEFT's keys, without their prefix, the magnitude's spellings as one."""
+    try:
+        with safe_open(path, "pt") as file:
+            keys = file.keys()
+            header, stored = file.metadata() or {}, {name: file.get_tensor(name) for name in keys}
+    except Exception as error:  # The reader raises whatever the damage leads to.
+        raise ValueError(f"{path} is truncated or corrupt: {error}") from error
+    tensors = {}
+    for name, tensor in stored.items():
+        if "dora_scale" in name:
+            raise ValueError(f"{path} is a LyCORIS adapter ({name}): its norm runs over the other axis; not supported")
+        if not name.startswith(PREFIX):
+            raise ValueError(f"{path}: expected keys that start with {PREFIX!r}, got {name!r}: not PEFT's format")
+        key = name.removeprefix(PREFIX)
+        if key.endswith(f".{MAGNITUDE}.weight"):
+            key = key.removesuffix(".weight")
+        if key in tensors:
+            raise ValueError(f"{path} holds {key} twice")
+        tensors[key] = tensor
+    return header, tensors
+
+
+def _check_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], expected: dict[str, tuple[list[int], torch.dtype]]
+) -> None:
+    missing, unexpected = ([k for k in a if k not in b] for a, b in ((expected, tensors), (tensors, expected)))
+    if missing and not unexpected and all(key.endswith(MAGNITUDE) for key in missing):
+        raise ValueError(f"{path} lacks magnitudes: {_some(missing)}. Without them this is another model")
+    if missing or unexpected:
+        raise ValueError(
+            f"{path} does not fit the model and {CONFIG_NAME}: missing keys: {_some(missing)}; unexpected keys: "
+            f"{_some(unexpected)}. Is this the base model, and the model class, that it was trained with?"
+        )
+    for key, tensor in tensors.items():
+        got, (shape, dtype) = list(tensor.shape), expected[key]
+        if got != shape:
+            rank = 0 if ".lora_A." in key else 1
+            same_base = ".lora_" in key and len(got) == len(shape) == 2 and got[1 - rank] == shape[1 - rank]
+            hint = "an adapter of another rank" if same_base else "an adapter of another base model"
+            raise ValueError(f"{path}: {key}: expected shape {shape}, got {got}: {hint}")
+        if tensor.is_floating_point() != dtype.is_floating_point:
+            raise ValueError(f"{path}: {key}: expected dtype {dtype}, got {tensor.dtype}")
+        # In the dtype it will have: a large fp64 value is infinite in fp32.
+        if not torch.isfinite(tensor.to(dtype)).all():
+            raise ValueError(f"{path}: {key} holds NaN or infinity: a diverged training run or a damaged file")
+
+
+def _check_scaling(layers: dict[str, DoraLinear], config: DoraConfig) -> None:
+    for path, layer in layers.items():
+        r, lora_alpha = rank_and_alpha(config, path)
+        if r != layer.r or lora_alpha / (math.sqrt(r) if config.use_rslora else r) != layer.scaling:
+            raise ValueError(
+                f"{path}: the model has r={layer.r}, lora_alpha={layer.lora_alpha}, use_rslora={layer.use_rslora}, the "
+                f"adapter's config r={r}, lora_alpha={lora_alpha}, use_rslora={config.use_rslora}"
+            )
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "none"

@@ -1,0 +1,84 @@
+"""Inference without merging: g is computed once per layer, so that decoding reads W once per token instead of twice.
+
+`Freezable` holds a layer's cached norm and raises if the layer is trained, loaded or moved meanwhile.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from .support import refuse_absent
+
+
+class Freezable(nn.Module):
+    """A module that may hold n and g, as `dora_linear` takes them; train, load, move or convert it then, and it raises.
+
+    A subclass has `weight_norm()`, which computes them, and reads `frozen_scale` in its forward.
+    """
+
+    frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def freeze(self) -> None:
+        """Computes n and g and keeps them. Raises ValueError where the weights are not there."""
+        refuse_absent(self, "freeze an adapter")
+        self.frozen_scale = self.weight_norm()
+
+    def thaw(self) -> None:
+        """Forgets them."""
+        self.__dict__.pop("frozen_scale", None)
+
+    def train(self, mode: bool = True) -> "Freezable":
+        if mode:
+            self.refuse_if_frozen("train")
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.refuse_if_frozen("load weights")
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args, **kwargs) -> "Freezable":
+        self.refuse_if_frozen("move or convert the model")
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        # A copy or a pickle made inside frozen_adapters is not in its scope.
+        return {name: value for name, value in super().__getstate__().items() if name != "frozen_scale"}
+
+    def refuse_if_frozen(self, act: str) -> None:
+        """Raises RuntimeError inside `frozen_adapters`, as `act` would make the norm stale."""
+        if self.frozen_scale is not None:
+            raise RuntimeError(f"cannot {act} inside frozen_adapters: its norms would go stale; leave the scope first")
+
+
+@contextmanager
+def frozen_adapters(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the scope every DoRA layer of `model`, ours or patched, keeps n and g; leaving it forgets them.
+
+    The model must be in eval mode, and forward must run without gradients: `model.train()`, loading weights, merging,
+    unpatching and a forward that autograd would record raise inside the scope. Weights changed in place by other means
+    are not seen. A patched PEFT layer keeps them for the adapter that is active on entering; any other is computed as
+    ever, and what is left to PEFT stays so. Outputs are the same to the last bit, but for weight space in Triton: there
+    another kernel computes W', and may add B A's fp32 products in another order.
+
+    Raises:
+        ValueError: no such layer in the model, or weights that are offloaded or sharded. RuntimeError: the model is in
+            training mode, or frozen already.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Freezable)]
+    if not layers:
+        raise ValueError(
+            "frozen_adapters found no DoRA layer of this engine: call apply_dora first, or patch_peft on a PEFT model"
+        )
+    if any(layer.training for layer in layers):
+        raise RuntimeError("frozen_adapters is for inference: call model.eval() first")
+    if any(layer.frozen_scale is not None for layer in layers):
+        raise RuntimeError("the adapters are frozen already: frozen_adapters does not nest")
+    try:
+        for layer in layers:
+            layer.freeze()
+        yield model
+    finally:
+        for layer in layers:
+            layer.thaw()

@@ -1,0 +1,218 @@
+"""`DoraLinear`: a linear layer with a frozen base weight and a trained DoRA adapter."""
+
+import math
+from types import ModuleType
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..ops import dispatch
+from ..ops.base_weights import Nf4Weight, Weight, description, needs_its_layer, readable, weight_of
+from ..ops.dora_linear import dora_linear
+from .frozen import Freezable
+from .support import REMEDY, is_offloaded
+
+
+class DoraLinear(Freezable):
+    """y = g ⊙ (x Wᵀ + s x Aᵀ Bᵀ) + b with g = m / ‖W + s B A‖ per output feature.
+
+    `weight` and `bias` are the base layer's own parameters (shared, frozen), under their own names, so that the base
+    model's state-dict keys do not change. `lora_A` [R, K], `lora_B` [N, R] and `magnitude` [N] are trained.
+
+    Args:
+        weight: [out_features, in_features], or [in_features, out_features] with `fan_in_fan_out` (GPT-2's Conv1D), or
+            bitsandbytes' `Params4bit`.
+        bias: [out_features] or None.
+        r: rank, at least 1.
+        lora_alpha: the scaling s is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+        lora_dropout, dropout_mode, space, impl, rounding, salt: see `dora_linear`.
+        nf4_parity: see `dora_linear`.
+        adapter_dtype: dtype of the trained parameters; fp32 by default, whatever the base has.
+        compute_dtype: x is cast to it, and the output back (4-bit layers); None computes in x's dtype.
+        base_layer: instead of `weight`, a layer whose weight only its own library reads (8-bit layers, HQQ); its
+            state-dict keys stay its own, below `base_layer`.
+
+    Raises:
+        ValueError: `r` < 1 or a weight that is not two-dimensional.
+    """
+
+    def __init__(
+        self,
+        weight: nn.Parameter | None,
+        bias: nn.Parameter | None = None,
+        *,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        use_rslora: bool = False,
+        fan_in_fan_out: bool = False,
+        dropout_mode: str = "lora",
+        space: str = "auto",
+        impl: str = "auto",
+        rounding: str = "dithered",
+        salt: int = 0,
+        nf4_parity: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
+        base_layer: nn.Module | None = None,
+    ):
+        super().__init__()
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        self.weight, self.bias, self.base_layer = weight, bias, base_layer
+        # bitsandbytes' 4-bit layers keep it too: pickling, for one, makes a plain parameter of the weight.
+        self.quant_state = getattr(weight, "quant_state", None)
+        self.fan_in_fan_out, self.nf4_parity, self.compute_dtype = fan_in_fan_out, nf4_parity, compute_dtype
+        base = self.base_weight
+        if len(base.shape) != 2:
+            raise ValueError(f"weight must be [out_features, in_features], got shape {list(base.shape)}")
+        out_features, in_features = base.shape
+        self.in_features, self.out_features, self.r = in_features, out_features, r
+        self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
+        self.lora_dropout, self.dropout_mode = lora_dropout, dropout_mode
+        self.space, self.impl, self.rounding, self.salt = space, impl, rounding, salt
+        self.requires_grad_(False)
+        if adapter_dtype is None:
+            adapter_dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
+        options = {"device": base.device, "dtype": adapter_dtype}
+        self.lora_A = nn.Parameter(torch.empty(r, in_features, **options))
+        self.lora_B = nn.Parameter(torch.empty(out_features, r, **options))
+        self.magnitude = nn.Parameter(torch.empty(out_features, **options))
+        self.reset_adapter()
+
+    @property
+    def scaling(self) -> float:
+        """s: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @property
+    def base_weight(self) -> Weight:
+        """The frozen weight [out_features, in_features]: a view of the base layer's, or how its format is read."""
+        weight = weight_of(self if self.base_layer is None else self.base_layer, nf4_parity=self.nf4_parity)
+        return weight.T if self.fan_in_fan_out else weight
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """Draws A (PEFT's Kaiming uniform), zeroes B and sets m to ‖W‖, so that the layer equals its base layer."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_B.zero_()
+        if self.lora_A.device.type != "meta":
+            # The kernel that forward runs, in its summation order: g is exactly 1.
+            self.magnitude.copy_(self.weight_norm()[0])
+
+    def plan(self, tokens: int) -> dispatch.Plan:
+        """What a call with `tokens` rows would run in the layer's present mode, and why."""
+        base = self.base_weight
+        plan = dispatch.choose(
+            tokens=tokens,
+            out_features=self.out_features,
+            in_features=self.in_features,
+            dtype=self.compute_dtype or base.dtype,
+            device=base.device,
+            rank=self.r,
+            adapter_dtype=self.lora_A.dtype,
+            has_bias=self.bias is not None,
+            dropout=self.dropout_mode if self.training and self.lora_dropout > 0 else None,
+            trains=self.training and any(parameter.requires_grad for parameter in self.parameters()),
+            trains_magnitude=self.training and self.magnitude.requires_grad,
+            nf4=isinstance(base, Nf4Weight),
+            space=self.space,
+            impl=self.impl,
+        )
+        read = description(base)
+        return plan if read is None else plan._replace(reason=f"{plan.reason}; {read}")
+
+    @property
+    def rank(self) -> int:
+        """`r`, under the name that patched PEFT layers have too."""
+        return self.r
+
+    @torch.no_grad()
+    def weight_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """n = ‖W + s B A‖ and g = m / n, both [out_features], fp32 (fp64 for an fp64 layer)."""
+        base = readable(self.base_weight)
+        with dispatch.on_device_of(base):
+            return self._operations().weight_norm(base, *self._factors(), self.scaling)
+
+    @torch.no_grad()
+    def dense_base(self, dtype: torch.dtype) -> torch.Tensor:
+        """W [out_features, in_features] as a matrix in `dtype`: a quantised weight decoded."""
+        base = readable(self.base_weight)
+        with dispatch.on_device_of(base):
+            return self._operations().decode(base, dtype) if isinstance(base, Nf4Weight) else base.to(dtype)
+
+    @torch.no_grad()
+    def merged_weight(self, dtype: torch.dtype | None = None, base: torch.Tensor | None = None) -> torch.Tensor:
+        """W' = g ⊙ (W + s B A) [out_features, in_features], in fp32, rounded once to `dtype`, or to the weight's;
+        `base` [out_features, in_features] takes the place of W."""
+        base = readable(self.base_weight if base is None else base.to(self.lora_A.device))
+        rounded = {"dtype": dtype or base.dtype, "rounding": self.rounding, "salt": self.salt}
+        with dispatch.on_device_of(base):
+            return self._operations().merge(base, *self._factors(), self.scaling, **rounded)[0]
+
+    def _factors(self) -> tuple[torch.Tensor, ...]:
+        return self.lora_A, self.lora_B, self.magnitude
+
+    def _operations(self) -> ModuleType:
+        return dispatch.implementation(dispatch.choose_impl(self.lora_A.device, self.impl)[0])
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear | Conv1D, *, r: int, lora_alpha: float, **options) -> "DoraLinear":
+        """Wraps `linear` without copying: its weight and bias become this layer's, frozen.
+
+        Raises:
+            TypeError: `linear` is neither an `nn.Linear` nor a `transformers` `Conv1D`.
+        """
+        if not isinstance(linear, (nn.Linear, Conv1D)) and not needs_its_layer(linear):
+            raise TypeError(f"from_linear takes an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
+        options |= {"r": r, "lora_alpha": lora_alpha, "fan_in_fan_out": isinstance(linear, Conv1D)}
+        if needs_its_layer(linear):
+            layer = cls(None, linear.bias, base_layer=linear, **options)
+        else:
+            # bitsandbytes' 4-bit layers compute in a dtype of their own where the user set one.
+            layer = cls(linear.weight, linear.bias, compute_dtype=getattr(linear, "compute_dtype", None), **options)
+        return layer.train(linear.training)
+
+    def to_linear(self, base: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> nn.Linear | Conv1D:
+        """A plain layer with the merged weight and the base layer's bias: a `Conv1D` for one, else an `nn.Linear`;
+        `base` and `dtype` as in `merged_weight`."""
+        weight = self.merged_weight(dtype or self.base_weight.dtype, base)
+        weight = nn.Parameter(weight.T.contiguous() if self.fan_in_fan_out else weight, requires_grad=False)
+        with torch.device("meta"):
+            if self.fan_in_fan_out:
+                linear = Conv1D(self.out_features, self.in_features)
+            else:
+                linear = nn.Linear(self.in_features, self.out_features)
+        # Conv1D always has a bias; nn.Linear takes None.
+        linear.weight, linear.bias = weight, self.bias
+        return linear.train(self.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and torch.is_grad_enabled() and is_offloaded(self):
+            # Its parameters are copies that accelerate throws away after forward, and gradients with them.
+            raise ValueError(f"this layer is offloaded by accelerate, so that its adapter would not train: {REMEDY}")
+        y = dora_linear(
+            x if self.compute_dtype is None else x.to(self.compute_dtype),
+            self.base_weight,
+            self.lora_A,
+            self.lora_B,
+            self.magnitude,
+            scaling=self.scaling,
+            bias=self.bias,
+            space=self.space,
+            impl=self.impl,
+            rounding=self.rounding,
+            lora_dropout=self.lora_dropout,
+            dropout_mode=self.dropout_mode,
+            training=self.training,
+            salt=self.salt,
+            frozen_scale=self.frozen_scale,
+        )
+        return y if self.compute_dtype is None else y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"r={self.r}, scaling={self.scaling:g}, space={self.space}, impl={self.impl}, rounding={self.rounding}"
+        )

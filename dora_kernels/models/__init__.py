@@ -1,0 +1,1 @@
+"""Whole models: adapting them, and merging the adapters."""

@@ -1,0 +1,167 @@
+"""`apply_dora`: a Hugging Face model in, the same model with DoRA layers out. Everything is checked before anything is
+changed.
+
+Activation checkpointing needs nothing from us: transformers gives the embeddings' output a gradient when it is switched
+on, before `apply_dora` or after, so that `use_reentrant=True` reaches the adapters too.
+"""
+
+import copy
+import warnings
+import zlib
+from collections import Counter
+from dataclasses import replace
+
+from torch import nn
+
+from ..config import DoraConfig
+from ..layers.linear import DoraLinear
+from ..layers.support import why_overwritten, why_read_past
+from ..ops.base_weights import is_quantized, keep_packing, weight_of
+from .modules import check_model, check_whole, dora_layers, replace_module, some
+from .targets import LINEAR_CLASSES, find_saved, find_targets, rank_and_alpha
+
+
+def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
+    """Replaces the target layers by `DoraLinear`, in place, and freezes all the rest. Returns the model.
+
+    Quantised layers keep their weights packed: NF4 is decoded inside the kernels, bitsandbytes' FP4 and 8-bit,
+    torchao's and HQQ's layers dequantise themselves at each use. bitsandbytes' repacking of 4-bit weights in the first
+    eval forward on some CPUs is switched off.
+
+    The adapters are fp32 and start as an exact no-op. `modules_to_save` become trainable as they are, in their own
+    dtype as in PEFT (load them in fp32 to train them well); one that shares a weight with another module trains its own
+    copy of it. The config is remembered as `model.dora_config`.
+
+    Raises:
+        TypeError: not a module, or not a `DoraConfig`.
+        ValueError: nothing matches, a target that cannot be adapted (each is named, with its type), or a model that is
+            patched already, a PEFT model, on the meta device, or offloaded. The model is then unchanged.
+    """
+    targets = check_targets(model, config)
+    saved = find_saved(model, config)
+    config = replace(config)  # the model's own copy: the caller's may change later
+    keep_packing(model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    try:
+        layers = {path: _dora_layer(path, module, config) for path, module in targets.items()}
+        saved = {path: _unshared(model, path, module) for path, module in saved.items()}
+    except BaseException:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise
+    for path, module in (layers | saved).items():
+        replace_module(model, path, module)
+    for module in saved.values():
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+    model.dora_config = config
+    return model
+
+
+def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
+    """The modules that `apply_dora` would replace, by path, after every check it makes."""
+    if not isinstance(config, DoraConfig):
+        raise TypeError(f"config should be a DoraConfig, got {type(config).__name__}")
+    config = replace(config)  # validated again: a field may have been set since
+    check_model(model)
+    check_whole(model.named_parameters())
+    if layers := dora_layers(model):
+        raise ValueError(f"The model has DoRA layers already ({some(layers)}); merge_dora it, or load the base afresh")
+    if hasattr(model, "dora_unmerged"):
+        raise ValueError("The model was merged with keep_base=True; unmerge_dora it, or load the base afresh")
+    targets = find_targets(model, config)
+    paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    reasons = {}
+    for path, module in targets.items():
+        if paths[id(module)] > 1:
+            reasons[path] = "is used in several places under several names"
+        elif reason := _why_unsupported(module) or why_read_past(model, path) or why_overwritten(model, path):
+            reasons[path] = reason
+    if reasons:
+        listed = some({f"{path} ({type(targets[path]).__name__}) {reason}" for path, reason in reasons.items()}, "; ")
+        raise ValueError(
+            f"Target modules that cannot be adapted: {listed}. DoRA layers replace torch.nn.Linear and transformers' "
+            "Conv1D; narrow `target_modules` or list these in `exclude_modules`"
+        )
+    _check_saved(find_saved(model, config), targets, config)
+    return targets
+
+
+def _dora_layer(path: str, linear: nn.Module, config: DoraConfig) -> DoraLinear:
+    r, lora_alpha = rank_and_alpha(config, path)
+    return DoraLinear.from_linear(
+        linear,
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=config.use_rslora,
+        dropout_mode=config.dropout_mode,
+        space=config.space,
+        impl=config.impl,
+        rounding=config.rounding,
+        nf4_parity=config.nf4_parity,
+        # Layers of equal shape must not share a rounding pattern; the path is the same in every run and process.
+        salt=zlib.crc32(path.encode()),
+    )
+
+
+def _why_unsupported(module: nn.Module) -> str | None:
+    """Why a target cannot become a `DoraLinear`, or None."""
+    if is_quantized(module):
+        try:
+            weight_of(module)
+        except ValueError as error:
+            return f"cannot be read: {error}"
+        return _why_wrapped(module)
+    base = next((cls for cls in LINEAR_CLASSES if isinstance(module, cls)), None)
+    if base is None:
+        return "is not a linear layer"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return "computes its weight (a parametrization)"
+    if type(weight) is not nn.Parameter:
+        return f"has a weight of type {type(weight).__name__}: sharded weights and unknown formats are not supported"
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"has a weight of dtype {weight.dtype}, of no quantisation known here"
+    if weight.ndim != 2 or weight.numel() == 0:
+        return f"has a weight of shape {list(weight.shape)}: gather a sharded weight first"
+    if type(module).forward is not base.forward or type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return "has a forward of its own, or is read past it"
+    return _why_wrapped(module)
+
+
+def _why_wrapped(module: nn.Module) -> str | None:
+    """Why a layer's forward is more than its class's, or None."""
+    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+        return "had its forward replaced"
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, name, None) for name in hooks):
+        return "has hooks, which would be lost: register them after apply_dora"
+    return None
+
+
+def _check_saved(saved: dict[str, nn.Module], targets: dict[str, nn.Module], config: DoraConfig) -> None:
+    missing = [entry for entry in config.modules_to_save or () if not any(path.endswith(entry) for path in saved)]
+    if missing:
+        raise ValueError(f"modules_to_save {missing} not found in the base model")
+    containers = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
+    for path, module in saved.items():
+        if isinstance(module, containers):
+            raise TypeError(f"modules_to_save cannot be applied to {path}: it is a {type(module).__name__}")
+        inside = [target for target in targets if target == path or target.startswith(f"{path}.")]
+        if inside:
+            raise ValueError(f"modules_to_save {path} holds the target {inside[0]}; name one of them more precisely")
+
+
+def _unshared(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """`module`, or a copy where it shares a parameter with a module outside, which must stay frozen."""
+    total, inside = (
+        Counter(id(parameter) for part in root.modules() for parameter in part._parameters.values())
+        for root in (model, module)
+    )
+    if all(total[id(parameter)] == inside[id(parameter)] for parameter in module.parameters()):
+        return module
+    warnings.warn(f"modules_to_save: {path} shared a weight with another module; it trains its own copy", stacklevel=4)
+    return copy.deepcopy(module)

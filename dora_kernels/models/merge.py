@@ -1,0 +1,145 @@
+"""`merge_dora` and `unmerge_dora`: plain layers again, for inference without overhead, and back."""
+
+import logging
+
+import torch
+from torch import nn
+
+from ..layers.linear import DoraLinear
+from ..ops.chunked import row_chunks
+from .merge_quantized import check_base, dense_dtype, dense_linear, mark, quantized_layers, unmark
+from .modules import check_model, check_whole, dora_layers, replace_module
+from .tied_weights import broken_ties, check_can_untie, retie, untie
+
+logger = logging.getLogger(__name__)
+
+
+def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = False) -> nn.Module:
+    """Replaces every DoRA layer by a plain one with W' = g ⊙ (W + s B A), in place. Returns the model.
+
+    W' is computed in fp32 and rounded once to the weight's dtype; the log says what that costs, per layer (level INFO),
+    and warns where it drowns the update. Where a merged weight was tied (an adapted lm_head),
+    its partner keeps its values and the model's config says from then on that they are not tied.
+
+    Args:
+        base: for a quantised base, of which the merged model keeps nothing, and required there: "dequantized" merges
+            into the weights that the adapter was trained on, rounded once; the path of the original model merges into
+            its weights instead, which differ by the quantisation's error. The log says what either costs.
+        keep_base: keep the unmerged layers too (twice the memory), so that `unmerge_dora` restores them bit for bit.
+
+    Raises:
+        ValueError: no DoRA layer (merged already, or never patched), NaN or infinity in an adapter, `base` with dense
+            weights or none with quantised ones, or tied weights in a model whose config cannot describe them untied.
+        RuntimeError: inside `frozen_adapters`. The model is then unchanged.
+
+    Where memory runs out half way with `keep_base`, the layers that were merged are put back; without it they stay
+    merged, and the same call merges the rest.
+    """
+    check_model(model)
+    for layer in dora_layers(model).values():
+        layer.refuse_if_frozen("merge")
+    check_whole(model.named_parameters())
+    layers = dora_layers(model)
+    if not layers:
+        hint = "unmerge_dora takes the merge back" if hasattr(model, "dora_unmerged") else "call apply_dora first"
+        raise ValueError(f"There is nothing to merge: the model has no DoRA layers, or was merged already; {hint}")
+    check_finite(layers)
+    original = check_base(model, layers, base)
+    broken = broken_ties(model)
+    if broken:
+        check_can_untie(model)
+
+    unmerged = {"config": getattr(model, "dora_config", None), "layers": {}, "ties": None, "quantized": None}
+    if keep_base:
+        model.dora_unmerged = unmerged
+    cause = "rounding the merged weight" if original is None else "merging into the original weight"
+    errors = {}
+    try:
+        for path in list(layers):
+            # Popped, so that each unmerged weight is freed before the next layer is merged.
+            layer = layers.pop(path)
+            linear = layer.to_linear(
+                None if original is None else original.get_submodule(path).weight,
+                dtype=None if base is None else dense_dtype(model),
+            )
+            errors[path] = merge_error(layer, linear.weight.T if layer.fan_in_fan_out else linear.weight)
+            logger.info("%s: %s costs %.2g of the update's norm", path, cause, errors[path])
+            if keep_base:
+                unmerged["layers"][path] = layer
+            replace_module(model, path, linear)
+    except BaseException:
+        if keep_base:
+            for path, layer in unmerged["layers"].items():
+                replace_module(model, path, layer)
+            del model.dora_unmerged
+        raise
+    worst = max(errors, key=errors.get)
+    if errors[worst] > 1:
+        logger.warning(
+            "%s costs more than the whole update in %d of %d layers (%.2g times it in %s): merge into an fp32 model%s, "
+            "or keep the adapter unmerged",
+            cause.capitalize(),
+            sum(error > 1 for error in errors.values()),
+            len(errors),
+            errors[worst],
+            worst,
+            "" if original is None else " or into the dequantised base",
+        )
+    if base is not None:
+        for path in quantized_layers(model):
+            layer = model.get_submodule(path)
+            source = None if original is None else original.get_submodule(path)
+            if keep_base:
+                unmerged["layers"][path] = layer
+            replace_module(model, path, dense_linear(layer, source, dense_dtype(model)))
+        unmerged["quantized"] = unmark(model)
+    if broken:
+        unmerged["ties"] = untie(model)
+    if hasattr(model, "dora_config"):
+        del model.dora_config
+    return model
+
+
+def unmerge_dora(model: nn.Module) -> nn.Module:
+    """Puts back the layers that `merge_dora(model, keep_base=True)` kept, bit for bit. Returns the model.
+
+    Raises:
+        ValueError: nothing was kept.
+    """
+    unmerged = getattr(model, "dora_unmerged", None)
+    if unmerged is None:
+        raise ValueError("There is nothing to unmerge: call merge_dora(model, keep_base=True) to be able to go back")
+    for path, layer in unmerged["layers"].items():
+        merged = model.get_submodule(path)
+        # The model may have been moved, or switched to eval, while it was merged.
+        replace_module(model, path, layer.to(merged.weight.device).train(merged.training))
+    if unmerged["quantized"] is not None:
+        mark(model, **unmerged["quantized"])
+    if unmerged["ties"] is not None:
+        retie(model, **unmerged["ties"])
+    model.dora_config = unmerged["config"]
+    del model.dora_unmerged
+    return model
+
+
+@torch.no_grad()
+def merge_error(layer: DoraLinear, merged: torch.Tensor) -> float:
+    """‖merged − W'‖ / ‖W' − W‖ with W' in fp32: what rounding costs, as a share of the update. 0 without an update."""
+    exact = layer.merged_weight(torch.promote_types(merged.dtype, torch.float32))
+    base = layer.base_weight
+    # A dense W as it is: beside W' there is no second matrix in fp32.
+    base = base if isinstance(base, torch.Tensor) else layer.dense_base(exact.dtype)
+    sums = torch.zeros(2, dtype=torch.float64, device=exact.device)
+    for rows in row_chunks(*exact.shape):
+        for at, other in enumerate((merged, base)):
+            sums[at] += (exact[rows] - other[rows]).square().sum(dtype=torch.float64)
+    error, update = sums.sqrt().tolist()
+    return error / update if update > 0 else 0.0
+
+
+def check_finite(layers: dict[str, DoraLinear]) -> None:
+    """Raises ValueError, with the layer's name, where an adapter holds NaN or infinity."""
+    for path, layer in layers.items():
+        for name in ("lora_A", "lora_B", "magnitude"):
+            if not torch.isfinite(getattr(layer, name)).all():
+                raise ValueError(f"{path}.{name} holds NaN or infinity: training diverged; use an earlier checkpoint")

@@ -1,0 +1,93 @@
+"""Which modules a config means. The matching is PEFT's, to the letter; PEFT itself is not needed."""
+
+import re
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..config import DoraConfig
+
+LINEAR_CLASSES = (nn.Linear, Conv1D)
+
+
+def find_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
+    """The modules to adapt, by path, in the model's order.
+
+    Raises:
+        ValueError: nothing matches, an entry of `target_modules` matches nothing, or all that matches is excluded.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    if is_all_linear(config.target_modules):
+        head = output_embeddings(model)
+        matched = [name for name, m in modules.items() if isinstance(m, LINEAR_CLASSES) and m is not head]
+        unmatched = []
+    else:
+        matched = [name for name in modules if matches(config.target_modules, name)]
+        unmatched = unmatched_targets(model, config.target_modules)
+    if unmatched or not matched:
+        linear = sorted({name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, LINEAR_CLASSES)})
+        raise ValueError(
+            f"Target modules {unmatched or config.target_modules} not found in the base model. Please check the target "
+            f"modules and try again. Its linear layers are named: {', '.join(linear) or 'it has none'}"
+        )
+    targets = {name: modules[name] for name in matched if not is_excluded(config, name)}
+    if not targets:
+        raise ValueError(
+            "All modules were excluded. Check your `target_modules`, `exclude_modules` and `modules_to_save` "
+            f"configuration: {len(matched)} modules match, the first is {matched[0]!r}"
+        )
+    return targets
+
+
+def find_saved(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
+    """The modules of `modules_to_save`, by path: whose name ends with an entry (as in PEFT: no dot needed)."""
+    saved = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        inside = any(name.startswith(f"{path}.") for path in saved)
+        if name and not inside and any(name.endswith(entry) for entry in config.modules_to_save or ()):
+            saved[name] = module
+    return saved
+
+
+def is_excluded(config: DoraConfig, name: str) -> bool:
+    """Whether `exclude_modules` names it, or it is or lies inside one of `modules_to_save`."""
+    if config.exclude_modules and matches(config.exclude_modules, name):
+        return True
+    return any(re.match(rf"(^|.*\.){entry}($|\..*)", name) for entry in config.modules_to_save or ())
+
+
+def is_all_linear(target_modules: list[str] | str) -> bool:
+    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+
+
+def unmatched_targets(model: nn.Module, target_modules: list[str] | str) -> list[str]:
+    """The entries of a list of names that no module of the model matches."""
+    if isinstance(target_modules, str):
+        return []
+    names = [name for name, _ in model.named_modules()]
+    return [entry for entry in target_modules if not any(matches([entry], name) for name in names)]
+
+
+def rank_and_alpha(config: DoraConfig, name: str) -> tuple[int, float]:
+    """`r` and `lora_alpha` of the module called `name`."""
+    return _lookup(config.rank_pattern, name, config.r), _lookup(config.alpha_pattern, name, config.lora_alpha)
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The language-model head, for a Hugging Face model that has one."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def matches(names: list[str] | str, name: str) -> bool:
+    """Whether a list of names or suffixes, or a regular expression for the whole, means the module called `name`."""
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return name in names or any(name.endswith(f".{entry}") for entry in names)
+
+
+def _lookup(pattern: dict | None, name: str, default):
+    """The value of the first key that matches the end of `name`, as `peft.utils.other.get_pattern_key` finds it."""
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            return value
+    return (pattern or {}).get(name, default)

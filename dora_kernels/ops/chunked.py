@@ -1,0 +1,36 @@
+"""fp32 work on 16-bit data without an fp32 copy of the whole: matrices walked in chunks of rows that stay in cache."""
+
+from collections.abc import Iterator
+
+import torch
+
+CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32: the L2 caches of two cores, and few enough chunks that Python costs little
+
+
+def row_chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices that cover `rows` rows, each of about `CHUNK_ELEMENTS` elements and at least one row."""
+    step = _rows_per_chunk(columns)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def chunk_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for the largest of `row_chunks(rows, columns)`, to be written over in each turn: it stays in cache."""
+    return torch.empty(min(rows, _rows_per_chunk(columns)), columns, dtype=dtype, device=device)
+
+
+def _rows_per_chunk(columns: int) -> int:
+    return max(1, CHUNK_ELEMENTS // max(1, columns))
+
+
+def mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a [P, M] @ b [M, Q] -> [P, Q] in fp32 (fp64 for fp64): the gradients of fp32 adapters over a bf16 base."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    # torch's CPU GEMM has no fp32 output for 16-bit inputs, and an fp32 copy of the activations would be large.
+    out = torch.zeros(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
+    for rows in row_chunks(b.shape[0], max(a.shape[0], b.shape[1])):
+        out.addmm_(a[:, rows].float(), b[rows].float())
+    return out

@@ -1,0 +1,47 @@
+"""Every number that a GPU decides: what launches depend on, and the measured constants of dispatch."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Gpu(NamedTuple):
+    """What launch configurations depend on: multiprocessors, and bytes of L2 that one kernel can count on."""
+
+    multiprocessors: int
+    l2_bytes: int
+
+
+GPUS = {
+    (8, 0): Gpu(108, 40 << 20),
+    (8, 6): Gpu(84, 6 << 20),
+    (8, 9): Gpu(128, 72 << 20),
+    (9, 0): Gpu(132, 50 << 20),
+    (10, 0): Gpu(148, 126 << 20),
+    (12, 0): Gpu(170, 96 << 20),
+}
+"""By compute capability, from the vendor's data sheets. Frozen: the order of a sum never depends on what is asked."""
+
+
+DEFAULT_GPU = GPUS[9, 0]
+
+
+def gpu_of(tensor: torch.Tensor) -> Gpu:
+    """The data of the tensor's GPU; an unknown one, or the interpreter, gets `DEFAULT_GPU`."""
+    if not tensor.is_cuda:
+        return DEFAULT_GPU
+    return GPUS.get(torch.cuda.get_device_capability(tensor.device), DEFAULT_GPU)
+
+
+MIN_CAPABILITY = (8, 0)
+
+WEIGHT_SPACE_FACTOR: dict[tuple[int, int], float] = {}
+"""Per compute capability: measured time of the weight-space form over its predicted time, relative to the token-space
+form's. Empty until measured: an architecture that is absent has 1.0, the prediction alone."""
+
+RANK_PER_BYTE = 16
+"""The rank at which one element of s·B·A in fp32 precision takes as long as moving one byte: 132 TFLOP/s against
+4.3 TB/s, an H200's roofs; other GPUs lie between 11 and 22. Products of 16-bit factors are 6 times as fast."""
+
+SHORTEST_LAUNCH = 6 << 20
+"""Elements that could move in the 3 µs that a launch takes at least, on the same GPU."""

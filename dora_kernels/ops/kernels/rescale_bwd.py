@@ -1,0 +1,232 @@
+"""The one pass over dy: partial sums of dm, db and dyᵀh per chunk of tokens, and dZ; then a reduction over chunks."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..chunked import mm_fp32
+from .blocks import offsets_2d
+from .launch import ALL_REGISTERS, TRITON_DTYPES, precision_of, rank_block, signed32
+from .rounding import round_to
+from .weight_norm import TINY_FP32, TINY_FP64
+
+MAX_FUSED_RANK = 32
+"""Up to this rank dyᵀh is summed in the pass itself; above, its accumulator would spill and cuBLAS computes it."""
+
+
+class RescaleBwdConfig(NamedTuple):
+    """Launch data. `chunks` programs share an output feature's tokens."""
+
+    block_m: int
+    block_n: int
+    block_r: int
+    chunks: int
+    num_warps: int
+    num_stages: int
+
+
+def rescale_bwd_config(
+    tokens: int, out_features: int, rank: int, itemsize: int, stored_itemsize: int
+) -> RescaleBwdConfig:
+    """By shape and types alone, so that the order of summation is fixed: about four programs for each of Hopper's 132
+    multiprocessors, none with fewer than 128 tokens."""
+    block_m, block_n = (32, 64) if itemsize < 8 else (16, 32)
+    wanted = triton.cdiv(4 * 132, triton.cdiv(out_features, block_n))
+    chunks = max(1, min(wanted, tokens // 128))
+    block_r = rank_block(rank, itemsize)
+    # A wider sum of products beside the other sums, or wider values: more threads, or they spill.
+    num_warps = 8 if block_r == 32 or stored_itemsize == 4 else 4
+    return RescaleBwdConfig(block_m, block_n, block_r, chunks, num_warps, num_stages=2)
+
+
+@triton.jit(do_not_specialize=["salt"])
+def _rescale_bwd_kernel(
+    # pointers
+    dy_ptr, saved_ptr, base_bias_ptr, h_ptr, scale_ptr, correlation_ptr, product_ptr, bias_ptr, dz_ptr,
+    # sizes
+    scale_shift, M, N, R, tokens_per_chunk, salt,
+    # strides
+    stride_dm, stride_dn, stride_sm, stride_sn, stride_base_bias, stride_hm, stride_hr,
+    # constexpr
+    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    NEEDS_CORRELATION: tl.constexpr, SAVED_HAS_BIAS: tl.constexpr, NEEDS_PRODUCT: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, NEEDS_BASE: tl.constexpr,
+    DITHERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(1)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_n, mask_r = offs_n < N, offs_r < R
+    correlation = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    product = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
+    if NEEDS_BASE:
+        scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0) - scale_shift
+    if SAVED_HAS_BIAS:
+        base_bias = tl.load(base_bias_ptr + offs_n * stride_base_bias, mask=mask_n, other=0.0).to(ACC)
+    for start in tl.range(
+        chunk * tokens_per_chunk, tl.minimum((chunk + 1) * tokens_per_chunk, M), BLOCK_M, num_stages=3
+    ):
+        offs_m = start + tl.arange(0, BLOCK_M)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & mask_n[None, :]
+        dy = tl.load(dy_ptr + offsets_2d(offs_m, offs_n, stride_dm, stride_dn), mask=mask, other=0.0)
+        if NEEDS_PRODUCT:
+            h = tl.load(
+                h_ptr + offsets_2d(offs_m, offs_r, stride_hm, stride_hr),
+                mask=mask_m[:, None] & mask_r[None, :],
+                other=0.0,
+            )
+            product = tl.dot(tl.trans(dy.to(DOT)), h.to(DOT), product, input_precision=INPUT_PRECISION, out_dtype=ACC)
+        grad = dy.to(ACC)
+        if NEEDS_CORRELATION:
+            saved = tl.load(saved_ptr + offsets_2d(offs_m, offs_n, stride_sm, stride_sn), mask=mask, other=0.0)
+            saved = saved.to(ACC)
+            if SAVED_HAS_BIAS:
+                saved -= base_bias[None, :]
+            correlation += grad * saved
+        if NEEDS_BIAS:
+            bias += grad
+        if NEEDS_BASE:
+            dz = round_to(grad * scale[None, :], offs_m, offs_n, salt, dz_ptr.dtype.element_ty, DITHERED)
+            tl.store(dz_ptr + offsets_2d(offs_m, offs_n, N, 1), dz, mask=mask)
+    # Partials are [chunks, N] and [chunks, N, R].
+    row = chunk.to(tl.int64) * N + offs_n
+    if NEEDS_CORRELATION:
+        tl.store(correlation_ptr + row, tl.sum(correlation, axis=0), mask=mask_n)
+    if NEEDS_BIAS:
+        tl.store(bias_ptr + row, tl.sum(bias, axis=0), mask=mask_n)
+    if NEEDS_PRODUCT:
+        tl.store(product_ptr + offsets_2d(row, offs_r, R, 1), product, mask=mask_n[:, None] & mask_r[None, :])
+
+
+@triton.jit
+def _rescale_bwd_finish_kernel(
+    # pointers
+    correlation_ptr, product_ptr, bias_ptr, b_ptr, norm_ptr, scale_ptr, dm_ptr, db_lora_ptr, dbias_ptr,
+    # sizes
+    scaling: tl.float64, N, R, chunks, product_chunks,
+    # strides
+    stride_bn, stride_br,
+    # constexpr
+    ACC: tl.constexpr, FROM_BASE: tl.constexpr, NEEDS_MAGNITUDE: tl.constexpr, NEEDS_B: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    scaling = tl.cast(scaling, ACC)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
+    correlation = tl.zeros([BLOCK_N], dtype=ACC)
+    if NEEDS_MAGNITUDE:
+        for chunk in range(0, chunks):
+            correlation += tl.load(correlation_ptr + tl.cast(chunk, tl.int64) * N + offs_n, mask=mask_n, other=0.0)
+    if NEEDS_BIAS:
+        bias = tl.zeros([BLOCK_N], dtype=ACC)
+        for chunk in range(0, chunks):
+            bias += tl.load(bias_ptr + tl.cast(chunk, tl.int64) * N + offs_n, mask=mask_n, other=0.0)
+        tl.store(dbias_ptr + offs_n, bias, mask=mask_n)
+    if NEEDS_B or (NEEDS_MAGNITUDE and FROM_BASE):
+        lora = tl.zeros([BLOCK_N], dtype=ACC)  # rowsum(B ⊙ dyᵀh)
+        for start in range(0, R, BLOCK_R):
+            offs_r = start + tl.arange(0, BLOCK_R)
+            mask = mask_n[:, None] & (offs_r < R)[None, :]
+            product = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
+            for chunk in range(0, product_chunks):
+                row = tl.cast(chunk, tl.int64) * N + offs_n
+                product += tl.load(product_ptr + offsets_2d(row, offs_r, R, 1), mask=mask, other=0.0)
+            if NEEDS_MAGNITUDE and FROM_BASE:
+                factor = tl.load(b_ptr + offsets_2d(offs_n, offs_r, stride_bn, stride_br), mask=mask, other=0.0)
+                lora += tl.sum(factor.to(ACC) * product, axis=1)
+            if NEEDS_B:
+                grad = product * (scale * scaling)[:, None]
+                tl.store(db_lora_ptr + offsets_2d(offs_n, offs_r, R, 1), grad, mask=mask)
+    if NEEDS_MAGNITUDE:
+        norm = tl.load(norm_ptr + offs_n, mask=mask_n, other=1.0)
+        if FROM_BASE:
+            quotient = (correlation + scaling * lora) / norm
+        else:
+            quotient = correlation / (scale * norm)
+        tiny = TINY_FP32 if ACC == tl.float32 else TINY_FP64
+        tl.store(dm_ptr + offs_n, tl.where(norm < tiny, 0.0, quotient), mask=mask_n)
+
+
+def rescale_bwd(
+    grad_y: torch.Tensor,
+    saved: torch.Tensor | None,
+    h: torch.Tensor | None,
+    lora_B: torch.Tensor,
+    weight_norm: torch.Tensor,
+    mag_norm_scale: torch.Tensor,
+    scaling: float,
+    *,
+    saved_is: str,
+    base_bias: torch.Tensor | None = None,
+    magnitude_dtype: torch.dtype | None,
+    B_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+    needs_base: bool,
+    scale_shift: float = 0.0,
+    rounding: str,
+    salt: int,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dm [N], dB [N, R] and db [N], each in the dtype asked for, and dZ [M, N] in `grad_y`'s; None where none is asked.
+
+    `saved` [M, N] is the output without its bias (`saved_is` "output": dm = Σ dy ⊙ y / (g n)) or z = x Wᵀ ("base":
+    dm = (Σ dy ⊙ z + s rowsum(B ⊙ dyᵀh)) / n), to which `base_bias` [N] was added where it is given.
+    dZ = dy ⊙ (g − `scale_shift`), the shift being 1 under PEFT's dropout.
+    """
+    (M, N), R, dtype = grad_y.shape, lora_B.shape[1], mag_norm_scale.dtype
+    needs_magnitude, needs_B, needs_bias = (d is not None for d in (magnitude_dtype, B_dtype, bias_dtype))
+    from_base = needs_magnitude and saved_is == "base"
+    needs_product = needs_B or from_base
+    # Where nothing else needs the pass over dy, the product alone is a GEMM.
+    fits = R <= min(MAX_FUSED_RANK, rank_block(R, dtype.itemsize))  # in fp64 a block holds less of the rank
+    fused_product = needs_product and fits and (needs_magnitude or needs_bias or needs_base)
+    needs_sums = needs_magnitude or needs_product or needs_bias
+
+    def empty(needed, *shape, like=dtype):
+        return torch.empty(shape, dtype=like, device=grad_y.device) if needed else None
+
+    grad_magnitude = empty(needs_magnitude, N, like=magnitude_dtype)
+    grad_B = empty(needs_B, N, R, like=B_dtype)
+    grad_bias = empty(needs_bias, N, like=bias_dtype)
+    grad_base = empty(needs_base, M, N, like=grad_y.dtype)
+    if N == 0 or not (needs_sums or needs_base):
+        return grad_magnitude, grad_B, grad_bias, grad_base
+    config = rescale_bwd_config(M, N, R, dtype.itemsize, grad_y.element_size())
+    correlation, bias = empty(needs_magnitude, config.chunks, N), empty(needs_bias, config.chunks, N)
+    product = empty(fused_product, config.chunks, N, R)
+    unused = mag_norm_scale  # stands for pointers the kernel never follows
+    if needs_magnitude or fused_product or needs_bias or needs_base:
+        precision = precision_of(grad_y.dtype, h.dtype if fused_product else grad_y.dtype, acc=dtype)
+        _rescale_bwd_kernel[(triton.cdiv(N, config.block_n), config.chunks)](
+            grad_y, _or(saved, unused), _or(base_bias, unused), _or(h, unused), mag_norm_scale,
+            _or(correlation, unused), _or(product, unused), _or(bias, unused), _or(grad_base, unused),
+            scale_shift, M, N, R, triton.cdiv(triton.cdiv(M, config.block_m), config.chunks) * config.block_m,
+            signed32(salt),
+            *grad_y.stride(), *((0, 0) if saved is None else saved.stride()),
+            0 if base_bias is None else base_bias.stride(0), *((0, 0) if h is None else h.stride()),
+            *precision, needs_magnitude, needs_magnitude and base_bias is not None, fused_product,
+            needs_bias, needs_base, rounding == "dithered",
+            config.block_m, config.block_n, config.block_r,
+            num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
+        )  # fmt: skip
+    if needs_product and not fused_product:
+        product = mm_fp32(grad_y.T, h)[None]
+    if needs_sums:
+        block_n = 32
+        _rescale_bwd_finish_kernel[(triton.cdiv(N, block_n),)](
+            _or(correlation, unused), _or(product, unused), _or(bias, unused), lora_B, weight_norm, mag_norm_scale,
+            _or(grad_magnitude, unused), _or(grad_B, unused), _or(grad_bias, unused),
+            scaling, N, R, config.chunks, product.shape[0] if needs_product else 0,
+            *lora_B.stride(),
+            TRITON_DTYPES[dtype], from_base, needs_magnitude, needs_B, needs_bias, block_n, config.block_r,
+            num_warps=4, **ALL_REGISTERS,
+        )  # fmt: skip
+    return grad_magnitude, grad_B, grad_bias, grad_base
+
+
+def _or(tensor, unused):
+    return unused if tensor is None else tensor

@@ -1,0 +1,38 @@
+"""Reading rows of the frozen weight, whether it is a matrix or packed in NF4 (`quantized.Nf4Weight`)."""
+
+import torch
+
+from ..base_weights import Nf4Weight
+from ..chunked import row_chunks
+
+
+def weight_rows(weight: torch.Tensor | Nf4Weight, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """W[rows] [rows, K] in `dtype`; NF4 is decoded in fp32."""
+    if isinstance(weight, torch.Tensor):
+        return weight[rows].to(dtype)
+    columns = weight.shape[1]
+    first, last = rows.start * columns, rows.stop * columns
+    pairs = weight.packed[first // 2 : (last + 1) // 2]
+    # Even elements are in the high nibble; `first` may be odd where the number of columns is.
+    nibbles = torch.stack((pairs >> 4, pairs & 15), dim=1).view(-1)[first % 2 :][: last - first]
+    blocks = torch.arange(first, last, device=weight.device) // weight.blocksize
+    decoded = weight.code[nibbles.int()] * _absmax(weight)[blocks]
+    if weight.parity:
+        decoded = decoded.to(weight.dtype)
+    return decoded.view(-1, columns).to(dtype)
+
+
+def decode(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
+    """W [N, K] in `dtype`, rounded once, to nearest (with `parity` to the dtype it was quantised from, first)."""
+    decoded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    for rows in row_chunks(*weight.shape):
+        decoded[rows] = weight_rows(weight, rows, dtype)
+    return decoded
+
+
+def _absmax(weight: Nf4Weight) -> torch.Tensor:
+    """The largest magnitude of each block, fp32: a 64th of the weight's elements."""
+    if not weight.nested_blocksize:
+        return weight.absmax
+    scale = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: weight.absmax.shape[0]]
+    return weight.nested_code[weight.absmax.int()] * scale + weight.offset

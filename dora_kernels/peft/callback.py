@@ -1,0 +1,48 @@
+"""`DoraKernelsCallback`: patches the PEFT model that a transformers or TRL trainer trains.
+
+Apart from the rest: importing transformers' trainer takes seconds.
+"""
+
+import logging
+
+from transformers import TrainerCallback
+
+from .patch import PatchReport, checked_options, patch_peft
+
+logger = logging.getLogger(__name__)
+
+
+class DoraKernelsCallback(TrainerCallback):
+    """`Trainer(..., callbacks=[DoraKernelsCallback()])`: `patch_peft` when training begins.
+
+    By then the model is on its device, and `SFTTrainer(..., peft_config=...)` has built it. It stays patched after
+    training: `unpatch_peft(trainer.model)` gives it back. `report` is what `patch_peft` returned.
+
+    Args:
+        options: `space`, `impl`, `rounding` and `nf4_parity`, as for `patch_peft`.
+    """
+
+    def __init__(self, **options: str | bool):
+        checked_options(**options)
+        self.options = options
+        self.report: PatchReport | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        check_liger(args)
+        self.report = patch_peft(model, **self.options)
+        logger.info("%s", self.report)
+
+
+def check_liger(args) -> None:
+    """Raises ValueError where Liger kernels are on that write over what DoRA layers keep for the backward pass.
+
+    Its SwiGLU overwrites the outputs of gate_proj and up_proj, its rotary embedding those of q_proj and k_proj: the
+    magnitude's gradient is read off these, and would be wrong without a word.
+    """
+    config = getattr(args, "liger_kernel_config", None) or {}
+    harmful = [name for name in ("rope", "swiglu", "geglu") if config.get(name, True)]
+    if getattr(args, "use_liger_kernel", False) and harmful:
+        raise ValueError(
+            f"Liger's {' and '.join(harmful)} overwrite what DoRA layers keep for the magnitude's gradient: pass "
+            f"liger_kernel_config={dict.fromkeys(harmful, False)} to the trainer's arguments"
+        )

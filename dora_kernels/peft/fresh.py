@@ -1,0 +1,56 @@
+"""Fresh PEFT adapters as an exact no-op: PEFT rounds the norm it starts the magnitude from, we do not."""
+
+import torch
+from peft.tuners.lora.layer import Linear
+from peft.utils.integrations import dequantize_module_weight
+
+from .layer import base_weight, norm_and_scale
+
+
+@torch.no_grad()
+def make_fresh_exact(layer: Linear, impl: str) -> None:
+    """Puts the fp32 norm, computed as forward computes it, into fresh magnitudes; `restore_fresh` takes it back.
+
+    Fresh is an adapter whose B is zero, in the output features where m is, bit for bit, the norm rounded to the
+    weight's dtype: as PEFT computes it on this device, or to nearest. Any other magnitude is left alone, as is one
+    stored in 16 bits, which cannot hold the fp32 norm.
+    """
+    weight = base_weight(layer)
+    for adapter in layer.lora_magnitude_vector:
+        lora_A, lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        magnitude = layer.lora_magnitude_vector[adapter].weight
+        tensors = (weight, lora_A, lora_B, magnitude)
+        if any(tensor.device.type == "meta" or tensor.device != weight.device for tensor in tensors):
+            continue
+        # A scaling that is a tensor is left to PEFT.
+        if not isinstance(layer.scaling[adapter], (int, float)):
+            continue
+        if magnitude.element_size() < 4 or magnitude.numel() != weight.shape[0] or lora_B.any():
+            continue
+        norm, _ = norm_and_scale(*tensors, layer.scaling[adapter], impl)
+        fresh = torch.zeros_like(magnitude, dtype=torch.bool)
+        for start in _starts(layer, weight, norm):
+            fresh |= magnitude == start.to(magnitude.dtype)
+        exact = torch.where(fresh, norm.to(magnitude.dtype), magnitude)
+        if not torch.equal(exact, magnitude):
+            layer.dora_fusion.exact_magnitudes[adapter] = magnitude.clone(), exact
+            magnitude.copy_(exact)
+
+
+def _starts(layer, weight, norm) -> list[torch.Tensor]:
+    """What PEFT may have started the magnitude from: the norm as it computes it, or ours, rounded as it rounds."""
+    if isinstance(weight, torch.Tensor):
+        return [n.to(weight.dtype) for n in (torch.linalg.norm(weight, dim=1), norm)]
+    # A quantised weight is dequantised, and promoted by the fp32 product of the adapter before the norm is taken.
+    dense = dequantize_module_weight(layer.base_layer)
+    return [torch.linalg.norm(dense.float(), dim=1), torch.linalg.norm(dense, dim=1), norm]
+
+
+@torch.no_grad()
+def restore_fresh(layer: Linear) -> None:
+    """Gives fresh magnitudes PEFT's bits again, unless the adapter was trained or loaded since."""
+    for adapter, (original, exact) in layer.dora_fusion.exact_magnitudes.items():
+        if adapter in layer.lora_magnitude_vector:
+            magnitude = layer.lora_magnitude_vector[adapter].weight
+            if torch.equal(magnitude, exact.to(magnitude.device)) and not layer.lora_B[adapter].weight.any():
+                magnitude.copy_(original)

@@ -1,0 +1,216 @@
+"""`patch_peft` and `unpatch_peft`: a PEFT DoRA model fused in place, and back.
+
+PEFT is imported inside the functions: the engine works without it.
+"""
+
+import warnings
+import zlib
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from torch import nn
+
+from ..config import DoraConfig
+from ..layers.support import why_overwritten
+from ..ops import dispatch
+from ..ops.base_weights import keep_packing, weight_of
+from ..versions import require
+
+TESTED = "0.21"
+
+
+@dataclass(frozen=True)
+class PatchReport:
+    """What `patch_peft` did. `layers` holds by path why a layer is left to PEFT, or None if it is fused."""
+
+    layers: dict[str, str | None]
+
+    @property
+    def fused(self) -> list[str]:
+        """Paths of the fused layers."""
+        return [path for path, reason in self.layers.items() if reason is None]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Why each other layer is left to PEFT, by path."""
+        return {path: reason for path, reason in self.layers.items() if reason is not None}
+
+    def __str__(self) -> str:
+        return "\n".join(
+            f"{path or 'layer'}: {'fused' if reason is None else f'left to PEFT: {reason}'}"
+            for path, reason in self.layers.items()
+        )
+
+
+def patch_peft(
+    model: nn.Module, *, space: str = "auto", impl: str = "auto", rounding: str = "dithered", nf4_parity: bool = False
+) -> PatchReport:
+    """Fuses the DoRA layers of a PEFT model in place, until `unpatch_peft`. Call it where the model will run.
+
+    Parameters, state-dict keys, configs and files stay PEFT's, and so does the meaning of every PEFT call. Whether a
+    layer is fused is decided at each call: it is while exactly one DoRA adapter is active, not merged and not disabled,
+    on a dense `nn.Linear` or `Conv1D`, or on a layer that bitsandbytes, torchao or HQQ quantised. All else runs PEFT's
+    own code. One value changes, and unpatching restores it: PEFT rounds a fresh adapter's magnitude to the weight's
+    dtype; here it becomes the fp32 norm, so that step 0 equals the base model exactly. A magnitude stored in 16 bits
+    (PEFT's `autocast_adapter_dtype=False`) cannot hold that norm: it stays as it is, with a warning. bitsandbytes'
+    repacking of 4-bit weights in the first eval forward on some CPUs is switched off, for good. Patching again is
+    harmless; it takes in what was added since. Fused layers can be differentiated once.
+
+    Args:
+        space, impl, rounding, nf4_parity: see `dora_linear`. A forced one raises where it cannot run.
+
+    Raises:
+        ValueError: an option that does not exist, or a model without a DoRA adapter. ImportError: PEFT is missing or
+            too old. The model is then unchanged.
+    """
+    options = checked_options(space, impl, rounding, nf4_parity)
+    check_peft()
+    from .layer import why_left_to_peft, why_not_base
+
+    layers = _lora_layers(model)
+    _check_has_dora(model, layers)
+    overwritten = {path: why_overwritten(model, path) for path in layers}
+    fusable = {path: layer for path, layer in fusable_layers(model).items() if overwritten[path] is None}
+    for layer in fusable.values():
+        if why_not_base(layer) is None:
+            dispatch.choose_impl(weight_of(layer.base_layer).device, impl)
+    keep_packing(model)
+    fuse_layers(fusable, options)
+    report = PatchReport(
+        {path: overwritten[path] or _why_not_class(layer) or why_left_to_peft(layer) for path, layer in layers.items()}
+    )
+    _warn_of_magnitudes(layers)
+    if not report.fused:
+        warnings.warn(f"patch_peft fuses no layer of this model as it is now:\n{report}", stacklevel=2)
+    return report
+
+
+def unpatch_peft(model: nn.Module) -> nn.Module:
+    """Gives the model's layers back to PEFT, and fresh magnitudes their bits. Returns the model, patched or not."""
+    check_peft()
+    for layer in _lora_layers(model).values():
+        unfuse_layer(layer)
+    return model
+
+
+def fuse_layers(layers: dict[str, nn.Module], options: dict) -> None:
+    """Makes each layer its fused class, by path, with these options."""
+    from .fresh import make_fresh_exact
+    from .layer import FusedForward, Fusion, why_not_base
+    from .quantized import FUSED
+
+    for path, layer in layers.items():
+        # Layers of equal shape must not share a rounding pattern; the path is the same in every run and process.
+        salted = options | {"salt": zlib.crc32(path.removeprefix("base_model.model.").encode())}
+        if isinstance(layer, FusedForward):
+            layer.dora_fusion.options = salted
+        else:
+            layer.dora_fusion = Fusion(salted)
+            layer.__class__ = FUSED[type(layer)]
+        if not layer.merged and why_not_base(layer) is None:
+            make_fresh_exact(layer, options["impl"])
+
+
+def unfuse_layer(layer: nn.Module) -> None:
+    """Makes a fused layer PEFT's own again; any other is left alone."""
+    from .fresh import restore_fresh
+    from .layer import FusedForward
+
+    if isinstance(layer, FusedForward):
+        layer.refuse_if_frozen("unpatch")
+        restore_fresh(layer)
+        del layer.dora_fusion
+        layer.__class__ = layer.stock
+
+
+def checked_options(
+    space: str = "auto", impl: str = "auto", rounding: str = "dithered", nf4_parity: bool = False
+) -> dict:
+    """The options as a dict. Raises ValueError for one that does not exist."""
+    options = {"space": space, "impl": impl, "rounding": rounding, "nf4_parity": nf4_parity}
+    DoraConfig(**options)
+    return options
+
+
+def check_peft() -> None:
+    """Raises ImportError where PEFT is missing or too old, and warns of a version that was never tried."""
+    require(f"peft>={TESTED}")
+    found = version("peft")
+    if not found.startswith(f"{TESTED}."):
+        warnings.warn(
+            f"PEFT {found} is untested with dora_kernels, which was tested with {TESTED}: compare the model's outputs "
+            f'with and without patching, or pip install "peft=={TESTED}.*"',
+            stacklevel=3,
+        )
+
+
+def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
+    from peft.tuners.lora.layer import LoraLayer
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model should be a torch.nn.Module, got {type(model).__name__}")
+    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def fusable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that are fused or can be, by path."""
+    return {path: layer for path, layer in _lora_layers(model).items() if _why_not_class(layer) is None}
+
+
+def _check_has_dora(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    if not layers:
+        raise ValueError(
+            f"patch_peft found no LoRA layer of PEFT in this {type(model).__name__}: make it a PEFT model with "
+            "peft.get_peft_model(model, LoraConfig(use_dora=True)), or use apply_dora, which needs no patching"
+        )
+    if not any(layer.lora_magnitude_vector for layer in layers.values()):
+        raise ValueError(
+            "patch_peft found LoRA adapters without DoRA: there is no magnitude to fuse; build the adapter with "
+            "LoraConfig(use_dora=True)"
+        )
+
+
+def _why_not_class(layer: nn.Module) -> str | None:
+    """Why a layer cannot be fused, whatever its adapters; None if it can, or is."""
+    from peft.tuners.lora.layer import Embedding, _ConvNd
+
+    from .layer import FusedForward
+    from .quantized import FUSED
+
+    if isinstance(layer, FusedForward):
+        return None
+    if isinstance(layer, Embedding):
+        return "it is an embedding"
+    if isinstance(layer, _ConvNd):
+        return "it is a convolution"
+    if type(layer) not in FUSED:
+        return f"it is PEFT's {type(layer).__name__}, for a sharded or special base layer"
+    if "forward" in layer.__dict__:
+        return "its own forward was replaced (by accelerate's hooks, or another library)"
+    return None
+
+
+def _warn_of_magnitudes(layers: dict[str, nn.Module]) -> None:
+    """Warns of magnitudes that do not train beside an A or B that does, and of those that 16 bits hold badly."""
+    frozen, rounded = [], []
+    for path, layer in layers.items():
+        for adapter, magnitude in layer.lora_magnitude_vector.items():
+            name = f"{path}.lora_magnitude_vector.{adapter}"
+            if magnitude.weight.requires_grad and magnitude.weight.element_size() < 4:
+                rounded.append(name)
+            factors = [each[adapter].weight for each in (layer.lora_A, layer.lora_B) if adapter in each]
+            if not magnitude.weight.requires_grad and any(factor.requires_grad for factor in factors):
+                frozen.append(name)
+    if frozen:
+        warnings.warn(
+            f"{len(frozen)} magnitudes do not require gradients while their A or B do ({frozen[0]} for one): a frozen "
+            "magnitude trains plain LoRA; call requires_grad_(True) on it",
+            stacklevel=3,
+        )
+    if rounded:
+        warnings.warn(
+            f"{len(rounded)} trained magnitudes are stored in 16 bits ({rounded[0]} for one): they are the weight's "
+            "norm only to 0.4 %, so that step 0 is not exactly the base model, and small updates round to none; build "
+            "the adapter in fp32, PEFT's default (autocast_adapter_dtype=True)",
+            stacklevel=3,
+        )

@@ -1,0 +1,63 @@
+"""`patched_peft`: PEFT models patched as they are built."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+from ..ops.base_weights import keep_packing
+from .patch import check_peft, checked_options, fusable_layers, fuse_layers, unfuse_layer
+
+
+@contextmanager
+def patched_peft(
+    *, space: str = "auto", impl: str = "auto", rounding: str = "dithered", nf4_parity: bool = False
+) -> Iterator[None]:
+    """Every PEFT LoRA model that is built, extended or loaded inside the scope is patched, as by `patch_peft`.
+
+    For code that makes PEFT models where you cannot reach them; train inside the scope. Leaving it, by an exception
+    too, unpatches those models; one that `patch_peft` had patched before stays so, with its own options. Models that
+    are not extended inside are untouched (`patch_peft` them), and a deepcopy made inside stays patched. The scope
+    belongs to the process: models that other threads build meanwhile are patched too, and two scopes must close in the
+    reverse of the order in which they were opened.
+
+    Args:
+        space, impl, rounding, nf4_parity: see `dora_linear`.
+
+    Raises:
+        ValueError: an option that does not exist. ImportError: PEFT is missing or too old.
+    """
+    options = checked_options(space, impl, rounding, nf4_parity)
+    check_peft()
+    from peft.tuners.tuners_utils import BaseTuner
+
+    # By layer: the options it had before the scope took it in, None where it was PEFT's.
+    patched = WeakKeyDictionary()
+
+    def then_fuse(method):
+        @functools.wraps(method)
+        def wrapper(tuner, *args, **kwargs):
+            result = method(tuner, *args, **kwargs)
+            layers = fusable_layers(tuner.model)
+            for layer in layers.values():
+                patched.setdefault(layer, layer.dora_fusion.options if hasattr(layer, "dora_fusion") else None)
+            keep_packing(tuner.model)
+            fuse_layers(layers, options)
+            return result
+
+        return wrapper
+
+    # Adapters are made by the one and cast to fp32 by the other: only then can a fresh magnitude be exact.
+    originals = {name: getattr(BaseTuner, name) for name in ("inject_adapter", "_cast_adapter_dtype")}
+    try:
+        for name, method in originals.items():
+            setattr(BaseTuner, name, then_fuse(method))
+        yield
+    finally:
+        for name, method in originals.items():
+            setattr(BaseTuner, name, method)
+        for layer, before in patched.items():
+            if before is None:
+                unfuse_layer(layer)
+            elif hasattr(layer, "dora_fusion"):
+                layer.dora_fusion.options = before

@@ -1,0 +1,105 @@
+"""The kernels' own accounting equals what they load and store under the interpreter, byte for byte."""
+
+import importlib
+
+import pytest
+import torch
+
+import dora_kernels as dk
+from bench.counting import accounting
+from tests.bench.test_offline import ROOT
+from tests.support.loads_and_stores import count_bytes
+from tests.support.nf4 import linear_4bit
+from tests.support.oracle import make_problem, solve
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+# Sizes that no block divides, and ranks on both sides of every block: one, several, and those that are not fused.
+SHAPES = {"odd": (77, 101, 83, 5), "two rank blocks": (33, 70, 130, 40), "whole blocks": (64, 128, 128, 16)}
+NF4_SHAPES = {"whole blocks": (9, 70, 192, 5), "straddling": (9, 70, 83, 5), "several rank blocks": (9, 70, 128, 40)}
+DTYPES = {"bf16/fp32": (BF16, FP32), "bf16/bf16": (BF16, BF16), "fp32/fp32": (FP32, FP32), "fp64/fp64": (FP64, FP64)}
+
+
+def held_to_the_interpreter(launches):
+    """Asserts for every launch; returns the kernels' names."""
+    for launch in launches:
+        account = accounting.of_launch(launch.kernel, launch.grid, launch.args)
+        name = launch.kernel.fn.__name__
+        assert (account.loaded, account.stored) == (launch.loaded, launch.stored), (name, launch.grid)
+        assert account.unique <= account.loaded
+    return {launch.kernel.fn.__name__ for launch in launches}
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("space", ["token", "weight"])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_layer(shape, dtypes, space, bias):
+    problem = make_problem(*shape, dtype=dtypes[0], adapter_dtype=dtypes[1], bias=bias)
+    with count_bytes() as launches:
+        solve(problem, space=space, impl="triton")
+    assert len(held_to_the_interpreter(launches)) >= 3
+
+
+@pytest.mark.parametrize("mode", ["lora", "peft"])
+def test_dropout(mode):
+    problem = make_problem(77, 101, 83, 5, dtype=BF16, adapter_dtype=FP32, bias=True)
+    with count_bytes() as launches:
+        solve(problem, space="token", impl="triton", training=True, lora_dropout=0.3, dropout_mode=mode)
+    held_to_the_interpreter(launches)
+
+
+@pytest.mark.parametrize("trained", ["x", "lora_B", "magnitude"])
+def test_one_gradient_alone(trained):
+    """Each switch of the backward pass by itself."""
+    problem = make_problem(77, 101, 83, 5, dtype=BF16, adapter_dtype=FP32)
+    leaves = {name: getattr(problem, name).clone() for name in ("x", "lora_A", "lora_B", "magnitude")}
+    leaves[trained].requires_grad_()
+    with count_bytes() as launches:
+        y = dk.dora_linear(weight=problem.weight, scaling=2.0, space="token", impl="triton", **leaves)
+        y.backward(problem.grad_y)
+    held_to_the_interpreter(launches)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
+@pytest.mark.parametrize("shape", NF4_SHAPES.values(), ids=NF4_SHAPES)
+@pytest.mark.parametrize(
+    "options", [{"space": "weight"}, {"training": True, "lora_dropout": 0.3}], ids=["weight", "token"]
+)
+def test_a_4_bit_layer(shape, nested, options):
+    problem = make_problem(*shape, dtype=BF16, adapter_dtype=FP32)
+    problem.weight = linear_4bit(problem.weight, nested=nested).weight
+    with count_bytes() as launches:
+        solve(problem, impl="triton", **options)
+    assert len(held_to_the_interpreter(launches)) >= 3
+
+
+@pytest.mark.parametrize("rank", [5, 40], ids="r{}".format)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "two launches"])
+@pytest.mark.parametrize("splits", [1, 3], ids=["whole rows", "split rows"])
+def test_every_form_of_norm_and_merge(monkeypatch, rank, fused, splits):
+    """Small shapes choose one form; here each is forced."""
+    # By name: the package has functions of the same names.
+    weight_norm_module, merge_module = (
+        importlib.import_module(f"dora_kernels.ops.kernels.{name}") for name in ("weight_norm", "merge")
+    )
+    config = weight_norm_module.weight_norm_config
+
+    def split(*args):
+        return config(*args)._replace(splits=splits)
+
+    monkeypatch.setattr(weight_norm_module, "weight_norm_config", split)
+    monkeypatch.setattr(merge_module, "weight_norm_config", split)
+    monkeypatch.setattr(merge_module, "fuses_norm", lambda *args: fused and splits == 1)
+    problem = make_problem(9, 70, 600, rank, dtype=BF16, adapter_dtype=FP32)
+    with count_bytes() as launches:
+        for space in ("token", "weight"):
+            solve(problem, space=space, impl="triton")
+    names = held_to_the_interpreter(launches)
+    assert ("_merge_fused_kernel" in names) == (fused and splits == 1)
+    assert ("_weight_norm_finish_kernel" in names) == (splits > 1)
+
+
+def test_every_kernel_has_an_account():
+    text = "".join(path.read_text() for path in (ROOT / "dora_kernels" / "kernels").glob("*.py"))
+    kernels = {word.split("(")[0] for word in text.split("def ")[1:] if word.split("(")[0].endswith("_kernel")}
+    assert set(accounting.ACCOUNTS) == kernels

@@ -1,0 +1,164 @@
+"""The offline compiler's limits turn red when they should, and its launches cover every kernel.
+
+Kernels are compiled in processes of their own: in this one they are interpreted.
+"""
+
+import argparse
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import offline
+from bench.__main__ import main
+from bench.counting.compiled import Figures
+from bench.counting.launches import Case, Launch
+
+ROOT = Path(__file__).parents[2]
+
+BAD_KERNELS = """
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot_kernel(x_ptr, y_ptr, R, stride_x, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+    offs, offs_r = tl.arange(0, BLOCK), tl.arange(0, 32)
+    acc = tl.zeros([BLOCK, BLOCK], dtype=tl.float32)
+    for start in range(0, R, 32):
+        x = tl.load(x_ptr + offs[:, None] * stride_x + (start + offs_r)[None, :])
+        acc = tl.dot(x, tl.trans(x), acc, input_precision=PRECISION)
+    tl.store(y_ptr + offs[:, None] * BLOCK + offs[None, :], acc)
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, N, stride_x, STEP: tl.constexpr):
+    offs_m, offs_n = tl.arange(0, 64), tl.arange(0, 64)
+    x = tl.load(x_ptr + offs_m[:, None] * stride_x + (offs_n * STEP)[None, :])
+    tl.store(y_ptr + offs_m[:, None] * 64 + offs_n[None, :], x)
+
+
+@triton.jit
+def sum_kernel(x_ptr, y_ptr, N, stride_x, STAGES: tl.constexpr):
+    offs_m, offs_n = tl.arange(0, 64), tl.arange(0, 128)
+    acc = tl.zeros([64, 128], dtype=tl.float32)
+    for start in tl.range(0, N, 128, num_stages=STAGES):
+        acc += tl.load(x_ptr + offs_m[:, None] * stride_x + (start + offs_n)[None, :])
+    tl.store(y_ptr + offs_m[:, None] * 128 + offs_n[None, :], acc)
+
+
+@triton.jit
+def atomic_kernel(x_ptr, y_ptr, ONE: tl.constexpr):
+    tl.atomic_add(y_ptr, tl.sum(tl.load(x_ptr + tl.arange(0, 128))))
+"""
+
+CHECK = """
+import torch
+from bench.compiled import broken_limits, compile_launch
+from bench.launches import Recorder
+import bad_kernels
+
+x = torch.empty(4096, 4096, dtype=torch.{dtype}, device="meta")
+launch = Recorder({capability}).bind(bad_kernels.{kernel}, x, x, {arguments}, num_warps={warps}, num_stages={stages})
+print(*broken_limits(compile_launch(launch, {capability}), {capability}), sep="\\n")
+"""
+
+CASES = {
+    "plain tf32": ("dot_kernel", "float32", '64, 64, "tf32", 64', 4, 1, (8, 0), "plain tf32"),
+    "plain tf32, Hopper": ("dot_kernel", "float32", '64, 64, "tf32", 64', 4, 1, (9, 0), "plain tf32"),
+    "spills": ("dot_kernel", "float32", '64, 64, "tf32x3", 128', 4, 1, (8, 0), "of stack"),
+    "shared memory": ("sum_kernel", "float32", "512, 512, 5", 8, 1, (8, 9), "of shared memory"),
+    "narrow": ("copy_kernel", "bfloat16", "64, 64, 2", 4, 1, (9, 0), "16 at bad_kernels.py:19"),
+    "float atomics": ("atomic_kernel", "float32", "1", 4, 1, (9, 0), "atomics"),
+    "good dot": ("dot_kernel", "float32", '64, 64, "tf32x3", 64', 4, 1, (9, 0), None),
+    "good copy": ("copy_kernel", "bfloat16", "64, 64, 1", 4, 1, (9, 0), None),
+}
+
+
+def run(*command, path=ROOT):
+    """Runs Python with kernels that compile; modules in `path` can be imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(path), str(ROOT)])
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """What each bad kernel breaks, by the name of its case; one process compiles them all."""
+    path = tmp_path_factory.mktemp("bad")
+    (path / "bad_kernels.py").write_text(BAD_KERNELS)
+    lines = []
+    for name, case in CASES.items():
+        fields = ("kernel", "dtype", "arguments", "warps", "stages", "capability")
+        lines.append(f"print({'== ' + name!r})\n{CHECK.format(**dict(zip(fields, case)))}")
+    (path / "check.py").write_text("\n".join(lines))
+    result = run(str(path / "check.py"), path=path)
+    assert result.returncode == 0, result.stderr
+    return {name: text for name, _, text in (part.partition("\n") for part in result.stdout.split("== ")[1:])}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_limits(broken, name):
+    expected = CASES[name][-1]
+    if expected is None:
+        assert broken[name].strip() == ""
+    else:
+        assert expected in broken[name]
+
+
+def test_every_kernel_is_launched():
+    kernels = set()
+    for file in (ROOT / "dora_kernels" / "kernels").glob("*.py"):
+        functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        kernels |= {node.name for node in functions if node.name.endswith("_kernel")}
+    assert kernels
+    program = (
+        "from bench.counting.launches import launches, quick_cases\n"
+        "print(*{launch.kernel for launch in launches(quick_cases(), (9, 0))})"
+    )
+    result = run("-c", program)
+    assert result.returncode == 0, result.stderr
+    assert set(result.stdout.split()) == kernels
+
+
+def test_interpreted_kernels_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(offline, "interpreted", lambda: True)
+    assert main(["offline", "--quick"]) == 2
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["offline", "--capability", "7.5"], ["offline", "--cap", "9.0"], ["off"]], ids=" ".join
+)
+def test_bad_arguments_are_refused(arguments):
+    with pytest.raises(SystemExit) as refused:
+        main(arguments)
+    assert refused.value.code == 2
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["same", "changed"])
+def test_check_compares_selected_rows_with_the_committed_summary(tmp_path, changed, capsys):
+    header, row = " ".join(offline.COLUMNS), "weight_norm bf16/fp32 90 12 128 0 0 9216 24 128"
+    committed = tmp_path / "summary.txt"
+    committed.write_text(f"{header}\n{row}\n{row.replace(' 90 ', ' 80 ')}\n{row.replace('weight_norm', 'merge')}\n")
+    now = row.replace("128 0", "160 0") if changed else row
+    selected = argparse.Namespace(capability=[(9, 0)], kernel=["weight_norm"])
+    assert offline.differs(committed, [header, now], selected) == changed
+    assert (f"-{row}" in capsys.readouterr().err) == changed
+
+
+def test_summary_shows_the_worst_launch():
+    launch, case = (
+        Launch("module", "_some_kernel", (), (), (), (), True),
+        Case(torch.bfloat16, torch.float32, "token", 16),
+    )
+    good, bad = Figures(64, 0, 0, 1024, 1, 8, 0, 0, 128, ()), Figures(255, 8, 3, 4096, 1, 4, 0, 0, 16, ("16 at x:1",))
+    compiled = [offline.Compiled((9, 0), launch, case, figures) for figures in (good, bad)]
+    _, row = offline.summarise(compiled)
+    assert " ".join(row.split()) == "some bf16/fp32 90 2 255 8 3 4096 4 16"
+    assert offline.report_broken(compiled)
+    assert not offline.report_broken(compiled[:1])

@@ -1,0 +1,104 @@
+"""Predictions for a GPU that is not here: what would not fit is said, and the committed tables are what comes out."""
+
+import argparse
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import predict
+from bench.__main__ import main
+from bench.contestants import model as model_field
+from bench.counting.gpus import CAPABILITIES, ROOFS
+from bench.measuring.shapes import Run
+from bench.rows.compare import group_table
+from bench.rows.records import RESULTS
+
+COMMITTED = RESULTS / "predict-h200.txt"
+REWRITE = "if that is meant: python -m bench predict --gpu h200 --output bench/results/predict-h200.txt"
+BF16, HOPPER = torch.bfloat16, (9, 0)
+H200 = ROOFS["h200"]
+
+
+def test_what_exceeds_the_memory_would_not_fit():
+    """With just the memory that ours needs, those that need more are rows without a time, and with their peak."""
+    run = Run("tiny", 6, 2, 64, 4)
+    base = model_field.build_base(run, BF16, torch.device("meta"))
+    weights = sum(parameter.nbytes for parameter in base.parameters())
+    ample = predict.predict_model(run, BF16, H200, HOPPER)
+    assert not any("failed" in row for row in ample.values())
+    # Beside the weights lie the batch's ids and the rotary frequencies.
+    assert all(0 <= row["frozen_bytes"] - weights < 4096 for row in ample.values())
+    ours = ample["ours fp32, auto"]
+    memory = ours["frozen_bytes"] + ours["peak_bytes"]
+    tight = predict.predict_model(run, BF16, H200._replace(memory=memory), HOPPER)
+    more = {name for name, row in ample.items() if row["frozen_bytes"] + row["peak_bytes"] > memory}
+    assert "PEFT DoRA fp32" in more and "ours fp32, auto" not in more and "frozen base" not in more
+    assert {name for name, row in tight.items() if "seconds" not in row} == more
+    assert all(tight[name]["peak_bytes"] == ample[name]["peak_bytes"] for name in more)
+    lines = group_table(tight).splitlines()
+    assert sum("PEFT DoRA fp32 failed: would not fit: 0.0 GiB of 0.0 GiB" in line for line in lines) == 1
+    (row,) = (line for line in lines if line.startswith("| PEFT DoRA fp32  "))
+    assert "FAILED" in row and f" {ample['PEFT DoRA fp32']['peak_bytes'] / 2**20:.1f} " in row
+
+
+def test_every_gpu_has_its_data_sheets_memory():
+    found = {name: roofs.memory / 2**30 for name, roofs in ROOFS.items()}
+    assert found == {"h200": 141, "h100": 80, "a100": 80, "4090": 24, "b200": 180}
+    assert CAPABILITIES.keys() == found.keys()
+    held = {"seconds": {}, "frozen_bytes": 100 << 30}
+    assert predict.fitting(held | {"peak_bytes": 41 << 30}, H200)["frozen_bytes"]
+    row = predict.fitting(held | {"peak_bytes": 42 << 30}, H200)
+    assert row == {"failed": "would not fit: 142.0 GiB of 141.0 GiB", "peak_bytes": 42 << 30}
+
+
+def by_title(sections):
+    """Each table by the line above it."""
+    return dict(section.strip().split("\n", 1) for section in sections)
+
+
+def arguments(*given):
+    parser = argparse.ArgumentParser()
+    predict.add_arguments(parser)
+    return parser.parse_args(["--gpu", "h200", *given])
+
+
+def test_the_committed_tables_are_what_is_predicted():
+    """Of the 40 cases nine: every layer at one size, and the whole model's first."""
+    head, *committed = COMMITTED.read_text().split("\n\n")
+    if predict.versions() not in head:
+        pytest.skip(f"other versions than the committed file's may launch something else: {predict.versions()}")
+    assert head == predict.header("h200", H200, "nothing was measured"), REWRITE
+    committed = by_title(committed)
+    found = by_title(predict.sections(arguments("--tables", "kernels", "layer", "--tokens", "8192", "--ranks", "16")))
+    found |= by_title(islice(predict.sections(arguments("--tables", "model", "--ranks", "16")), 1))
+    assert len(found) == 9 and len(committed) == 40
+    assert "PEFT DoRA fp32 failed: would not fit: 162.5 GiB of 141.0 GiB" in list(found.values())[-1]
+    for title, table in found.items():
+        # A table is equal as a whole or shown as a whole.
+        assert table == committed.get(title), f"{title}; {REWRITE}"
+
+
+def test_the_committed_tables_are_of_the_versions_that_ci_installs():
+    (line,) = (line for line in COMMITTED.read_text().splitlines() if line.startswith("Counted with "))
+    required = (Path(__file__).parents[2] / "requirements.txt").read_text().splitlines()
+    for library in line.removeprefix("Counted with ").split(", "):
+        assert library.replace(" ", "==") in required, REWRITE
+
+
+def test_what_is_printed_is_written(tmp_path, capsys):
+    path = tmp_path / "predicted.txt"
+    command = ["predict", "--gpu", "h200", "--model", "tiny", "--tokens", "8", "--ranks", "4", "--tables", "layer"]
+    assert main([*command, "--output", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path.read_text()}\nwrote {path}\n"
+    with pytest.raises(SystemExit):
+        main([*command, "--output", str(path), "--measured", str(path)])
+
+
+def test_a_prediction_that_failed_is_named_beside_what_was_measured():
+    measured = {"total": {"median": 2e-3}}
+    group = {"a": {"seconds": measured, "failed": None}, "b": {"failed": "out of memory"}}
+    predicted = {"a": {"failed": "would not fit: 2.0 GiB of 1.0 GiB"}, "b": {"seconds": measured}}
+    lines = predict.comparison(group, predicted).splitlines()
+    assert lines[-2:] == ["a, predicted: would not fit: 2.0 GiB of 1.0 GiB", "b, measured: out of memory"]

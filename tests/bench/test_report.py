@@ -1,0 +1,145 @@
+"""The report from results that are made up, of a full GPU run: every table, every plot, and rows where ours loses."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from bench import kernels, report
+from bench.__main__ import main
+from bench.counting.gpus import CAPABILITIES, ROOFS
+from bench.measuring.shapes import layer_shapes
+
+STAMP = {
+    "kind": "GPU", "device": "made up for a test", "threads": None, "driver": "0", "torch": "0", "triton": "0",
+    "peft": "0", "commit": "0", "date": "2000-01-01",
+}  # fmt: skip
+FACTORS = {
+    "frozen base": 1.0, "PEFT LoRA bf16": 1.3, "PEFT DoRA fp32, autocast": 2.6, "PEFT DoRA bf16": 2.2,
+    "ours fp32, auto": 1.25, "ours fp32, token, triton": 1.4, "ours fp32, weight, triton": 1.2,
+}  # fmt: skip
+
+
+def row(command, case, contestant, **values):
+    return {"command": command, "case": case, "contestant": contestant, "failed": None, **values, "stamp": STAMP}
+
+
+def times(**seconds):
+    return {part: {"median": s, "low": 0.98 * s, "high": 1.02 * s, "minimum": 0.97 * s} for part, s in seconds.items()}
+
+
+def layer_rows():
+    for shape, tokens, rank in itertools.product(layer_shapes("llama-3-8b")[:2], (1, 512, 8192), (16, 384)):
+        case = {
+            "model": "llama-3-8b", "layer": shape.name, "out": shape.out_features, "in": shape.in_features,
+            "bias": False, "tokens": tokens, "rank": rank, "dtype": "bf16", "compiled": False,
+        }  # fmt: skip
+        base = 3e-5 + 4 * tokens * shape.out_features * shape.in_features / 790e12
+        for name, factor in FACTORS.items():
+            total = base * (factor + rank / 1000)
+            if "token" in name and tokens == 1:
+                total *= 4  # ours loses there
+            if name.startswith("PEFT DoRA fp32") and (tokens, rank) == (8192, 384):
+                yield row("layer", case, name) | {"failed": "out of memory"}
+                continue
+            peak = int(1e6 + 4 * tokens * shape.out_features * factor)
+            yield row(
+                "layer", case, name,
+                seconds=times(forward=total / 3, backward=2 * total / 3, total=total), peak_bytes=peak,
+            )  # fmt: skip
+
+
+def kernel_rows():
+    for shape in layer_shapes("llama-3-8b"):
+        for rank in (16, 384):
+            case = {"model": "llama-3-8b", "layer": shape.name, "tokens": 8192, "rank": rank, "dtype": "bf16"}
+            roofs, capability = ROOFS["h200"], CAPABILITIES["h200"]
+            for name, found in kernels.predict(shape, 8192, rank, torch.bfloat16, roofs, capability).items():
+                yield row("kernels", case, name, **found)
+
+
+def model_rows():
+    for checkpointing in (False, True):
+        case = {
+            "model": "llama-3-8b", "layers": 0, "batch": 2, "sequence": 4096, "rank": 16,
+            "checkpointing": checkpointing, "quantize": "", "dtype": "bf16", "compiled": False,
+        }  # fmt: skip
+        for name, factor in FACTORS.items():
+            yield row("model", case, name, seconds=times(forward=0.2 * factor, total=0.6 * factor), peak_bytes=1 << 33)
+
+
+def step_rows():
+    for name, shift in {"PEFT LoRA": 0.1, "PEFT DoRA": 0.0, "PEFT DoRA, patched": 0.0, "ours": 0.0}.items():
+        losses = [5.0 / (1 + at / 10) + shift for at in range(60)]
+        case = {"model": "training/demo/base", "steps": 60, "rank": 16, "batch": 16, "seed": 0}
+        yield row("step", case, name, losses=losses, held_out=[[60, losses[-1]]], step_seconds=0.05)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = tmp_path_factory.mktemp("report") / "made-up.jsonl"
+    rows = [*layer_rows(), *kernel_rows(), *model_rows(), *step_rows()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_every_plot_is_drawn(results, tmp_path):
+    assert main(["report", str(results), "--plots", str(tmp_path)]) == 0
+    drawn = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    layers = [f"tokens-llama-3-8b-rank-{rank}" for rank in (16, 384)]
+    layers += [f"rank-llama-3-8b-tokens-{tokens}" for tokens in (1, 512, 8192)]
+    assert set(drawn) == {f"gpu-0-{name}.png" for name in (*(f"layer-{name}" for name in layers), "roofline", "losses")}
+    # Panels without a line are about 10 kB.
+    assert min(drawn.values()) > 20_000
+
+
+def test_rows_that_lose_and_fail_stay(results, capsys):
+    assert main(["report", str(results)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    layers = [line for line in lines if "layer q,o_proj" in line and "kernels" not in line]
+    assert len(layers) >= 3 * 2
+    assert main(["report", str(results), "--full"]) == 0
+    text = capsys.readouterr().out
+    assert "PEFT DoRA fp32, autocast failed: out of memory" in text
+    assert all(f"`{command}`" in text for command in ("layer", "model", "step", "kernels"))
+    # Four times the base's time and more: ours at one token.
+    losing = [
+        line for line in text.splitlines() if line.startswith("| ours fp32, token") and float(line.split("|")[8]) > 4
+    ]
+    assert len(losing) == 2 * 2
+
+
+def summarised(rows, command="layer"):
+    """The cells of the summary of one case; `rows` holds seconds by contestant, None for one that failed."""
+    group = {
+        name: {"command": command, "case": {"tokens": 8}, "stamp": STAMP, "failed": None if t else "out of memory"}
+        | ({"seconds": {"total": {"median": t}}} if t else {})
+        for name, t in rows.items()
+    }
+    return [cell.strip() for cell in report.summary([group]).splitlines()[-1].strip("|").split("|")]
+
+
+PEERS = {"frozen base": 1.0, "PEFT LoRA fp32": 2.0, "PEFT DoRA fp32": 3.0}
+
+
+def test_the_summary_shows_what_is_chosen_unasked():
+    """Also where another form is faster, and where it failed; × base, × LoRA, × others' DoRA best and worst."""
+    forms = {"ours fp32, auto": 6.0, "ours fp32, token, triton": 5.0, "ours bf16, auto, triton": 4.0}
+    assert summarised(PEERS | forms)[1:7] == ["ours fp32, auto", "6000.00", "6.00", "3.00", "2.00", "2.00"]
+    compiled = {f"{name}, compiled": t for name, t in (PEERS | forms).items()}
+    assert summarised(compiled)[1:4] == ["ours fp32, auto, compiled", "6000.00", "6.00"]
+    assert summarised(PEERS | forms | {"ours fp32, auto": None})[1:4] == ["ours fp32, auto: failed", "-", "-"]
+    header = [cell.strip() for cell in report.summary([]).splitlines()[0].strip("|").split("|")]
+    assert header[1] == "ours" and header[5:7] == ["× others' DoRA, best", "× others' DoRA, worst"]
+
+
+def test_older_files_show_the_fastest_form():
+    forms = {"ours fp32, token, triton": 9.0, "ours fp32, weight, triton": 6.0}
+    assert summarised(PEERS | forms)[1:4] == ["ours fp32, weight, triton", "6000.00", "6.00"]
+    assert summarised(PEERS | dict.fromkeys(forms))[1:4] == ["every form failed", "-", "-"]
+
+
+def test_axolotls_dora_is_a_peer_and_a_patched_one_is_not():
+    ours = {"ours fp32, auto": 6.0, "PEFT DoRA fp32, patched": 1.0}
+    assert summarised(PEERS | ours | {"Axolotl DoRA fp32": 2.0, "Axolotl DoRA bf16": 12.0})[5:7] == ["3.00", "0.50"]

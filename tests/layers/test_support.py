@@ -1,0 +1,90 @@
+"""What models do with a linear layer besides calling it: an adapter there is refused, or left to PEFT, and why."""
+
+import sys
+from importlib.util import find_spec
+
+import peft
+import pytest
+import torch
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from torch import nn
+from transformers import JambaConfig, WavLMConfig, WavLMModel
+from transformers.models.llama import modeling_llama
+
+import dora_kernels as dk
+from dora_kernels.layers.support import why_read_past
+from tests.support.tiny_models import llama
+
+needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+
+
+def test_fused_inference_of_an_encoder_layer():
+    """Its fast path reads `linear1.weight`: in eval the adapter would vanish."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
+    with pytest.raises(ValueError, match=r"0.linear1 \(Linear\) is read past its forward by TransformerEncoderLayer"):
+        dk.apply_dora(model, dk.DoraConfig(r=2, target_modules=["linear1", "linear2"]))
+
+
+def test_attention_that_takes_weights():
+    config = WavLMConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8, 8),
+        conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = WavLMModel(config)
+    with pytest.raises(ValueError, match=r"attention.q_proj \(Linear\) is read by wavlm's"):
+        dk.apply_dora(model, dk.DoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
+    dk.apply_dora(model, dk.DoraConfig(r=2, target_modules=["intermediate_dense"]))
+
+
+def test_only_the_layers_that_are_read_past():
+    """Jamba reads dt_proj's weight alone."""
+    model = nn.Module()
+    model.config, model.mixer = JambaConfig(), nn.Module()
+    assert "jamba" in why_read_past(model, "mixer.dt_proj")
+    assert why_read_past(model, "mixer.out_proj") is None and why_read_past(model, "mixer.x_proj") is None
+
+
+def with_liger_mlp(model):
+    from liger_kernel.transformers import LigerSwiGLUMLP
+
+    for layer in model.model.layers:
+        layer.mlp.forward = LigerSwiGLUMLP.forward.__get__(layer.mlp)
+    return model
+
+
+@needs_liger
+def test_liger_swiglu_is_refused_where_it_would_do_harm():
+    model = with_liger_mlp(llama())
+    with pytest.raises(ValueError, match=r"mlp.gate_proj \(Linear\) is overwritten by Liger's SwiGLU"):
+        dk.apply_dora(model, dk.DoraConfig(r=2, target_modules=["gate_proj", "down_proj"]))
+    # Its own output is read by nobody of Liger's.
+    dk.apply_dora(model, dk.DoraConfig(r=2, target_modules=["down_proj", "q_proj"]))
+
+
+@needs_liger
+def test_liger_rope_is_refused_where_it_would_do_harm(monkeypatch):
+    from liger_kernel.transformers.rope import liger_rotary_pos_emb
+
+    monkeypatch.setattr(sys.modules[modeling_llama.__name__], "apply_rotary_pos_emb", liger_rotary_pos_emb)
+    with pytest.raises(ValueError, match=r"k_proj \(Linear\) is overwritten by Liger's rotary embedding"):
+        dk.apply_dora(llama(), dk.DoraConfig(r=2, target_modules=["k_proj"]))
+    dk.apply_dora(llama(), dk.DoraConfig(r=2, target_modules=["v_proj", "gate_proj"]))
+
+
+@needs_liger
+def test_a_patched_model_leaves_them_to_peft():
+    config = peft.LoraConfig(use_dora=True, r=2, target_modules=["gate_proj", "down_proj"])
+    report = dk.patch_peft(peft.get_peft_model(with_liger_mlp(llama()), config))
+    assert {path.rpartition(".")[2] for path in report.fused} == {"down_proj"}
+    assert all("Liger's SwiGLU" in reason for reason in report.skipped.values())
+
+
+def test_a_scaling_that_is_a_tensor_is_left_to_peft():
+    """PEFT's preparation for hotswapping under torch.compile makes one of it, for a kernel it would be a pointer."""
+    model = peft.get_peft_model(llama(), peft.LoraConfig(use_dora=True, r=2, target_modules=["q_proj"]))
+    prepare_model_for_compiled_hotswap(model)
+    with pytest.warns(UserWarning, match="patch_peft fuses no layer"):
+        report = dk.patch_peft(model, impl="triton")
+    assert all("scaling is a tensor" in reason for reason in report.skipped.values())
+    ids = torch.arange(6)[None]
+    assert model(input_ids=ids).logits.isfinite().all()

@@ -1,0 +1,280 @@
+"""Every kernel against its reference twin, between guard bands: odd shapes, all ranks, all layouts, all dtype mixes."""
+
+import importlib
+
+import pytest
+import torch
+
+from dora_kernels.ops import kernels, reference
+from dora_kernels.ops.gpus import DEFAULT_GPU
+from dora_kernels.ops.kernels.weight_norm import weight_norm_config
+from tests.support.buffers import LAYOUTS, count_launches, guard_bands
+from tests.support.oracle import make_problem, relative_error
+from tests.tolerances import TWIN
+
+SHAPES = {
+    "small": (5, 4, 3, 1),
+    "odd": (37, 29, 53, 7),
+    "multiples": (32, 64, 128, 16),
+    "rank-24": (9, 20, 21, 24),
+    "rank-40": (19, 33, 21, 40),
+}
+DTYPES = {
+    "fp64": (torch.float64, torch.float64),
+    "fp32": (torch.float32, torch.float32),
+    "bf16-fp32": (torch.bfloat16, torch.float32),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16-fp32": (torch.float16, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+}
+ALL_GRADIENTS = {
+    "magnitude_dtype": torch.float32,
+    "B_dtype": torch.float32,
+    "bias_dtype": torch.float32,
+    "needs_base": True,
+}
+ROUNDED = {"rounding": "dithered", "salt": 0xC0FFEE42}
+
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+every_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+
+
+def _factors(problem):
+    return problem.weight, problem.lora_A, problem.lora_B, problem.magnitude
+
+
+def _compare(operation, *tensors, written=(), **options):
+    """Runs the kernel on banded copies and the twin on the originals; all outputs equal within the twin's tolerance."""
+    with guard_bands() as guard:
+        banded = [
+            guard(t, written=position in written) if isinstance(t, torch.Tensor) else t
+            for position, t in enumerate(tensors)
+        ]
+        banded_options = {k: guard(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        found = getattr(kernels, operation)(*banded, **banded_options)
+    twins = [t.clone() if position in written else t for position, t in enumerate(tensors)]
+    expected = getattr(reference, operation)(*twins, **options)
+    found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
+    assert len(found) == len(expected)
+    for position, (ours, twin) in enumerate(zip(found, expected)):
+        if twin is None:
+            assert ours is None, position
+            continue
+        assert ours.shape == twin.shape and ours.dtype == twin.dtype, position
+        assert relative_error(ours, twin) <= TWIN[twin.dtype], (operation, position)
+
+
+@every_dtype
+@every_shape
+def test_weight_norm(shape, dtypes):
+    problem = make_problem(*shape, *dtypes)
+    _compare("weight_norm", *_factors(problem), problem.scaling)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 15, 17, 31, 33, 64, 100, 384, 1000, 1024])
+def test_weight_norm_at_any_rank(rank):
+    problem = make_problem(1, 17, 23, rank, torch.bfloat16, torch.float32)
+    _compare("weight_norm", *_factors(problem), problem.scaling)
+
+
+def test_weight_norm_in_splits():
+    """Few output features and many inputs: several programs share a feature, and a second launch adds them up."""
+    problem = make_problem(1, 5, 1100, 3)
+    assert weight_norm_config(5, 1100, 3, 4, DEFAULT_GPU).splits == 2
+    with count_launches() as launches:
+        _compare("weight_norm", *_factors(problem), problem.scaling)
+    assert launches == {"_weight_norm_kernel": 1, "_weight_norm_finish_kernel": 1}
+    extreme = make_problem(1, 5, 1100, 3)
+    extreme.weight[0] *= 1e30
+    extreme.weight[1] *= 1e-30
+    extreme.lora_B[:2] = 0
+    _compare("weight_norm", *_factors(extreme), extreme.scaling)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "two-launches"])
+@every_dtype
+@every_shape
+def test_merge(shape, dtypes, fused, monkeypatch):
+    if not fused:
+        # The package's `merge` is the launcher; its module is reached by its full name alone.
+        module = importlib.import_module("dora_kernels.ops.kernels.merge")
+        monkeypatch.setattr(module, "fuses_norm", lambda *args: False)
+    problem = make_problem(*shape, *dtypes)
+    with count_launches() as launches:
+        _compare("merge", *_factors(problem), problem.scaling, dtype=dtypes[0], **ROUNDED)
+    expected = {"_merge_fused_kernel"} if fused else {"_weight_norm_kernel", "_merge_scale_kernel"}
+    assert set(launches) == expected
+
+
+def test_merge_in_splits():
+    """The second launch adds up the norm's partial sums, and keeps n and g for the backward."""
+    problem = make_problem(1, 5, 1100, 3, torch.bfloat16, torch.float32)
+    with count_launches() as launches:
+        _compare("merge", *_factors(problem), problem.scaling, dtype=torch.bfloat16, **ROUNDED)
+    assert launches == {"_weight_norm_kernel": 1, "_merge_scale_kernel": 1}
+
+
+@every_dtype
+@every_shape
+def test_merge_with_the_scale_given(shape, dtypes):
+    problem = make_problem(*shape, *dtypes)
+    norm, scale = reference.weight_norm(*_factors(problem), problem.scaling)
+    given = {"weight_norm": norm, "mag_norm_scale": scale}
+    factors = (problem.weight, problem.lora_A, problem.lora_B, None)
+    _compare("merge", *factors, problem.scaling, dtype=dtypes[0], **given, **ROUNDED)
+
+
+@pytest.mark.parametrize("rounding", ["dithered", "nearest"])
+def test_merge_from_fp32_into_16_bits(rounding):
+    """Autocast: an fp32 base, W' in the autocast dtype."""
+    problem = make_problem(1, 29, 53, 7)
+    for dtype in (torch.bfloat16, torch.float16):
+        _compare("merge", *_factors(problem), problem.scaling, dtype=dtype, rounding=rounding, salt=3)
+
+
+def _token_space(problem):
+    _, scale = reference.weight_norm(*_factors(problem), problem.scaling)
+    h = problem.x @ problem.lora_A.to(problem.x.dtype).T
+    return problem.x @ problem.weight.T, h, problem.lora_B, scale
+
+
+@pytest.mark.parametrize("undropped", [False, True], ids=["plain", "peft-dropout"])
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+@every_dtype
+@every_shape
+def test_rescale_fwd(shape, dtypes, bias, undropped):
+    problem = make_problem(*shape, *dtypes, bias=bias)
+    arguments = (*_token_space(problem), problem.bias, problem.scaling)
+    other = torch.randn_like(arguments[0]) if undropped else None
+    _compare("rescale_fwd", *arguments, undropped=other, in_place=False, **ROUNDED)
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["beside", "in-place"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_shape
+def test_rescale_fwd_of_a_product_that_holds_the_bias(shape, dtype, in_place):
+    problem = make_problem(*shape, dtype, bias=True)
+    base_out, *rest = _token_space(problem)
+    own = {"written": (0,) if in_place else (), "in_place": in_place, "base_bias": problem.bias}
+    _compare("rescale_fwd", base_out + problem.bias, *rest, None, problem.scaling, **own, **ROUNDED)
+
+
+def test_rescale_fwd_in_place():
+    problem = make_problem(37, 29, 53, 7, torch.bfloat16, torch.float32)
+    arguments = (*_token_space(problem), None, problem.scaling)
+    _compare("rescale_fwd", *arguments, written=(0,), in_place=True, **ROUNDED)
+    base_out = arguments[0].clone()
+    assert kernels.rescale_fwd(base_out, *arguments[1:], in_place=True, **ROUNDED).data_ptr() == base_out.data_ptr()
+
+
+@pytest.mark.parametrize("saved_is", ["output", "base"])
+@every_dtype
+@every_shape
+def test_rescale_bwd(shape, dtypes, saved_is):
+    problem = make_problem(*shape, *dtypes)
+    base_out, h, lora_B, scale = _token_space(problem)
+    norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
+    needs = ALL_GRADIENTS
+    arguments = (problem.grad_y, base_out, h, lora_B, norm, scale, problem.scaling)
+    own = {"magnitude_dtype": dtypes[1], "B_dtype": dtypes[1], "bias_dtype": dtypes[0]}
+    _compare("rescale_bwd", *arguments, saved_is=saved_is, **needs | own, **ROUNDED)
+
+
+@pytest.mark.parametrize("needed", ["magnitude_dtype", "B_dtype", "bias_dtype", "needs_base"])
+@pytest.mark.parametrize("rank", [7, 40])
+@pytest.mark.parametrize("saved_is", ["output", "base"])
+def test_rescale_bwd_alone(needed, rank, saved_is):
+    """Each gradient without the others; what is not needed is not read."""
+    problem = make_problem(37, 29, 53, rank)
+    base_out, h, lora_B, scale = _token_space(problem)
+    norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
+    needs = dict.fromkeys(ALL_GRADIENTS) | {"needs_base": False, needed: ALL_GRADIENTS[needed]}
+    saved = base_out if needed == "magnitude_dtype" else None
+    h = h if needed == "B_dtype" or (needed == "magnitude_dtype" and saved_is == "base") else None
+    arguments = (problem.grad_y, saved, h, lora_B, norm, scale, problem.scaling)
+    _compare("rescale_bwd", *arguments, saved_is=saved_is, scale_shift=1.0, **needs, **ROUNDED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@every_shape
+def test_rescale_bwd_of_a_product_that_holds_the_bias(shape, dtype):
+    problem = make_problem(*shape, dtype, bias=True)
+    base_out, h, lora_B, scale = _token_space(problem)
+    norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
+    arguments = (problem.grad_y, base_out + problem.bias, h, lora_B, norm, scale, problem.scaling)
+    own = dict.fromkeys(("magnitude_dtype", "B_dtype", "bias_dtype"), dtype)
+    _compare("rescale_bwd", *arguments, saved_is="base", base_bias=problem.bias, **ALL_GRADIENTS | own, **ROUNDED)
+
+
+@pytest.mark.parametrize("rank", [7, 40])
+def test_rescale_bwd_in_chunks(rank):
+    """Enough tokens that several programs share an output feature."""
+    problem = make_problem(700, 9, 13, rank, torch.bfloat16, torch.float32)
+    base_out, h, lora_B, scale = _token_space(problem)
+    norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
+    needs = ALL_GRADIENTS
+    arguments = (problem.grad_y, base_out, h, lora_B, norm, scale, problem.scaling)
+    _compare("rescale_bwd", *arguments, saved_is="base", **needs, **ROUNDED)
+
+
+@pytest.mark.parametrize("splits", [False, True], ids=["whole", "splits"])
+@pytest.mark.parametrize("operation", ["weight_norm", "merge", "merge-in-two"])
+def test_the_norm_casts_A_beside(operation, splits, monkeypatch):
+    if operation == "merge-in-two":
+        module = importlib.import_module("dora_kernels.ops.kernels.merge")
+        monkeypatch.setattr(module, "fuses_norm", lambda *args: False)
+    problem = make_problem(1, 5 if splits else 300, 1100 if splits else 300, 37)
+    options = ROUNDED if operation == "weight_norm" else ROUNDED | {"dtype": torch.bfloat16}
+    casts = []
+    for ops in (kernels, reference):
+        casts.append(torch.empty(37, problem.weight.shape[1], dtype=torch.bfloat16))
+        run = getattr(ops, operation.removesuffix("-in-two"))
+        run(*_factors(problem), problem.scaling, cast_A=casts[-1], **options)
+    assert torch.equal(*casts)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["cast", "scaled"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_scaled_cast(dtype, scaled):
+    factor, scale = torch.randn(19, 133), torch.randn(19)
+    options = {"scale": scale, "scaling": 0.37} if scaled else {}
+    _compare("scaled_cast", factor, dtype, **options, **ROUNDED)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout):
+    """Any strides: weights, adapters and incoming gradients need not be contiguous."""
+    problem = make_problem(18, 14, 22, 6, torch.bfloat16, torch.float32)
+    lay_out = LAYOUTS[layout]
+    factors = [lay_out(t) for t in (problem.weight, problem.lora_A, problem.lora_B)]
+    magnitude = lay_out(problem.magnitude[:, None])[:, 0]
+    _compare("weight_norm", *factors, magnitude, problem.scaling)
+    _compare("merge", *factors, magnitude, problem.scaling, dtype=torch.bfloat16, **ROUNDED)
+    norm, scale = reference.weight_norm(*factors, magnitude, problem.scaling)
+    base_out, h = lay_out(problem.grad_y.flip(0)), lay_out(torch.randn(18, 6, dtype=torch.bfloat16))
+    _compare("rescale_fwd", base_out, h, factors[2], scale, None, problem.scaling, in_place=False, **ROUNDED)
+    needs = ALL_GRADIENTS
+    arguments = (lay_out(problem.grad_y), base_out, h, factors[2], norm, scale, problem.scaling)
+    _compare("rescale_bwd", *arguments, saved_is="base", **needs, **ROUNDED)
+    _compare("scaled_cast", factors[1], torch.bfloat16, **ROUNDED)
+
+
+def test_no_tokens():
+    problem = make_problem(0, 5, 7, 3, torch.bfloat16, torch.float32)
+    base_out, h, lora_B, scale = _token_space(problem)
+    norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
+    assert kernels.rescale_fwd(base_out, h, lora_B, scale, None, 1.0, in_place=True, **ROUNDED).shape == (0, 5)
+    needs = ALL_GRADIENTS
+    grads = kernels.rescale_bwd(
+        problem.grad_y, base_out, h, lora_B, norm, scale, 1.0, saved_is="output", **needs, **ROUNDED
+    )
+    assert [grad.shape for grad in grads] == [(5,), (5, 3), (5,), (0, 5)]
+    assert all(grad.eq(0).all() for grad in grads)
+
+
+def test_an_fp32_factor_is_not_cut_to_16_bits():
+    """z = −1 and h Bᵀ = 1 + 2⁻¹⁰ cancel to what a bf16 B would not hold."""
+    ones, lora_B = torch.ones(37, 1, dtype=torch.bfloat16), torch.full((29, 1), 1 + 2.0**-10)
+    base_out, scale = -torch.ones(37, 29, dtype=torch.bfloat16), torch.ones(29)
+    y = kernels.rescale_fwd(base_out, ones, lora_B, scale, None, 1.0, in_place=False, rounding="nearest", salt=0)
+    assert y.eq(2.0**-10).all()

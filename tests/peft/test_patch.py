@@ -1,0 +1,285 @@
+"""A patched PEFT model means what the unpatched one means, in everything PEFT lets one do with it."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from peft.helpers import DoraCaching
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dora_kernels.peft import patch_peft, unpatch_peft
+from tests.support.peft_models import assert_close, count_fused, dora_config, infer, peft_model, step, trained, twins
+from tests.support.tiny_models import FAMILIES
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+LAYERS = {"llama": 14, "gpt2": 8, "bert": 14, "t5": 32}
+
+
+@FAMILY
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_outputs_and_every_gradient(family, impl):
+    plain, patched = twins(family)
+    report = patch_peft(patched, impl=impl)
+    assert len(report.fused) == LAYERS[family]
+    with count_fused() as calls:
+        assert_close(step(patched), step(plain))
+        assert_close(infer(patched.eval()), infer(plain.eval()))
+    assert len(calls) == 2 * LAYERS[family]
+
+
+@FAMILY
+def test_patching_changes_no_key_and_unpatching_no_bit(family):
+    plain, patched = twins(family)
+    before = {name: (id(p), p.requires_grad) for name, p in patched.named_parameters()}
+    attributes = {path: set(vars(module)) for path, module in patched.named_modules()}
+    expected = step(plain)
+    for _ in range(2):
+        report = patch_peft(patched)
+        assert str(patch_peft(patched)) == str(report), "patching twice is patching once"
+        assert {name: (id(p), p.requires_grad) for name, p in patched.named_parameters()} == before
+        assert patched.state_dict().keys() == plain.state_dict().keys()
+        assert all(torch.equal(value, plain.state_dict()[key]) for key, value in patched.state_dict().items())
+        unpatch_peft(unpatch_peft(patched))
+        assert {path: set(vars(module)) for path, module in patched.named_modules()} == attributes
+        assert {type(m) for m in patched.modules()} == {type(m) for m in plain.modules()}
+        for name, value in step(patched).items():
+            assert torch.equal(value, expected[name]), name
+
+
+CONFIGS = {
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 5, "layers.0.mlp.up_proj": 1}},
+    "some_targets": {"target_modules": ["q_proj", "down_proj"]},
+    "dropout": {"lora_dropout": 0.3},
+    "modules_to_save": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+    "rank_above_size": {"r": 70},
+    "bias_none_of_llama": {"bias": "all"},
+}
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_configs(options):
+    plain, patched = twins(**options)
+    patch_peft(patched)
+    with count_fused() as calls:
+        assert_close(step(patched), step(plain))
+        assert calls
+        assert_close(infer(patched.eval()), infer(plain.eval()))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_trained_base_bias(family, bias):
+    plain, patched = twins(family, bias=bias)
+    patch_peft(patched)
+    gradients = step(patched)
+    assert any("base_layer.bias" in name for name in gradients)
+    with count_fused() as calls:
+        assert_close(step(patched), step(plain))
+    assert len(calls) == LAYERS[family]
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_dropout_draws_pefts_mask(impl):
+    plain, patched = twins("gpt2", lora_dropout=0.5)
+    patch_peft(patched, impl=impl)
+    assert_close(step(patched, seed=3), step(plain, seed=3))
+    different = step(patched, seed=4)["logits"]
+    assert not torch.allclose(different, step(patched, seed=3)["logits"]), "it does drop"
+    assert_close(step(patched.eval()), step(plain.eval()))
+
+
+# What a user may do to a model: each runs on a patched and an unpatched one. A number is how many calls are fused.
+def _disabled(model):
+    with model.disable_adapter():
+        off = infer(model)
+    return {"off": off["logits"]} | infer(model)
+
+
+def _merged(model, **options):
+    model.merge_adapter(**options)
+    merged = infer(model)
+    weights = {f"merged {n}": p.clone() for n, p in model.named_parameters() if "base_layer" in n}
+    model.unmerge_adapter()
+    return {"merged": merged["logits"]} | weights | infer(model)
+
+
+def _merged_and_unloaded(model, **options):
+    return infer(model.merge_and_unload(**options))
+
+
+def _another_adapter(model):
+    torch.manual_seed(1)
+    model.add_adapter("other", dora_config(r=2, target_modules=["q_proj", "up_proj", "c_attn"]))
+    trained(model, seed=5, adapter="other")
+    before = infer(model)
+    model.set_adapter("other")
+    other = step(model)
+    model.set_adapter("default")
+    return {"before": before["logits"], "other": other["logits"]} | step(model)
+
+
+def _deleted(model):
+    _another_adapter(model)
+    model.delete_adapter("default")
+    model.set_adapter("other")
+    return step(model)
+
+
+def _two_active(model):
+    _another_adapter(model)
+    model.base_model.set_adapter(["default", "other"])
+    return step(model)
+
+
+def _lora_beside(model):
+    torch.manual_seed(1)
+    model.add_adapter("plain", dora_config(use_dora=False, init_lora_weights=False))
+    model.set_adapter("plain")
+    lora = step(model)["logits"]
+    model.set_adapter("default")
+    return {"lora": lora} | step(model)
+
+
+def _cached(model):
+    model.eval()
+    with DoraCaching():
+        first = infer(model)["logits"]
+        caches = [len(m._dora_cache) for m in model.modules() if hasattr(m, "_dora_cache")]
+        assert caches and all(caches), "PEFT's caches fill"
+        second = infer(model)["logits"]
+    outside = infer(model)
+    assert not any(m._dora_cache for m in model.modules() if hasattr(m, "_dora_cache")), "and are emptied"
+    return {"first": first, "second": second} | outside
+
+
+def _scaled(model):
+    with peft.helpers.rescale_adapter_scale(model, 0.5):
+        halved = infer(model)["logits"]
+    return {"halved": halved} | infer(model)
+
+
+def _checkpointed(model, use_reentrant):
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    return step(model)
+
+
+ACTS = {
+    "disable_adapter": (_disabled, 14),
+    "merge_and_unmerge": (_merged, 14),
+    "safe_merge": (lambda model: _merged(model, safe_merge=True), 14),
+    "merge_and_unload": (_merged_and_unloaded, 0),
+    "merge_and_unload_safely": (lambda model: _merged_and_unloaded(model, safe_merge=True), 0),
+    "unload": (lambda model: infer(model.unload()), 0),
+    "add_and_set_adapter": (_another_adapter, 14 + 4 + 14),
+    "delete_adapter": (_deleted, 14 + 4 + 14 + 4),
+    # Ten layers have one active adapter, four have two.
+    "two_active_adapters": (_two_active, 14 + 4 + 14 + 10),
+    "lora_beside_dora": (_lora_beside, 14),
+    "dora_caching": (_cached, 14),
+    "rescaled": (_scaled, 28),
+    # The recomputation runs each layer again.
+    "activation_checkpointing": (lambda model: _checkpointed(model, use_reentrant=False), 28),
+    "reentrant_checkpointing": (lambda model: _checkpointed(model, use_reentrant=True), 28),
+    "frozen_adapter": (lambda model: infer(model.requires_grad_(False)), 14),
+    "deepcopy": (lambda model: step(copy.deepcopy(model)), 14),
+    "pickle": (lambda model: step(pickle.loads(pickle.dumps(model))), 14),
+}
+
+
+@pytest.mark.parametrize(("act", "fused"), ACTS.values(), ids=ACTS)
+def test_acts(act, fused):
+    plain, patched = twins()
+    patch_peft(patched)
+    expected = act(plain)
+    with count_fused() as calls:
+        assert_close(act(patched), expected)
+    assert len(calls) == fused
+
+
+def test_a_copy_unpatches_by_itself():
+    patched = peft_model()
+    patch_peft(patched)
+    twin = copy.deepcopy(patched)
+    unpatch_peft(twin)
+    for model, fused in ((twin, 0), (patched, 14)):
+        with count_fused() as calls:
+            infer(model)
+        assert len(calls) == fused
+
+
+def test_modules_stay_what_they_were():
+    patched = peft_model()
+    patch_peft(patched)
+    layer = patched.base_model.model.model.layers[0].self_attn.q_proj
+    assert isinstance(layer, peft.tuners.lora.Linear)
+    assert repr(layer).startswith("lora.FusedLinear(\n  (base_layer): Linear(")
+
+
+def test_unpatched_under_a_wrapper_made_while_patched():
+    # accelerate's hooks keep the bound forward they found.
+    patched = peft_model(target_modules=["q_proj"])
+    patch_peft(patched)
+    for module in patched.modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            module.forward = lambda *args, forward=module.forward, **kwargs: forward(*args, **kwargs)
+    with count_fused() as calls:
+        expected = infer(patched)
+        assert len(calls) == 2
+        unpatch_peft(patched)
+        assert_close(infer(patched), expected)
+        assert len(calls) == 2
+
+
+def test_a_vector_comes_back_as_pefts_one_row():
+    for layer in (nn.Linear(6, 5), nn.Linear(6, 5, bias=False)):
+        model = peft.get_peft_model(nn.Sequential(layer), dora_config(target_modules=["0"]))
+        patch_peft(model)
+        fused, left = model(torch.ones(1, 6)), model(torch.ones(6))
+        assert left.shape == (1, 5)
+        assert torch.allclose(left, fused)
+
+
+def test_pefts_errors_are_pefts():
+    plain, patched = (model.base_model.model.model.layers[0].self_attn.q_proj for model in twins(dtype=torch.float32))
+    patch_peft(patched)
+    calls = {
+        "width": lambda layer: layer(torch.ones(2, 7)),
+        "dtype": lambda layer: layer(torch.ones(2, 32, dtype=torch.bfloat16)),
+        "mixed_batch": lambda layer: layer(torch.ones(1, 32), adapter_names=["default"]),
+    }
+    for name, call in calls.items():
+        with pytest.raises((RuntimeError, ValueError)) as expected:
+            call(plain)
+        with pytest.raises(type(expected.value)) as actual:
+            call(patched)
+        assert str(actual.value) == str(expected.value), name
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_is_exact_with_dropout(use_reentrant):
+    model = peft_model(dtype=torch.bfloat16, lora_dropout=0.3)
+    patch_peft(model)
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    gradients = []
+    for run in (lambda x: layer(x), lambda x: checkpoint(layer, x, use_reentrant=use_reentrant)):
+        model.zero_grad()
+        torch.manual_seed(0)
+        x = torch.randn(5, 32).bfloat16().requires_grad_()
+        run(x).sigmoid().sum().backward()
+        gradients.append([x.grad] + [p.grad for p in layer.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_compiled_without_a_graph_break():
+    plain, patched = twins(target_modules=["q_proj", "down_proj"])
+    patch_peft(patched, impl="reference")
+    torch._dynamo.reset()
+    compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
+    actual = {name.removeprefix("_orig_mod."): value for name, value in step(compiled).items()}
+    assert_close(actual, step(plain))

@@ -1,0 +1,110 @@
+"""Prints what `torch.compile` makes of a layer with compiled (not interpreted) kernels, on a machine without a GPU.
+
+tests/ops/test_compile.py runs it in a process of its own: pytest's has bound the kernels to the interpreter. Fake CPU
+tensors stand for a GPU's, so that everything is traced and nothing runs; one JSON object per line, by case.
+"""
+
+import json
+import os
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import torch
+import triton
+from torch._functorch.aot_autograd import aot_module_simplified
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+
+import dora_kernels as dk
+from dora_kernels.ops import dispatch
+from tests.support.stand_in_gpu import taken_for_gpu
+
+CASES = {
+    "token_bias_rank_64": {"space": "token", "bias": True, "R": 64},
+    "token_peft_dropout": {"space": "token", "lora_dropout": 0.1, "dropout_mode": "peft"},
+    "weight": {"space": "weight"},
+    # The number of tokens as a symbol, on which dispatch decides.
+    "auto_dynamic": {"space": "auto", "dynamic": True},
+}
+
+
+class _HopperDriver:
+    """Lets Triton lower the kernels, from which torch.compile learns what each of them writes."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+
+def call_names(module):
+    """The operators and kernels that a graph calls, bodies of autograd functions included."""
+    names = []
+    for graph_module in module.modules():
+        if not isinstance(graph_module, torch.fx.GraphModule):
+            continue
+        for node in graph_module.graph.nodes:
+            if "kernel_idx" in node.kwargs:
+                names.append(kernel_side_table.get_kernel(node.kwargs["kernel_idx"]).fn.__name__)
+            elif node.op == "call_function":
+                names.append(getattr(node.target, "__name__", str(node.target)))
+            elif node.op == "call_method":
+                names.append(node.target)
+    return names
+
+
+def problem(make, *, bias=False, R=16, **options):
+    """A layer in training, its input and the gradient of its output, their values from `make`."""
+    M, N, K, dtype = 64, 48, 80, torch.bfloat16
+    linear = torch.nn.Linear(K, N, bias=bias, dtype=dtype)
+    layer = dk.DoraLinear.from_linear(linear, r=R, lora_alpha=32, impl="reference", **options).train()
+    return layer, make(2, M // 2, K, dtype=dtype).requires_grad_(), make(2, M // 2, N, dtype=dtype)
+
+
+def capture(*, dynamic=False, **options):
+    """{"traced": one list of names per graph, "forward": names, "backward": names}"""
+    captured = {"traced": [], "forward": None, "backward": None}
+
+    def compiler(direction):
+        def keep(graph_module, inputs):
+            captured[direction] = call_names(graph_module)
+            return graph_module.forward
+
+        return keep
+
+    def backend(graph_module, inputs):
+        captured["traced"].append(call_names(graph_module))
+        return aot_module_simplified(
+            graph_module, inputs, fw_compiler=compiler("forward"), bw_compiler=compiler("backward")
+        )
+
+    layer, x, grad_y = problem(torch.empty, **options)
+    layer.impl = "triton"
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 1)
+    torch._dynamo.reset()
+    y = torch.compile(layer, fullgraph=True, backend=backend)(x)
+    torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B, layer.magnitude), grad_y)
+    return captured
+
+
+def main():
+    assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter's kernels cannot be compiled"
+    refused = dispatch.choose_impl(torch.device("cpu"))[1]
+    print(json.dumps({"case": "reason_without_gpu", "reason": refused}))
+    triton.runtime.driver.set_active(_HopperDriver())
+    with ExitStack() as stack:
+        stack.enter_context(patch("torch.utils._triton.has_triton", lambda *args: True))
+        stack.enter_context(taken_for_gpu())
+        stack.enter_context(FakeTensorMode())
+        for name, options in CASES.items():
+            print(json.dumps({"case": name} | capture(**options)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""What each process does under `torchrun -m tests.support.shard_training FILE`: FSDP2 around decoder layers.
+
+`fully_shard` gathers a layer's parameters before its forward, so the norms are of whole weights though each process
+holds a part. The losses and the full state dict go to FILE as safetensors.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+import dora_kernels as dk
+from tests.support.tiny_models import VOCAB, llama
+
+STEPS = 4
+CONFIG = dk.DoraConfig(r=3, lora_alpha=6, impl="reference")
+
+
+def batch(step):
+    """Tokens of both processes together: [4, 9]."""
+    return torch.randint(VOCAB, (4, 9), generator=torch.Generator().manual_seed(step))
+
+
+def train(model, part):
+    """The losses of `STEPS` steps of AdamW on `part(batch)`, one number each."""
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    losses = []
+    for step in range(STEPS):
+        tokens = part(batch(step))
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
+def adapted():
+    torch.manual_seed(0)
+    return dk.apply_dora(llama(), CONFIG).train()
+
+
+def sharded(file):
+    dist.init_process_group("gloo")
+    model = adapted()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    magnitude = model.model.layers[0].mlp.up_proj.magnitude
+    assert magnitude.to_local().shape[0] * 2 == magnitude.shape[0], "each process holds half"
+    losses = train(model, lambda tokens: tokens.chunk(2)[dist.get_rank()])
+    dist.all_reduce(losses)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        save_file({"losses": losses / 2} | {name: tensor.contiguous() for name, tensor in state.items()}, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sharded(Path(sys.argv[1]))

@@ -1,0 +1,66 @@
+"""Two processes on one machine: launching them, and what each does under `torchrun -m tests.support.two_processes`.
+
+That is one launch, in which importing is paid once, of five runs: a whole one; one that SIGTERM reaches in one process
+only; its continuation; one on packed rows; and one whose loss goes NaN in one process only.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from tests.support.training_runs import arguments
+from training.__main__ import main
+from training.finetune.trainer import DoraTrainer
+
+# 40 rows in batches of 2 x 1 x 3 are 7 steps an epoch, the last one smaller; dropout needs each process's generators.
+FLAGS = {"batch_size": 1, "max_steps": None, "num_epochs": 2, "gradient_accumulation_steps": 3, "save_step": 100}
+FLAGS |= {"lora_dropout": 0.2}
+STOP = 9
+PACKED = {"batch_size": 1, "max_steps": 1, "save_step": 0, "cutoff_len": 256}
+
+
+def torchrun(*words):
+    """Two processes that do `words`, to their end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, timeout=300)
+
+
+def before_step(number, act):
+    """Calls `act(trainer)` in the second process before step `number`. Returns what undoes this."""
+    step = DoraTrainer.training_step
+
+    def wrapped(self, *arguments):
+        if self.args.process_index == 1 and self.state.global_step == number - 1:
+            act(self)
+        return step(self, *arguments)
+
+    DoraTrainer.training_step = wrapped
+    return lambda: setattr(DoraTrainer, "training_step", step)
+
+
+def poison(trainer):
+    with torch.no_grad():
+        trainer.model.model.layers[1].mlp.up_proj.lora_A[0, 0] = torch.inf
+
+
+def runs(data, folder):
+    main(arguments(data, folder / "whole", **FLAGS))
+    undo = before_step(STOP, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+    main(arguments(data, folder / "stopped", **FLAGS))
+    undo()
+    main(arguments(data, folder / "stopped", "--resume", **FLAGS))
+    main(arguments(data, folder / "packed", "--packing", **PACKED))
+    before_step(3, poison)
+    try:
+        main(arguments(data, folder / "poisoned", **FLAGS | {"save_step": 1}))
+    except SystemExit as error:
+        # One line each: the two processes share the stream.
+        sys.stdout.write(f"process {os.environ['RANK']} said {error}\n")
+
+
+if __name__ == "__main__":
+    runs(*map(Path, sys.argv[1:]))

@@ -1,0 +1,206 @@
+"""Flags: the reference's command line, the YAML file, and every refusal before work starts."""
+
+import shlex
+import shutil
+
+import pytest
+
+from tests.support.training_runs import arguments, data  # noqa: F401
+from training import demo
+from training.__main__ import main
+from training.flags import DEMO, Flags, check_source, parse_flags
+
+REFERENCE = """
+--base_model PATH_TO_MODEL --data_path PATH_TO_DATASET --output_dir PATH_TO_OUTPUT_DIR --batch_size 1 --num_epochs 3
+--learning_rate 3e-4 --cutoff_len 512 --val_set_size 500 --use_compile True --use_peft --quantize --eval_step 10
+--save_step 100 --device "cuda:0" --lora_r 16 --lora_alpha 32 --lora_dropout 0.05
+--lora_target_modules "q_proj,k_proj,v_proj,o_proj" --hub_model_id "YOUR_HF_REPO" --push_to_hub
+"""
+
+
+def test_the_references_command_as_printed():
+    flags, is_demo = parse_flags(shlex.split(REFERENCE))
+    assert not is_demo
+    assert flags == Flags(
+        base_model="PATH_TO_MODEL", data_path="PATH_TO_DATASET", output_dir="PATH_TO_OUTPUT_DIR", batch_size=1,
+        num_epochs=3, learning_rate=3e-4, cutoff_len=512, val_set_size=500, use_compile=True, use_peft=True,
+        quantize=True, eval_step=10, save_step=100, device="cuda:0", lora_r=16, lora_alpha=32, lora_dropout=0.05,
+        lora_target_modules="q_proj,k_proj,v_proj,o_proj", hub_model_id="YOUR_HF_REPO", push_to_hub=True,
+    )  # fmt: skip
+    assert flags.target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize("words, value", [([], True), (["--use_dora"], True), (["--no_use_dora"], False)], ids=str)
+def test_dora_or_lora(words, value):
+    assert parse_flags(["--base_model", "a", "--data_path", "b", *words])[0].use_dora is value
+
+
+def test_without_targets_all_linears_are_adapted():
+    assert parse_flags(["--base_model", "a", "--data_path", "b"])[0].target_modules == "all-linear"
+
+
+def test_the_demo_has_its_own_settings_and_the_user_wins():
+    flags, is_demo = parse_flags(["--learning_rate", "0.5"])
+    assert is_demo and flags.learning_rate == 0.5
+    assert (flags.base_model, flags.batch_size) == (str(demo.BASE), DEMO["batch_size"])
+
+
+def test_dashes_are_as_good_as_underscores():
+    flags, is_demo = parse_flags(["--base-model", "a", "--data-path=b", "--no-fused", "--use-peft"])
+    assert not is_demo and (flags.base_model, flags.data_path, flags.fused) == ("a", "b", False)
+
+
+def test_the_demo_refuses_what_its_loop_cannot(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(["--quantize"])
+    assert "the demo has no --quantize: give --base_model and --data_path" in capsys.readouterr().err
+
+
+def test_yaml_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "base_model: model\ndata_path: rows.jsonl\nlearning_rate: 1e-3\nuse_peft: true\nuse_dora: false\n"
+        "lora_target_modules: [q_proj, v_proj]\nval_set_size: null\nbatch_size: 4\n"
+    )
+    flags, is_demo = parse_flags(["--batch_size", "8", "--config", str(path), "--use_dora"])
+    assert not is_demo and (flags.base_model, flags.data_path) == ("model", "rows.jsonl")
+    assert flags.learning_rate == 1e-3 and flags.use_peft and flags.target_modules == ["q_proj", "v_proj"]
+    assert flags.batch_size == 8 and flags.use_dora and flags.val_set_size is None
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rat: 1", "has an unknown key 'learning_rat'; did you mean --learning_rate?"),
+        ("[1, 2]", "should hold `flag: value` lines, got list"),
+        ("a: [", "is not YAML"),
+        ("batch_size: many", "--batch-size: invalid int value: 'many'"),
+        ("base_model: a\ndata_path: b\nuse_peft: perhaps", "argument --use_peft"),
+        (None, "No such file"),
+    ],
+    ids=["unknown key", "list", "not yaml", "wrong type", "wrong bool", "absent"],
+)
+def test_a_bad_config_is_named(tmp_path, capsys, text, message):
+    path = tmp_path / "run.yaml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit):
+        parse_flags(["--config", str(path)])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--learning", "0.1"], "unrecognized arguments: --learning 0.1; did you mean --learning_rate?"),
+        (["--impl", "cuda"], "invalid choice: 'cuda'"),
+        (
+            ["--base_model", "a", "--data_path", "b", "--init_adapter", "c", "--lora_r", "4"],
+            "--lora_r is decided by --init_adapter's own adapter_config.json",
+        ),
+    ],
+    ids=["abbreviated", "choice", "init_adapter decides"],
+)
+def test_what_the_parser_refuses(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(words)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"base_model": "./absent"}, r"`--base_model` \./absent does not exist"),
+        ({"base_model": "tests"}, "`--base_model` tests is not a folder with a config.json"),
+        ({"base_model": None}, "`--base_model` is needed as well"),
+        ({"data_path": "absent.jsonl"}, "`--data_path` absent.jsonl does not exist"),
+        ({"device": "cuda:0"}, r"`--device` cuda:0 is not there \(0 CUDA devices found\): use --device cpu"),
+        ({"device": "gpu"}, "`--device` should be cpu, cuda or cuda:N but the value passed is gpu"),
+        ({"lora_r": 0}, "`--lora_r` should be a positive integer value but the value passed is 0"),
+        ({"lora_dropout": 1.0}, r"`--lora_dropout` should be .*1\.0"),
+        ({"lora_target_modules": "no_such_proj"}, "no_such_proj"),
+        ({"lora_target_modules": ""}, "target_modules"),
+        ({"learning_rate": -1.0}, "`--learning_rate` should be 0 or more but the value passed is -1.0"),
+        ({"learning_rate": "nan"}, "`--learning_rate` should be 0 or more but the value passed is nan"),
+        ({"batch_size": 0}, "`--batch_size` should be a positive integer value but the value passed is 0"),
+        ({"max_steps": -1}, "`--max_steps` should be 0 or more but the value passed is -1"),
+        ({"warmup_ratio": 2.0}, r"`--warmup_ratio` should be in \[0, 1\] but the value passed is 2.0"),
+        ({"val_set_size": 50}, "`--val_set_size` 50 should be smaller than the data, which has 50 usable rows"),
+        ({"cutoff_len": 8}, r"50 of 50 rows cannot be used:\n  rows.jsonl, row 1: too long: .* --cutoff_len 8"),
+        ({"fused": False}, "`--no-fused` compares with PEFT's own code: it needs --use_peft"),
+        ({"push_to_hub": True}, "`--push_to_hub` needs --hub_model_id"),
+        ({"use_liger": True}, "`--use_liger` needs a CUDA device"),
+        ({"report_to": "wandb,nothing"}, "`--report_to` (nothing|wandb) is not installed or not known"),
+        ({"assistant_only_loss": True}, "`--assistant_only_loss` needs the column `messages`"),
+        ({"init_adapter": "absent", "lora_r": None}, "`--init_adapter` absent is not a folder with an adapter_config"),
+    ],
+    ids=lambda value: "-".join(map(str, next(iter(value.items())))) if isinstance(value, dict) else None,
+)
+def test_bad_input_is_an_error_before_work_starts(data, tmp_path, monkeypatch, flags, message):  # noqa: F811
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    output_dir = tmp_path / "out"
+    given = {"data_path": data} | flags
+    with pytest.raises(SystemExit, match=message) as error:
+        main(arguments(given.pop("data_path"), output_dir, **given))
+    assert str(error.value).startswith("error: ")
+    assert not output_dir.exists()
+
+
+def test_a_misspelled_target_is_found_before_the_weights_are_read(data, tmp_path):  # noqa: F811
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo.BASE / name, tmp_path)
+    flags = {"base_model": tmp_path, "lora_target_modules": "q_proj,kproj"}
+    with pytest.raises(SystemExit, match=r"\['kproj'\] not found .* named: .*k_proj"):
+        main(arguments(data, tmp_path / "out", **flags))
+    with pytest.raises(SystemExit, match=r"no file named model\.safetensors"):
+        main(arguments(data, tmp_path / "out", **flags | {"lora_target_modules": "q_proj,k_proj"}))
+
+
+@pytest.mark.parametrize(
+    "device, expected",
+    [
+        ("", "cuda:1"),
+        ("cuda", "cuda:1"),
+        ("cuda:1", "cuda:1"),
+        ("cpu", "cpu"),
+        ("cuda:0", "`--device` cuda:0 is one GPU for several processes: use --device cuda"),
+    ],
+    ids=["default", "cuda", "its own", "cpu", "another's"],
+)
+def test_each_process_takes_the_gpu_of_its_number(monkeypatch, device, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    if expected.startswith("`"):
+        with pytest.raises(ValueError, match=expected):
+            _ = Flags(device=device).torch_device
+    else:
+        assert str(Flags(device=device).torch_device) == expected
+
+
+@pytest.mark.parametrize("device", ["", "cuda", "cuda:0"])
+def test_one_process_takes_the_first_gpu(monkeypatch, device):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert str(Flags(device=device).torch_device) == "cuda:0"
+    with pytest.raises(ValueError, match=r"`--device` cuda:1: .* run with CUDA_VISIBLE_DEVICES=1 and --device cuda:0"):
+        _ = Flags(device="cuda:1").torch_device
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match=r"cuda:2, for process 2 of this machine, is not there \(2 CUDA devices"):
+        _ = Flags().torch_device
+
+
+@pytest.mark.parametrize("name", ["meta-llama/Meta-Llama-3-8B", "timdettmers/openassistant-guanaco", "gpt2"], ids=str)
+def test_a_hub_id_is_left_to_the_hub(name):
+    check_source("base_model", name)
+
+
+def test_another_runs_folder_is_not_overwritten(data, tmp_path):  # noqa: F811
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(SystemExit, match="holds checkpoint-3 of an earlier run: continue it with --resume"):
+        main(arguments(data, tmp_path))

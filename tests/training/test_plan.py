@@ -1,0 +1,251 @@
+"""The plan against counted allocations: a tracker that sees every tensor of a real step, and knows no formula."""
+
+import weakref
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from triton.runtime.interpreter import InterpretedFunction
+
+import dora_kernels as dk
+from tests.tolerances import PLAN
+from training import memory_model
+from training.memory_model import nf4_bytes, planned_model, predict
+from training.plan import main
+
+SIZES = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+RANK = 8
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that operations return, from their birth until Python and autograd let go of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.live, self.peak, self.paused = {}, 0, 0, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor) and not self.paused:
+                self.add(value)
+        return result
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.live += self.sizes[key]
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key):
+        self.live -= self.sizes.pop(key)
+
+    @contextmanager
+    def as_on_a_gpu(self):
+        """Kernels' launchers allocate and nothing is launched; and the product of 16-bit factors with an fp32 result,
+        one GEMM on a GPU, does without the fp32 copies of its factors that it needs on a CPU."""
+
+        def mm_fp32(a, b):
+            self.paused = True
+            product = a.float() @ b.float()
+            self.paused = False
+            return product.clone()
+
+        with (
+            patch.object(InterpretedFunction, "run", lambda self, *args, **kwargs: None),
+            patch("dora_kernels.ops.dora_linear.mm_fp32", mm_fp32),
+        ):
+            yield
+
+
+def quantized(model):
+    """Every linear but the head in NF4, as `BitsAndBytesConfig` with double quantisation leaves it."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: no NF4 model to count")
+    for path, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and path != "lm_head":
+            with torch.device("meta"):
+                layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=module.bias is not None)
+            layer.compute_dtype, layer.bias = torch.bfloat16, module.bias
+            weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            layer.weight = weight.to("cpu")
+            model.set_submodule(path, layer)
+    return model
+
+
+def count(config, batch_size, cutoff_len, *, quantize=False, checkpointing=False, loss="whole"):
+    """Bytes before the step, with all gradients and moments; and the peak of the step, as training takes it."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = dk.apply_dora(quantized(model) if quantize else model, dk.DoraConfig(r=RANK, impl="triton")).train()
+    if checkpointing:
+        # As the trainers do; transformers is changing its name.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable(None)
+    forward = prepare(model, loss)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    live = LiveBytes()
+    for parameter in model.parameters():
+        live.add(parameter)
+        state = getattr(parameter, "quant_state", None)
+        for value in [] if state is None else state.as_dict(packed=False).values():
+            if isinstance(value, torch.Tensor):
+                live.add(value)
+    for buffer in model.buffers():
+        live.add(buffer)
+
+    def accumulate(tokens):
+        with torch.autocast("cpu", torch.bfloat16):
+            result = forward(tokens)
+        result.backward()
+
+    with live.as_on_a_gpu(), live:
+        accumulate(torch.zeros(1, 8, dtype=torch.int64))
+        optimizer.step()  # its moments exist from here on, and the gradients, which accumulate
+        before = live.peak = live.live
+        accumulate(torch.zeros(batch_size, cutoff_len, dtype=torch.int64))
+        optimizer.step()
+    return before, live.peak
+
+
+def prepare(model, loss):
+    """The loss of [batch, length] tokens, in the three ways of `memory.LOSSES`."""
+    if loss == "liger":
+        pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+        from training.model.liger import use_fused_loss
+
+        use_fused_loss(model)
+    if loss == "tiled":
+        utils = pytest.importorskip("trl.trainer.utils", reason="TRL is not installed")
+        utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+        return lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False, fused_lm_head=True).loss
+    return lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+def assert_predicted(config, batch_size, cutoff_len, *, quantize=False, checkpointing=False, loss="whole"):
+    before, peak = count(config, batch_size, cutoff_len, quantize=quantize, checkpointing=checkpointing, loss=loss)
+    plan = predict(
+        planned_model(config, lora_r=RANK, quantize=quantize),
+        batch_size=batch_size,
+        cutoff_len=cutoff_len,
+        activation_checkpointing=checkpointing,
+        loss=loss,
+    )
+    static = plan.weights + plan.adapters + plan.gradients + plan.optimizer
+    # bitsandbytes' tables and Adam's step counters are left out.
+    assert static == pytest.approx(before, rel=0.01)
+    # Without the weights, in whose shadow an error could hide.
+    assert plan.peak - static == pytest.approx(peak - before, rel=PLAN)
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (2, 128), (4, 96)], ids=str)
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("quantize", [False, True], ids=["dense", "nf4"])
+def test_the_peak_of_a_step(quantize, checkpointing, shape):
+    assert_predicted(LlamaConfig(**SIZES), *shape, quantize=quantize, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config])
+def test_other_models(config, checkpointing):
+    """Qwen2 has biases, before which the product is kept; Qwen3 normalises each head."""
+    assert_predicted(config(**SIZES | {"num_key_value_heads": 4}, head_dim=16), 2, 128, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize(
+    ("quantize", "intermediate_size", "tokens"), [(False, 512, 256), (True, 1024, 128)], ids=["dense", "nf4"]
+)
+def test_few_tokens_for_the_weight(quantize, intermediate_size, tokens):
+    """Dense weights run in token space and a norm's backward is the highest; of NF4 it is W' beside the tokens' own."""
+    sizes = {"hidden_size": 512, "intermediate_size": intermediate_size, "num_hidden_layers": 1}
+    assert_predicted(LlamaConfig(**SIZES | sizes), 1, tokens, quantize=quantize, checkpointing=True)
+
+
+def test_tied_embeddings_count_once():
+    assert_predicted(LlamaConfig(**SIZES | {"tie_word_embeddings": True}), 1, 128)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("loss", memory_model.LOSSES)
+def test_losses_over_a_large_vocabulary(loss, checkpointing, monkeypatch):
+    """The vocabulary of 4000 makes the loss the larger part; TRL's tile is cut down in proportion."""
+    if loss == "tiled":
+        kernels = pytest.importorskip("trl.kernels.chunked_logprob", reason="TRL is not installed")
+        from trl.trainer import utils
+
+        assert (kernels.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE) == memory_model.TRL_TILE
+        monkeypatch.setattr(memory_model, "TRL_TILE", (4096, 1024))
+        monkeypatch.setattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 1024)
+        for module in (kernels, utils):  # or it runs PyTorch's operations, with more of them alive
+            monkeypatch.setattr(module, "_use_triton", lambda device: True)
+        # One GEMM on a GPU, which accumulates in place.
+        monkeypatch.setattr(kernels, "_addmm_fp32", lambda total, a, b: total)
+    assert_predicted(LlamaConfig(**SIZES | {"vocab_size": 4000}), 2, 128, checkpointing=checkpointing, loss=loss)
+
+
+def test_nf4_is_4_127_bits_a_weight():
+    assert nf4_bytes(4096 * 4096) * 8 / 4096**2 == pytest.approx(4.127, abs=5e-4)
+
+
+def test_the_largest_batch_is_the_last_that_fits():
+    planned = planned_model(LlamaConfig(**SIZES), lora_r=RANK)
+    step = {"cutoff_len": 128, "activation_checkpointing": True, "loss": "whole"}
+    budget = 0.1 * memory_model.USABLE * 2**30
+    batch = memory_model.largest_batch(planned, 0.1, **step)
+    assert (
+        predict(planned, batch_size=batch, **step).peak <= budget < predict(planned, batch_size=batch + 1, **step).peak
+    )
+    assert memory_model.largest_batch(planned, 1e-4, **step) == 0
+
+
+def test_the_command_needs_a_config_alone(tmp_path, capsys):
+    LlamaConfig(**SIZES).save_pretrained(tmp_path)
+    main([f"--base_model={tmp_path}", "--batch_size=4", "--cutoff_len=128", "--quantize", "--card=24"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("llama, 3 layers, base in NF4; DoRA of rank 16 on 21 linears; 4 × 128 tokens")
+    assert "prediction" in lines[1]
+    assert [line.split("  ")[0] for line in lines[2:]][-2:] == ["peak", "largest batch on 24 GB"]
+    assert sum("largest batch" in line for line in lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cutoff_len=0"], "should be a positive integer value but the value passed is 0"),
+        (["--batch_size=-1"], "should be a positive integer value but the value passed is -1"),
+        (["--lora_r=x"], "should be a positive integer value but the value passed is x"),
+        (["--card=nan"], "should be a positive number of GiB but the value passed is nan"),
+        (["--batch=2"], "unrecognized arguments: --batch=2"),
+        (["--use_liger", "--whole_logits"], "not allowed with"),
+        (["--base_model={tmp}/empty"], "error: `--base_model` {tmp}/empty is not a folder with a config.json"),
+        (["--base_model={tmp}/nowhere/at/all"], "error: `--base_model` {tmp}/nowhere/at/all has no config"),
+        (["--base_model={tmp}/gpt2"], "'gpt2' cannot be predicted; known are llama, qwen2, qwen3"),
+        (["--base_model={tmp}/llama", "--lora_target_modules=lm_head"], "lm_head is outside the decoder layers"),
+        (["--base_model={tmp}/llama", "--lora_target_modules=nothing"], "nothing"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_one_sentence(arguments, message, tmp_path, capsys):
+    from transformers import GPT2Config
+
+    (tmp_path / "empty").mkdir()
+    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    LlamaConfig(**SIZES).save_pretrained(tmp_path / "llama")
+    with pytest.raises(SystemExit) as stopped:
+        main([argument.format(tmp=tmp_path) for argument in arguments])
+    said = str(stopped.value) if isinstance(stopped.value.code, str) else capsys.readouterr().err
+    assert message.format(tmp=tmp_path) in said
+    assert "\n" not in said.strip().split("error: ")[-1]

@@ -1,0 +1,35 @@
+"""An output folder belongs to one run, and to one process at a time."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from .checkpoint import list_checkpoints
+
+LOCK = ".lock"
+
+
+def check_folder(output_dir: Path, resume: bool) -> None:
+    """Refuse to mix a new run into the checkpoints of another."""
+    if not resume and (there := list_checkpoints(output_dir)):
+        raise ValueError(
+            f"{output_dir} holds {there[0].name} of an earlier run: "
+            "continue it with --resume, or choose another --output_dir"
+        )
+
+
+@contextmanager
+def sole_run(output_dir: Path) -> Iterator[None]:
+    """Holds the folder, made if need be, until the scope or the process ends. Raises ValueError if another holds it."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    # Not through a link, to a file that is not the run's own.
+    with open(output_dir / LOCK, "w", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o666)) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is writing to {output_dir}: wait for it, or choose another --output_dir"
+            ) from None
+        yield

@@ -1,0 +1,1 @@
+"""Several processes: who started them, what they share, and how weights are sharded."""

@@ -1,0 +1,149 @@
+"""What merging and exporting share: an adapter on its base model, what is lost of its update, and where results go."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+
+import dora_kernels as dk
+from dora_kernels.adapters.peft_config import CONFIG_NAME, read_config
+from dora_kernels.adapters.save_load import WEIGHTS_NAME
+from dora_kernels.layers.linear import DoraLinear
+
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "chat_template*", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+"""As they are: what the tokenizer class would write anew lacks the sentencepiece file that llama.cpp reads."""
+
+MODEL_CLASSES = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
+
+
+@dataclass
+class Sources:
+    """An adapter folder and the base model it belongs to, checked before any weight is read.
+
+    Args:
+        adapter: folder with PEFT's two files, from `save_adapter` or from PEFT.
+        base_model: folder or Hub id; None takes the one that the adapter names.
+
+    Raises:
+        FileNotFoundError: a folder or a file is missing. ValueError: not a DoRA adapter, no base model, or a quantised
+            one. OSError: what the Hub answers.
+    """
+
+    adapter: Path
+    base_model: str | None = None
+    config: transformers.PretrainedConfig = field(init=False)
+    task_type: str | None = field(init=False)
+
+    def __post_init__(self):
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (self.adapter / name).is_file():
+                raise FileNotFoundError(f"`--adapter` {self.adapter} should be a folder with {name}")
+        read_config(self.adapter)  # says what is not supported
+        fields = json.loads((self.adapter / CONFIG_NAME).read_text(encoding="utf-8"))
+        self.task_type = fields.get("task_type")
+        self.base_model = self.base_model or fields.get("base_model_name_or_path")
+        if not self.base_model:
+            raise ValueError(f"{self.adapter / CONFIG_NAME} names no base model: say which with --base_model")
+        local = Path(self.base_model)
+        # A Hub id has one slash at most.
+        if not (local / "config.json").is_file() and (local.exists() or len(local.parts) > 2 or local.is_absolute()):
+            raise FileNotFoundError(f"the base model {self.base_model} should be a Hub id or a folder with config.json")
+        try:
+            self.config = AutoConfig.from_pretrained(self.base_model)
+        except (OSError, ValueError) as error:
+            raise OSError(
+                f"the base model {self.base_model} is neither here nor readable from the Hub: {error}"
+            ) from error
+        if getattr(self.config, "quantization_config", None) is not None:
+            raise ValueError(
+                f"the base model {self.base_model} is quantised, and so would be the result: pass the original, "
+                "unquantised model as --base_model"
+            )
+
+    def load(self) -> PreTrainedModel:
+        """The base model in its own dtype, on the CPU, with the adapter in it."""
+        named = getattr(transformers, (self.config.architectures or [""])[0], AutoModelForCausalLM)
+        cls = MODEL_CLASSES.get(self.task_type, named)
+        return dk.load_adapter(cls.from_pretrained(self.base_model, dtype="auto"), self.adapter).eval()
+
+    def copy_tokenizer(self, folder: Path) -> list[str]:
+        """Copies the tokenizer's files, the adapter's own if it has one, else the base model's; their names."""
+        source = self.adapter
+        if not (source / "tokenizer_config.json").is_file():
+            source = Path(self.base_model)
+        if not source.is_dir():
+            source = Path(snapshot_download(self.base_model, allow_patterns=list(TOKENIZER_FILES)))
+        found = {path for pattern in TOKENIZER_FILES for path in source.glob(pattern)}
+        for path in found:
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, folder / path.name)
+        return sorted(path.name for path in found)
+
+
+def check_output(output: Path) -> None:
+    """Raises FileExistsError unless `output` is absent or an empty folder, ValueError if it ends in no name."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise FileExistsError(f"`--output_dir` {output} exists already: choose another, nothing is overwritten")
+    if output.name in ("", ".."):
+        raise ValueError(f"`--output_dir` {output} should end in the name of a folder: it is replaced by the new one")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output` to write into, which becomes `output` at the end, or vanishes if anything fails."""
+    staged = output.parent / f".{output.name}-{os.getpid()}"
+    try:
+        staged.mkdir(parents=True)
+    except OSError as error:
+        raise OSError(f"`--output_dir` {output} cannot be made there: {error}") from None
+    try:
+        yield staged
+        staged.rename(output)  # refused by the system if files came to be there meanwhile
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def update_of(layer: DoraLinear) -> torch.Tensor:
+    """ΔW = W' − W [out_features, in_features], at least fp32."""
+    exact = layer.merged_weight(torch.promote_types(layer.weight.dtype, torch.float32))
+    return exact - layer.base_weight
+
+
+class UpdateErrors:
+    """What is lost of each layer's update ΔW: ‖approximation − ΔW‖ / ‖ΔW‖, per layer and in total."""
+
+    def __init__(self):
+        self.norms: dict[str, tuple[float, float]] = {}
+
+    def add(self, path: str, update: torch.Tensor, approximation: torch.Tensor) -> None:
+        """Records one layer: both [out_features, in_features]."""
+        self.norms[path] = (approximation - update).norm().item(), update.norm().item()
+
+    @property
+    def per_layer(self) -> dict[str, float]:
+        """By path; 0 for a layer without an update."""
+        return {path: error / norm if norm else 0.0 for path, (error, norm) in self.norms.items()}
+
+    @property
+    def total(self) -> float:
+        """Over all layers together."""
+        error, norm = (math.hypot(*column) for column in zip(*self.norms.values()))
+        return error / norm if norm else 0.0
+
+    def __str__(self) -> str:
+        lines = self.per_layer | {"total": self.total}
+        width = max(map(len, lines))
+        return "\n".join(f"{path:{width}}  {error:.3g}" for path, error in lines.items())

@@ -1,0 +1,86 @@
+"""What a run leaves to read: the summary at its end and the adapter's model card."""
+
+import math
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..checkpoints.metrics import METRICS, peak_memory, read_rows
+from ..data.rows import Rows
+from ..flags import Flags
+from ..model.adapter import WEIGHTS, Adapter
+
+
+def losses(metrics: Path) -> tuple[float, float] | None:
+    """Held-out loss before and after training, or None if it was not measured."""
+    measured = [row["eval_loss"] for row in read_rows(metrics) if "eval_loss" in row]
+    return (measured[0], measured[-1]) if len(measured) > 1 else None
+
+
+def summary(flags: Flags, seconds: float) -> str:
+    """The last words of a run: what it changed, what it took, and what to do next."""
+    folder = Path(flags.output_dir)
+    lines = ["", f"{'':22}{'before':>10}{'tuned':>10}"]
+    if measured := losses(folder / METRICS):
+        lines.append(f"{'held-out loss':22}{measured[0]:10.4f}{measured[1]:10.4f}")
+        lines.append(f"{'held-out perplexity':22}{_perplexity(measured[0]):10.4g}{_perplexity(measured[1]):10.4g}")
+    else:
+        lines = ["", "nothing was held out, so nothing says how good the adapter is"]
+    size = (folder / WEIGHTS).stat().st_size
+    lines.append(f"{seconds:.0f} s of training, {peak_memory() / 1e9:.2f} GB at the peak; adapter {size / 1e6:.2f} MB")
+    lines.append(f"adapter: {folder}; losses: {folder / 'loss.png'}, {folder / METRICS}; card: {folder / 'README.md'}")
+    lines.append("next:")
+    where = f"--base_model {flags.base_model} --adapter {folder}"
+    lines.append(f"  python -m training.merge {where} --output_dir {folder}-merged")
+    return "\n".join(lines)
+
+
+def write_card(flags: Flags, adapter: Adapter, rows: Rows, path: Path) -> None:
+    """The README.md that goes beside the adapter."""
+    folder = Path(flags.output_dir)
+    data = ModelCardData(
+        base_model=flags.base_model,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=["dora" if flags.use_dora else "lora", "sft"],
+    )
+    settings = [
+        *("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "batch_size", "gradient_accumulation_steps"),
+        *("num_epochs", "cutoff_len", "seed"),
+    ]
+    measured = losses(folder / METRICS)
+    result = (
+        f"Held-out loss {measured[0]:.4f} before and {measured[1]:.4f} after training "
+        f"(perplexity {_perplexity(measured[0]):.4g} and {_perplexity(measured[1]):.4g})."
+        if measured
+        else "No rows were held out."
+    )
+    table = "\n".join(f"| {name} | {getattr(flags, name)} |" for name in settings)
+    name = flags.hub_model_id or str(folder)
+    text = f"""---
+{data.to_yaml()}
+---
+
+# {folder.name}
+
+An adapter for `{flags.base_model}` ({adapter.description.splitlines()[0]}), trained on `{flags.data_path}`
+({len(rows.train)} rows, {rows.kind}). {result}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{flags.base_model}")
+model = PeftModel.from_pretrained(model, "{name}")
+```
+
+| setting | value |
+|---|---|
+{table}
+| quantised base | {"NF4" if flags.quantize else "no"} |
+"""
+    ModelCard(text).save(path)
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700))

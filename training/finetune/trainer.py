@@ -1,0 +1,283 @@
+"""`DoraTrainer`: TRL's SFTTrainer with what nobody has.
+
+Magnitudes in a group of their own, checkpoints that survive a kill at any moment, exact resume in the middle of an
+epoch, a loss per token in evaluation, and a stop that says where a loss went NaN. All else is TRL's.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import TrainerState
+from trl import SFTTrainer
+
+import dora_kernels as dk
+from dora_kernels.layers.frozen import Freezable
+
+from ..checkpoints.checkpoint import load_checkpoint, save_checkpoint, sync
+from ..checkpoints.metrics import METRICS, Meter
+from ..checkpoints.resume_state import optimizer_state, random_state, set_optimizer_state, set_random_state
+from ..data.order import IGNORED, order_of_epoch, rows_of_step, steps_per_epoch
+from ..distributed.processes import gathered
+from ..distributed.sharding import whole, whole_adapter
+from ..model.adapter import Adapter
+from ..model.optimizer import parameter_groups
+from .nonfinite import first_nonfinite, first_nonfinite_gradient
+
+TRAINER_STATE = "trainer_state.json"  # the name under which transformers looks for it
+
+
+class EpochOrder(Sampler):
+    """Row numbers in an order that is a pure function of (seed, epoch).
+
+    `epoch()` is asked when an epoch begins. A data loader would set it, but of several processes' loaders the one that
+    skips to where a resumed run stands does not pass it on.
+    """
+
+    def __init__(self, rows: int, seed: int, epoch: Callable[[], int]):
+        self.rows, self.seed, self.epoch = rows, seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(order_of_epoch(self.rows, self.seed, self.epoch()))
+
+    def __len__(self) -> int:
+        return self.rows
+
+
+class DoraTrainer(SFTTrainer):
+    """Trains `adapter.model`.
+
+    Args:
+        adapter: the model, and how its adapter is written and read.
+        fused_loss: the model computes its loss itself (`training.model.liger`); TRL's own head would pass that by.
+        run: what decides the numbers of the run, as JSON; a checkpoint is resumed only by an equal one.
+        options: SFTTrainer's other arguments.
+    """
+
+    def __init__(self, adapter: Adapter, run: dict, *, fused_loss: bool = False, **options):
+        self.adapter, self.run, self.fused_loss = adapter, run, fused_loss
+        self.meter = Meter()
+        self._eval_sums: list[torch.Tensor] = []
+        with _adapters_count(adapter.model):
+            super().__init__(model=adapter.model, **options)
+
+    # Optimizer and order of the rows
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls(parameter_groups(self.model, self.args.weight_decay), **options)
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        rows = len(train_dataset if train_dataset is not None else self.train_dataset)
+        steps = steps_per_epoch(rows, self.batch)
+        return EpochOrder(rows, self.args.seed, lambda: self.state.global_step // steps)
+
+    @property
+    def batch(self) -> int:
+        """Rows per optimizer step, those of all processes."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    # Checkpoints
+
+    def train_from(self, checkpoint: Path | None) -> None:
+        """Train to the end, from a checkpoint if there is one. A finished run is loaded and trained no further."""
+        if checkpoint is not None:
+            # Here and not in `_load_from_checkpoint`, which comes when FSDP has cut the parameters.
+            self._read(checkpoint)
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
+            if state.global_step >= state.max_steps:  # transformers would take one more step
+                self.state = state
+                return
+        # The base and the adapter were drawn alike in all processes; their dropout is not. The main process's is that
+        # of a run of its own.
+        if self.args.process_index:
+            torch.manual_seed(self.args.seed + self.args.process_index)
+        self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """Stage, verify, rename, rotate: see `checkpoints.checkpoint`. The main process writes, the generators of all."""
+        self.store_flos()
+        generators = gathered(random_state())
+        # DeepSpeed's is in parts of its own making, and such a run is not resumed.
+        moments, groups = ({}, []) if self.is_deepspeed_enabled else optimizer_state(self.optimizer)
+        tensors = moments | {f"{rank}.{name}": one[name] for rank, (one, _) in enumerate(generators) for name in one}
+        state = {
+            "step": self.state.global_step,
+            "run": self.run,
+            "optimizer": groups,
+            "random": [values for _, values in generators],
+            "scheduler": self.lr_scheduler.state_dict(),
+            "tokens": self._total_train_tokens,
+        }
+
+        def write(folder: Path) -> None:
+            self.adapter.write(folder)
+            self.state.save_to_json(str(folder / TRAINER_STATE))
+
+        metrics = Path(self.args.output_dir, METRICS)
+        with whole_adapter(self.adapter.model, keep=self.args.should_save):
+            if not self.args.should_save:
+                return
+            if metrics.exists():
+                sync(metrics)  # rows up to a durable checkpoint must be durable too
+            save_checkpoint(self.args.output_dir, self.state.global_step, tensors, state, write)
+        self.meter.leave_out()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Nothing to load: `train_from` has."""
+
+    def _read(self, checkpoint: Path) -> None:
+        _, state = load_checkpoint(checkpoint)
+        if changed := sorted(name for name in self.run if state["run"].get(name) != self.run[name]):
+            raise ValueError(
+                f"{checkpoint} is of a run with other settings: {', '.join(changed)} differ; "
+                "resume with that run's own, or start another in a new --output_dir"
+            )
+        self.adapter.read(checkpoint)
+        self._total_train_tokens = state["tokens"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            tensors, state = load_checkpoint(checkpoint)
+            set_optimizer_state(self.optimizer, tensors, state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            tensors, state = load_checkpoint(checkpoint)
+            rank = self.args.process_index
+            own = {
+                name.removeprefix(f"{rank}."): value for name, value in tensors.items() if name.startswith(f"{rank}.")
+            }
+            set_random_state(own, state["random"][rank])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Nothing to load: bf16 and fp32 need no loss scaling."""
+
+    # What is measured
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.meter.since_last(self._total_train_tokens)
+        if "eval_loss" in logs:
+            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
+        super().log(logs, start_time)
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """transformers averages the batches' means; this is the mean over all tokens, which perplexity needs."""
+        self._eval_sums = []
+        # The data loader draws from the global generator: evaluating would change the dropout of the steps after it.
+        with torch.random.fork_rng(devices=[]), self._norms_kept():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, tokens = self.accelerator.reduce(torch.stack(self._eval_sums).sum(0).to(self.args.device)).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
+        self.meter.leave_out()
+        return output
+
+    def _norms_kept(self) -> AbstractContextManager:
+        """For an evaluation, in which no step changes them. A sharded layer's can be taken in its own forward only."""
+        fused = any(isinstance(module, Freezable) for module in self.model.modules())
+        if not fused or self.is_fsdp_enabled:
+            return nullcontext()
+        return dk.frozen_adapters(self.model.eval())
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        self._ignore_repeated(inputs, self.args.eval_batch_size)
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum().to(result[0].device)
+        # In fp64 on the CPU: a sum of many sums. The mean over no token is NaN.
+        loss = result[0].double() * tokens if tokens else torch.zeros_like(tokens).double()
+        self._eval_sums.append(torch.stack([loss, tokens.double()]).cpu())
+        return result
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict], device: torch.device) -> torch.Tensor | int | None:
+        if batch_samples and self.model.training:
+            self._ignore_repeated(batch_samples[-1], self.args.train_batch_size)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _ignore_repeated(self, inputs: dict, batch: int) -> None:
+        """Nothing is learned or measured on the rows that accelerate takes once more, to give each process as many.
+
+        They follow the data's own in the last batch of an epoch, of `batch` rows in each process.
+        """
+        labels, loader = inputs["labels"], self.accelerator.gradient_state
+        if self.args.world_size == 1 or not loader.end_of_dataloader:
+            return
+        own = len(loader.active_dataloader.dataset) % (batch * self.args.world_size) or batch * self.args.world_size
+        if "position_ids" in inputs:  # rows in one sequence, as packing has them
+            row = (inputs["position_ids"] == 0).cumsum(-1) - 1
+        else:
+            row = torch.arange(len(labels), device=labels.device)[:, None]
+        labels[(row + self.args.process_index * batch >= own).expand_as(labels)] = IGNORED
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not (self.fused_loss and model.training) or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # As TRL counts them; packing sends no mask.
+        seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
+        self._total_train_tokens += self.accelerator.gather_for_metrics(seen).sum().item()
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return model(**inputs, use_cache=False, num_items_in_batch=num_items_in_batch).loss
+
+    # What stops it
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        finite = self.accelerator.gather(torch.isfinite(loss).all().float().reshape(1)).bool()  # [processes]
+        if finite.all():
+            return loss
+        own = finite[self.args.process_index]
+        if not own or self.is_fsdp_enabled:  # of a sharded model each process runs a part
+            # Not `compute_loss`, in which the processes wait for each other.
+            where = first_nonfinite(self.model, lambda: self.model(**self._prepare_inputs(dict(inputs))))
+        if own:
+            raise FloatingPointError(f"the loss of {self._step_and_rows()} is not finite in another process")
+        raise FloatingPointError(f"the loss of {self._step_and_rows()} is {loss.item()}: {where}")
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
+        if self.is_deepspeed_enabled:  # it keeps the gradients, has clipped them, and takes no step that is not finite
+            norm = super()._clip_grad_norm(model)
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"the gradient of {self._step_and_rows()} is not finite")
+            return norm
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        # Before clipping, which would spread it to all of them.
+        if not torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients))):
+            where = first_nonfinite_gradient(self.model)
+            raise FloatingPointError(f"the gradient of {self._step_and_rows()} is not finite: {where} is the first")
+        return whole(super()._clip_grad_norm(model))
+
+    def _step_and_rows(self) -> str:
+        """The step in progress, and where the rows of its batch stood in the data."""
+        step, rows = self.state.global_step, len(self.train_dataset)
+        chosen = rows_of_step(rows, self.batch, self.args.seed, step)
+        if "place" in self.train_dataset.column_names:
+            places = "; ".join(self.train_dataset[row]["place"] for row in chosen)
+        else:
+            places = f"packed sequences {', '.join(map(str, chosen))}"
+        return f"step {step + 1} ({places})"
+
+
+@contextmanager
+def _adapters_count(model: nn.Module) -> Iterator[None]:
+    """Lets a quantised base with an adapter into the trainer as it is.
+
+    transformers refuses a quantised model unless it knows the adapter as PEFT's, and TRL rounds the adapters of a 4-bit
+    model to bf16, where their small updates are lost. Both ask the model, and both only when the trainer is made.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    asked = {"is_loaded_in_4bit": False, "_hf_peft_config_loaded": True} if getattr(base, "is_quantized", False) else {}
+    before = {name: base.__dict__[name] for name in asked if name in base.__dict__}
+    base.__dict__.update(asked)
+    try:
+        yield
+    finally:
+        for name in asked:
+            del base.__dict__[name]
+        base.__dict__.update(before)

@@ -1,0 +1,1 @@
+"""The smallest training loop that is complete, and the demo that it runs."""

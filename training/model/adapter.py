@@ -1,0 +1,143 @@
+"""Putting an adapter on a base model: ours, or PEFT's, fused or not; and its files."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
+
+import dora_kernels as dk
+from dora_kernels.adapters.integrity import carries_digests
+from dora_kernels.adapters.save_load import check_files
+
+from ..flags import Flags
+
+WEIGHTS = "adapter_model.safetensors"
+MAGNITUDE = "lora_magnitude_vector"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A model with an adapter on it. `write(folder)` leaves PEFT's two files there; `read(folder)` takes them back."""
+
+    model: torch.nn.Module
+    write: Callable[[Path], None]
+    read: Callable[[Path], None]
+    description: str
+
+
+def add_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
+    """The adapter that the flags ask for, on a model that is on its device. Same seed, same adapter."""
+    torch.manual_seed(flags.seed)
+    if flags.use_dora and not flags.use_peft:
+        return _ours(model, flags)
+    return _of_peft(model, flags)
+
+
+def write_for_transformers(folder: Path) -> None:
+    """Respell an adapter's magnitude keys in place, so that transformers, which drops PEFT's spelling, reads them.
+
+    PEFT and `dk.load_adapter` read both spellings.
+    """
+    tensors = load_file(folder / WEIGHTS)
+    respelled = {name + ".weight" * name.endswith(MAGNITUDE): tensor for name, tensor in tensors.items()}
+    save_file(respelled, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _ours(model: PreTrainedModel, flags: Flags) -> Adapter:
+    if flags.init_adapter:
+        dk.load_adapter(model, flags.init_adapter)
+    else:
+        dk.apply_dora(model, flags.dora)
+    layers = sum(isinstance(module, dk.DoraLinear) for module in model.modules())
+    return Adapter(
+        model,
+        write=lambda folder: dk.save_adapter(model, folder),
+        read=lambda folder: dk.load_adapter(model, folder),
+        description=f"DoRA on {layers} layers, fused",
+    )
+
+
+def _of_peft(model: PreTrainedModel, flags: Flags) -> Adapter:
+    import peft
+
+    if flags.quantize:
+        _keep_packing(model)
+    if flags.init_adapter:
+        peft_model = _load_with_peft(model, flags)
+    else:
+        config = peft.LoraConfig(
+            r=flags.lora_r,
+            lora_alpha=flags.lora_alpha,
+            lora_dropout=flags.lora_dropout,
+            target_modules=flags.target_modules,
+            use_dora=flags.use_dora,
+            task_type="CAUSAL_LM",
+        )
+        peft_model = peft.get_peft_model(model, config)
+    name = "DoRA" if flags.use_dora else "LoRA"
+    description = f"{name} by PEFT, not fused"
+    if flags.use_dora and flags.fused:
+        report = dk.patch_peft(peft_model, impl=flags.impl)
+        description = f"DoRA by PEFT, {len(report.fused)} layers fused"
+        for path, reason in report.skipped.items():
+            description += f"\n  {path} is left to PEFT: {reason}"
+
+    def read(folder: Path) -> None:
+        peft.set_peft_model_state_dict(peft_model, peft.load_peft_weights(str(folder), device="cpu"))
+
+    return Adapter(
+        peft_model,
+        write=lambda folder: peft_model.save_pretrained(str(folder)),
+        read=read,
+        description=description,
+    )
+
+
+def _load_with_peft(model: PreTrainedModel, flags: Flags) -> torch.nn.Module:
+    """The model with the adapter of `--init_adapter` in it, all of it, which PEFT itself would not insist on.
+
+    Raises FileNotFoundError or ValueError for a damaged adapter, or one of another kind or base model.
+    """
+    import peft
+
+    folder = Path(flags.init_adapter)
+    if carries_digests(folder / WEIGHTS):
+        check_files(folder)
+    try:
+        config = peft.PeftConfig.from_pretrained(folder)
+        uses_dora = getattr(config, "use_dora", None)
+        if uses_dora == flags.use_dora:
+            peft_model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
+            stored, loaded = peft.load_peft_weights(str(folder), "cpu"), peft.get_peft_model_state_dict(peft_model)
+    except Exception as error:  # whatever the damage leads to
+        raise ValueError(f"`--init_adapter` {folder} cannot be loaded by PEFT: {error}") from error
+    if uses_dora != flags.use_dora:
+        if uses_dora is None:
+            raise ValueError(f"`--init_adapter` {folder} is neither LoRA nor DoRA: it cannot be continued here")
+        kind, wanted = ("DoRA", "--use_dora") if uses_dora else ("plain LoRA", "--no_use_dora")
+        raise ValueError(f"`--init_adapter` {folder} is {kind}: continue it with {wanted}")
+    if differing := sorted(stored.keys() ^ loaded.keys()):
+        raise ValueError(
+            f"`--init_adapter` {folder} does not fit the model: {differing[0]} is in one of the two only; is this the "
+            "base model that it was trained with?"
+        )
+    for name, tensor in loaded.items():
+        if not torch.isfinite(tensor).all() or not stored[name].is_floating_point():
+            raise ValueError(f"`--init_adapter` {folder}: {name} holds NaN, infinity or no floating-point numbers")
+    scalings = (module.scaling.values() for module in peft_model.modules() if hasattr(module, "lora_A"))
+    if not all(map(math.isfinite, chain.from_iterable(scalings))):
+        raise ValueError(f"`--init_adapter` {folder}: lora_alpha should be a number, and so should alpha_pattern's")
+    return peft_model
+
+
+def _keep_packing(model: PreTrainedModel) -> None:
+    """On some CPUs bitsandbytes repacks a 4-bit weight in the first evaluation, and what trains on it afterwards reads
+    garbage. `apply_dora` and `patch_peft` see to it; PEFT's own code does not."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
