@@ -3,8 +3,8 @@
 Or, at rest, a finished file and what is done to it.
 
 Each scenario writes where something good is already, under `tests.support.disk_faults`. Whatever the fault: an error
-comes out that names it, unless the write was complete; what was good before still verifies and loads, bit for bit, or what replaced it
-does; and writing once more, without the fault, succeeds. A fault that did not happen is no case.
+comes out that names it, unless the write was complete; what was good before still verifies and loads, bit for bit, or
+what replaced it does; and writing once more, without the fault, succeeds. A fault that did not happen is no case.
 """
 
 import functools

@@ -101,7 +101,7 @@ class DoraTrainer(SFTTrainer):
         self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """Stage, verify, rename, rotate: see `checkpoints.checkpoint`. The main process writes, the generators of all."""
+        """Stage, verify, rename, rotate: see `checkpoints.checkpoint`. One process writes, the generators of all."""
         self.store_flos()
         generators = gathered(random_state())
         # DeepSpeed's is in parts of its own making, and such a run is not resumed.

@@ -1,4 +1,4 @@
-"""Makes the embedded default: `python -m training.minimal.build_demo` writes base/ (model, tokenizer) and data/ (.jsonl).
+"""Makes the embedded default: `python -m training.minimal.build_demo` writes base/ (model, tokenizer) and data/.
 
 The base is a two-layer Llama, trained from scratch on real English that every Python carries (`pydoc_data.topics`) and
 on generated tasks (`training.demo.tasks`). Everything is seeded: run again on one machine with the same versions, it
