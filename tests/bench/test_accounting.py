@@ -100,6 +100,6 @@ def test_every_form_of_norm_and_merge(monkeypatch, rank, fused, splits):
 
 
 def test_every_kernel_has_an_account():
-    text = "".join(path.read_text() for path in (ROOT / "dora_kernels" / "kernels").glob("*.py"))
+    text = "".join(path.read_text() for path in (ROOT / "dora_kernels" / "ops" / "kernels").glob("*.py"))
     kernels = {word.split("(")[0] for word in text.split("def ")[1:] if word.split("(")[0].endswith("_kernel")}
     assert set(accounting.ACCOUNTS) == kernels

@@ -58,8 +58,8 @@ def atomic_kernel(x_ptr, y_ptr, ONE: tl.constexpr):
 
 CHECK = """
 import torch
-from bench.compiled import broken_limits, compile_launch
-from bench.launches import Recorder
+from bench.counting.compiled import broken_limits, compile_launch
+from bench.counting.launches import Recorder
 import bad_kernels
 
 x = torch.empty(4096, 4096, dtype=torch.{dtype}, device="meta")
@@ -112,7 +112,7 @@ def test_limits(broken, name):
 
 def test_every_kernel_is_launched():
     kernels = set()
-    for file in (ROOT / "dora_kernels" / "kernels").glob("*.py"):
+    for file in (ROOT / "dora_kernels" / "ops" / "kernels").glob("*.py"):
         functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
         kernels |= {node.name for node in functions if node.name.endswith("_kernel")}
     assert kernels

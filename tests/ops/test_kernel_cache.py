@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 # Importing is paid once: the processes are forked before the compiler has started threads.
 PROGRAM = """
 import hashlib, multiprocessing, torch, triton
-from bench.launches import Recorder, target_of
+from bench.counting.launches import Recorder, target_of
 from dora_kernels.ops.kernels.cast import _scaled_cast_kernel
 from dora_kernels.ops.kernels.launch import TRITON_DTYPES
 
