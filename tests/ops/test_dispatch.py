@@ -163,7 +163,7 @@ import sys
 sys.modules["triton"] = None  # what an import of it then raises is what a missing package raises
 import torch
 import dora_kernels as dk
-from dora_kernels.explain import explain
+from dora_kernels.layers.explain import explain
 layer = dk.DoraLinear.from_linear(torch.nn.Linear(6, 5), r=2, lora_alpha=4)
 layer(torch.ones(3, 6)).sum().backward()
 assert layer.magnitude.grad.isfinite().all()

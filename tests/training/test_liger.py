@@ -167,7 +167,7 @@ def test_why_the_other_kernels_stay_off(kernel, spoiled):
     script = f"""
 from tests import interpreter
 interpreter.install()
-from tests.test_liger import adapted, loss_and_gradients
+from tests.training.test_liger import adapted, loss_and_gradients
 from training.model.liger import FUSED_LOSS_ONLY, apply_liger_kernel
 expected_loss, expected = loss_and_gradients(adapted())
 model = adapted()
