@@ -23,6 +23,7 @@ from dora_kernels.models.modules import dora_layers
 from dora_kernels.models.targets import find_saved
 
 from . import merge
+from .command_line import command_line
 from .exporting import Sources, UpdateErrors, check_output, new_folder, update_of
 
 
@@ -93,7 +94,7 @@ def run(flags: Flags) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs with these command-line arguments."""
-    merge.command_line(Flags, run, arguments, prog="python -m training.export", description=__doc__)
+    command_line(Flags, run, arguments, prog="python -m training.export", description=__doc__)
 
 
 if __name__ == "__main__":

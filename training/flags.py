@@ -16,6 +16,7 @@ from transformers import HfArgumentParser
 import dora_kernels as dk
 
 from . import demo
+from .command_line import module_names
 from .distributed.launchers import check_sharding, zero_config
 from .distributed.processes import local_rank
 
@@ -130,8 +131,7 @@ class Flags:
     @property
     def target_modules(self) -> list[str] | str:
         """Module names, or "all-linear"."""
-        names = [name.strip() for name in self.lora_target_modules.split(",")]
-        return "all-linear" if names == ["all-linear"] else names
+        return module_names(self.lora_target_modules)
 
     @property
     def trackers(self) -> list[str]:

@@ -4,19 +4,16 @@ The weights are computed in fp32 and rounded once to the dtype that they have in
 update is printed per layer.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
-from transformers.utils import logging as transformers_logging
 
 import dora_kernels as dk
 from dora_kernels.models.modules import dora_layers
 
+from .command_line import command_line
 from .exporting import Sources, UpdateErrors, check_output, new_folder, update_of
 
 
@@ -53,16 +50,6 @@ def run(flags: Flags) -> None:
     errors = merge(Sources(Path(flags.adapter), flags.base_model or None), Path(flags.output_dir))
     print(f"what rounding to the base model's dtype costs, as a share of each layer's update:\n{errors}")
     print(f"merged checkpoint: {flags.output_dir}")
-
-
-def command_line(flags: type, run, arguments: list[str] | None, **described) -> None:
-    """Parses `flags`, a dataclass, and calls `run` with it; ends with a sentence on bad input."""
-    parser = HfArgumentParser(flags, allow_abbrev=False, **described)
-    transformers_logging.set_verbosity_error()
-    try:
-        run(flags(**vars(parser.parse_args(arguments))))
-    except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from dora_kernels.adapters.atomic import remove, sync
+
 MANIFEST = "manifest.json"
 STATE = "training_state.json"
 TENSORS = "training_state.safetensors"
@@ -121,25 +123,6 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file, or a link in its place, by one with this text: the old one, or the new one, whole."""
-    staged = path.with_name(f"{path.name}.tmp")
-    staged.unlink(missing_ok=True)
-    with staged.open("x") as file:
-        file.write(text)
-    sync(staged)
-    staged.rename(path)
-
-
 def _rotate(output_dir: Path, keep: int) -> None:
     """Delete what is older than `keep` sound checkpoints: the newest sound one always stays."""
     sound = 0
@@ -148,14 +131,6 @@ def _rotate(output_dir: Path, keep: int) -> None:
             remove(path)
         elif damage(path) is None:
             sound += 1
-
-
-def remove(path: Path) -> None:
-    """A folder with all in it; of a link, or a file, the name alone."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -5,17 +5,17 @@ import random
 import numpy as np
 import torch
 
-from ..distributed.sharding import part, whole
+from ..distributed.sharding import full_tensor, shard_like
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Its tensors as `optimizer.<parameter index>.<name>`, and its groups (learning rates and the like) as JSON.
+    """The optimizer's tensors as `optimizer.<parameter index>.<name>`, and its parameter groups as JSON.
 
-    Where parameters are sharded all processes call it, and get the whole.
+    Where parameters are sharded, all processes must call it, and get full tensors.
     """
     state = optimizer.state_dict()
     tensors = {
-        f"optimizer.{index}.{name}": whole(value)
+        f"optimizer.{index}.{name}": full_tensor(value)
         for index, entry in state["state"].items()
         for name, value in entry.items()
     }
@@ -29,7 +29,7 @@ def set_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, tor
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = part(value, parameters[int(index)])
+            state.setdefault(int(index), {})[name] = shard_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

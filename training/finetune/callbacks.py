@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import ProgressCallback, TrainerCallback
 
 from ..checkpoints.metrics import append_row
-from ..distributed.processes import gathered
+from ..distributed.processes import gather
 
 
 class StopRequest:
@@ -69,7 +69,7 @@ class StopOnRequest(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         # Together: a process that stops alone would leave the others waiting for its gradients.
-        if any(gathered(self.request.requested)) and state.global_step < state.max_steps:
+        if any(gather(self.request.requested)) and state.global_step < state.max_steps:
             self.request.requested = True
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False

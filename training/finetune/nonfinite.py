@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..distributed.sharding import whole
+from ..distributed.sharding import full_tensor
 
 
 @torch.no_grad()
@@ -47,4 +47,4 @@ def _tensors(output) -> list[torch.Tensor]:
 
 def _not_finite(tensor: torch.Tensor) -> bool:
     # A quantised weight is integers, which are finite.
-    return tensor.is_floating_point() and not bool(torch.isfinite(whole(tensor)).all())
+    return tensor.is_floating_point() and not bool(torch.isfinite(full_tensor(tensor)).all())

@@ -16,16 +16,18 @@ from transformers import TrainerState
 from trl import SFTTrainer
 
 import dora_kernels as dk
+from dora_kernels.adapters.atomic import sync
 from dora_kernels.layers.frozen import Freezable
 
-from ..checkpoints.checkpoint import load_checkpoint, save_checkpoint, sync
-from ..checkpoints.metrics import METRICS, Meter
+from ..checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from ..checkpoints.metrics import METRICS
 from ..checkpoints.resume_state import optimizer_state, random_state, set_optimizer_state, set_random_state
 from ..data.order import IGNORED, order_of_epoch, rows_of_step, steps_per_epoch
-from ..distributed.processes import gathered
-from ..distributed.sharding import whole, whole_adapter
+from ..distributed.processes import gather
+from ..distributed.sharding import full_adapter, full_tensor
 from ..model.adapter import Adapter
 from ..model.optimizer import parameter_groups
+from .meter import Meter
 from .nonfinite import first_nonfinite, first_nonfinite_gradient
 
 TRAINER_STATE = "trainer_state.json"  # the name under which transformers looks for it
@@ -103,7 +105,7 @@ class DoraTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """Stage, verify, rename, rotate: see `checkpoints.checkpoint`. One process writes, the generators of all."""
         self.store_flos()
-        generators = gathered(random_state())
+        generators = gather(random_state())
         # DeepSpeed's is in parts of its own making, and such a run is not resumed.
         moments, groups = ({}, []) if self.is_deepspeed_enabled else optimizer_state(self.optimizer)
         tensors = moments | {f"{rank}.{name}": one[name] for rank, (one, _) in enumerate(generators) for name in one}
@@ -121,13 +123,13 @@ class DoraTrainer(SFTTrainer):
             self.state.save_to_json(str(folder / TRAINER_STATE))
 
         metrics = Path(self.args.output_dir, METRICS)
-        with whole_adapter(self.adapter.model, keep=self.args.should_save):
+        with full_adapter(self.adapter.model, keep=self.args.should_save):
             if not self.args.should_save:
                 return
             if metrics.exists():
                 sync(metrics)  # rows up to a durable checkpoint must be durable too
             save_checkpoint(self.args.output_dir, self.state.global_step, tensors, state, write)
-        self.meter.leave_out()
+        self.meter.skip()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing to load: `train_from` has."""
@@ -164,7 +166,7 @@ class DoraTrainer(SFTTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self.meter.since_last(self._total_train_tokens)
+            logs |= self.meter.read(self._total_train_tokens)
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
         super().log(logs, start_time)
@@ -177,7 +179,7 @@ class DoraTrainer(SFTTrainer):
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, tokens = self.accelerator.reduce(torch.stack(self._eval_sums).sum(0).to(self.args.device)).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
-        self.meter.leave_out()
+        self.meter.skip()
         return output
 
     def _norms_kept(self) -> AbstractContextManager:
@@ -248,10 +250,10 @@ class DoraTrainer(SFTTrainer):
             return norm
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         # Before clipping, which would spread it to all of them.
-        if not torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients))):
+        if not torch.isfinite(full_tensor(torch.nn.utils.get_total_norm(gradients))):
             where = first_nonfinite_gradient(self.model)
             raise FloatingPointError(f"the gradient of {self._step_and_rows()} is not finite: {where} is the first")
-        return whole(super()._clip_grad_norm(model))
+        return full_tensor(super()._clip_grad_norm(model))
 
     def _step_and_rows(self) -> str:
         """The step in progress, and where the rows of its batch stood in the data."""

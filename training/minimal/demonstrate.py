@@ -13,7 +13,7 @@ import dora_kernels as dk
 from .. import demo
 from ..checkpoints.checkpoint import list_checkpoints
 from ..checkpoints.lock import check_folder
-from ..checkpoints.metrics import plot_losses
+from ..checkpoints.loss_plot import plot_losses
 from ..distributed.processes import local_rank
 from ..flags import Flags
 from ..model.base_model import load_tokenizer
@@ -35,7 +35,7 @@ def run(flags: Flags) -> None:
         raise ValueError("the demo runs in one process: start it without torchrun")
     torch.set_num_threads(demo.THREADS)
     output_dir = Path(flags.output_dir)
-    rows = read_splits(flags.data_path, flags.seed)
+    rows = read_splits(flags.data_path)
     tokenizer, _ = load_tokenizer(flags.base_model)
     model = AutoModelForCausalLM.from_pretrained(flags.base_model, dtype=torch.float32)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")

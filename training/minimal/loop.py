@@ -13,7 +13,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
-from ..checkpoints.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, sync
+from dora_kernels.adapters.atomic import sync
+
+from ..checkpoints.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from ..checkpoints.metrics import append_row, keep_until
 from ..checkpoints.resume_state import optimizer_state, random_state, set_optimizer_state, set_random_state
 from ..data.order import rows_of_step, steps_per_epoch

@@ -12,12 +12,10 @@ from transformers import PreTrainedModel
 
 import dora_kernels as dk
 from dora_kernels.adapters.integrity import carries_digests
-from dora_kernels.adapters.save_load import check_files
+from dora_kernels.adapters.save_load import WEIGHTS_NAME, check_files, stored_key
+from dora_kernels.ops.base_weights import keep_packing
 
 from ..flags import Flags
-
-WEIGHTS = "adapter_model.safetensors"
-MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -39,13 +37,10 @@ def add_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
 
 
 def write_for_transformers(folder: Path) -> None:
-    """Respell an adapter's magnitude keys in place, so that transformers, which drops PEFT's spelling, reads them.
-
-    PEFT and `dk.load_adapter` read both spellings.
-    """
-    tensors = load_file(folder / WEIGHTS)
-    respelled = {name + ".weight" * name.endswith(MAGNITUDE): tensor for name, tensor in tensors.items()}
-    save_file(respelled, folder / WEIGHTS, metadata={"format": "pt"})
+    """Rewrite an adapter's file with the keys of `save_adapter(..., compat="transformers")`."""
+    tensors = load_file(folder / WEIGHTS_NAME)
+    respelled = {stored_key(key, "transformers"): tensor for key, tensor in tensors.items()}
+    save_file(respelled, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def _ours(model: PreTrainedModel, flags: Flags) -> Adapter:
@@ -66,7 +61,7 @@ def _of_peft(model: PreTrainedModel, flags: Flags) -> Adapter:
     import peft
 
     if flags.quantize:
-        _keep_packing(model)
+        keep_packing(model)  # apply_dora and patch_peft do so themselves; PEFT's own code does not
     if flags.init_adapter:
         peft_model = _load_with_peft(model, flags)
     else:
@@ -106,7 +101,7 @@ def _load_with_peft(model: PreTrainedModel, flags: Flags) -> torch.nn.Module:
     import peft
 
     folder = Path(flags.init_adapter)
-    if carries_digests(folder / WEIGHTS):
+    if carries_digests(folder / WEIGHTS_NAME):
         check_files(folder)
     try:
         config = peft.PeftConfig.from_pretrained(folder)
@@ -133,11 +128,3 @@ def _load_with_peft(model: PreTrainedModel, flags: Flags) -> torch.nn.Module:
     if not all(map(math.isfinite, chain.from_iterable(scalings))):
         raise ValueError(f"`--init_adapter` {folder}: lora_alpha should be a number, and so should alpha_pattern's")
     return peft_model
-
-
-def _keep_packing(model: PreTrainedModel) -> None:
-    """On some CPUs bitsandbytes repacks a 4-bit weight in the first evaluation, and what trains on it afterwards reads
-    garbage. `apply_dora` and `patch_peft` see to it; PEFT's own code does not."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
