@@ -1,4 +1,4 @@
-"""What an exact resume needs besides the adapter, as tensors and JSON: optimizer moments and random generators."""
+"""Optimizer moments and random generators as tensors and JSON, for an exact resume."""
 
 import random
 
@@ -23,7 +23,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.T
 
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], groups: list[dict]) -> None:
-    """The reverse of `optimizer_state`, into an optimizer with the same parameters in the same order."""
+    """Restore `optimizer_state` into an optimizer with the same parameters in the same order."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
@@ -34,7 +34,7 @@ def set_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, tor
 
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict]:
-    """Every generator: PyTorch's (CPU and each GPU) as tensors, NumPy's and Python's as JSON."""
+    """The state of every generator: PyTorch's (CPU and each GPU) as tensors, NumPy's and Python's as JSON."""
     tensors = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -44,7 +44,7 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def set_random_state(tensors: dict[str, torch.Tensor], state: dict) -> None:
-    """The reverse of `random_state`."""
+    """Restore `random_state`."""
     torch.set_rng_state(tensors["random.cpu"])
     for key, value in tensors.items():
         if key.startswith("random.cuda.") and torch.cuda.is_available():

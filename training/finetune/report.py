@@ -44,7 +44,7 @@ def _how_to_continue(flags: Flags, command: str, checkpoint: Path) -> str:
 
 
 def losses(metrics: Path) -> tuple[float, float] | None:
-    """Held-out loss before and after training, or None if it was not measured."""
+    """Held-out loss before and after training, or None if it was not measured twice."""
     measured = [row["eval_loss"] for row in read_rows(metrics) if "eval_loss" in row]
     return (measured[0], measured[-1]) if len(measured) > 1 else None
 

@@ -108,7 +108,7 @@ class Run:
             self.flags.base_model,
             self.device,
             quantize=self.flags.quantize,
-            stay=self.flags.fsdp,  # FSDP moves the layers to the GPU one at a time, and shards them there
+            keep_on_cpu=self.flags.fsdp,  # FSDP moves the layers to the GPU one at a time, and shards them there
             trust_remote_code=self.flags.trust_remote_code,
         )
         self.adapter = add_adapter(model, self.flags)

@@ -1,4 +1,4 @@
-"""Putting an adapter on a base model: ours, or PEFT's, fused or not; and its files."""
+"""Puts an adapter on a base model: the engine's, or PEFT's, fused or not."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from ..flags import Flags
 
 @dataclass(frozen=True)
 class Adapter:
-    """A model with an adapter on it. `write(folder)` leaves PEFT's two files there; `read(folder)` takes them back."""
+    """A model with an adapter. `write(folder)` writes PEFT's two files; `read(folder)` reads them back."""
 
     model: torch.nn.Module
     write: Callable[[Path], None]
@@ -29,11 +29,11 @@ class Adapter:
 
 
 def add_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
-    """The adapter that the flags ask for, on a model that is on its device. Same seed, same adapter."""
+    """Put the adapter of the flags on a model that is on its device. The same seed gives the same adapter."""
     torch.manual_seed(flags.seed)
     if flags.use_dora and not flags.use_peft:
-        return _ours(model, flags)
-    return _of_peft(model, flags)
+        return _engine_adapter(model, flags)
+    return _peft_adapter(model, flags)
 
 
 def write_for_transformers(folder: Path) -> None:
@@ -43,7 +43,7 @@ def write_for_transformers(folder: Path) -> None:
     save_file(respelled, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def _ours(model: PreTrainedModel, flags: Flags) -> Adapter:
+def _engine_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
     if flags.init_adapter:
         dk.load_adapter(model, flags.init_adapter)
     else:
@@ -57,7 +57,7 @@ def _ours(model: PreTrainedModel, flags: Flags) -> Adapter:
     )
 
 
-def _of_peft(model: PreTrainedModel, flags: Flags) -> Adapter:
+def _peft_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
     import peft
 
     if flags.quantize:
@@ -94,9 +94,10 @@ def _of_peft(model: PreTrainedModel, flags: Flags) -> Adapter:
 
 
 def _load_with_peft(model: PreTrainedModel, flags: Flags) -> torch.nn.Module:
-    """The model with the adapter of `--init_adapter` in it, all of it, which PEFT itself would not insist on.
+    """The model with the adapter of `--init_adapter`, every tensor of it. PEFT itself accepts missing tensors.
 
-    Raises FileNotFoundError or ValueError for a damaged adapter, or one of another kind or base model.
+    Raises:
+        FileNotFoundError, ValueError: a damaged adapter, or one of another kind or base model.
     """
     import peft
 
@@ -109,7 +110,7 @@ def _load_with_peft(model: PreTrainedModel, flags: Flags) -> torch.nn.Module:
         if uses_dora == flags.use_dora:
             peft_model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
             stored, loaded = peft.load_peft_weights(str(folder), "cpu"), peft.get_peft_model_state_dict(peft_model)
-    except Exception as error:  # whatever the damage leads to
+    except Exception as error:  # damaged files raise errors of any class
         raise ValueError(f"`--init_adapter` {folder} cannot be loaded by PEFT: {error}") from error
     if uses_dora != flags.use_dora:
         if uses_dora is None:
