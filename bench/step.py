@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> int:
 def losses(name: str, args: argparse.Namespace, seed: int) -> dict:
     """One run's losses and seconds."""
     tokenizer = AutoTokenizer.from_pretrained(demo.BASE)
-    rows = read_splits(demo.DATA, seed)
+    rows = read_splits(demo.DATA)
     examples = {split: encode(rows[split], tokenizer, CUTOFF) for split in ("train", "validation")}
     model = adapted(name, args.dtype, args.rank, seed).to(args.device)
     if args.dtype == "bf16" and name != FP32_BASE:

@@ -2,8 +2,8 @@
 
 `--to merged` writes what `python -m training.merge` writes: a plain checkpoint, ready for vLLM and for llama.cpp's
 converters. `--to lora` writes a plain LoRA adapter in PEFT's files, the nearest of its rank to the DoRA update
-ΔW = W' − W of each layer, and prints what it misses: rescaling by the magnitude has full rank, so that a low-rank
-adapter can only come near it.
+ΔW = W' − W of each layer, and prints its error. Rescaling by the magnitude has full rank, so a low-rank adapter can
+only approximate it.
 """
 
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from dora_kernels.models.modules import dora_layers
 from dora_kernels.models.targets import find_saved
 
 from . import merge
+from .command_line import command_line
 from .exporting import Sources, UpdateErrors, check_output, new_folder, update_of
 
 
@@ -37,8 +38,8 @@ class Flags(merge.Flags):
 def low_rank(update: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A [rank, K] and B [N, rank] with B A as near to `update` [N, K] as that rank allows, but for rounding.
 
-    A randomised SVD: over the ranks and sizes tried, its error is within 0.1 % of the exact one's, at a tenth of the
-    time. Below rank `min(N, K)` it is reproducible, and from there on exact; the ranks that are too many are zero.
+    A randomised SVD. For the ranks and sizes tried, its error is within 0.1 % of the exact SVD's, at a tenth of the
+    time. It is reproducible. From rank `min(N, K)` on it is exact, and the extra ranks are zero.
     """
     q = min(rank + 16, *update.shape)
     with torch.random.fork_rng(devices=[]):
@@ -51,9 +52,9 @@ def low_rank(update: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def write_lora(model: PreTrainedModel, rank: int, folder: Path) -> UpdateErrors:
-    """Writes the adapter of a DoRA model as a plain LoRA adapter of this rank, PEFT's files; what it misses, by layer.
+    """Write the adapter of a DoRA model as a plain LoRA adapter of this rank. Returns the error by layer.
 
-    `modules_to_save` are kept as they are.
+    `modules_to_save` are written unchanged.
     """
     errors, tensors = UpdateErrors(), {}
     for path, layer in tqdm(dora_layers(model).items(), desc="decomposing", unit="layer", disable=None):
@@ -71,7 +72,7 @@ def write_lora(model: PreTrainedModel, rank: int, folder: Path) -> UpdateErrors:
 
 
 def run(flags: Flags) -> None:
-    """Exports, and says what it cost."""
+    """Export, and print the errors."""
     if flags.to == "merged":
         return merge.run(flags)
     if flags.rank < 1:
@@ -92,8 +93,8 @@ def run(flags: Flags) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs with these command-line arguments."""
-    merge.command_line(Flags, run, arguments, prog="python -m training.export", description=__doc__)
+    """Run with these command-line arguments."""
+    command_line(Flags, run, arguments, prog="python -m training.export", description=__doc__)
 
 
 if __name__ == "__main__":

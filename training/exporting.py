@@ -1,4 +1,4 @@
-"""What merging and exporting share: an adapter on its base model, what is lost of its update, and where results go."""
+"""Shared by merge and export: loading an adapter on its base model, errors of the update, and the output folder."""
 
 import json
 import math
@@ -17,13 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 import dora_kernels as dk
 from dora_kernels.adapters.peft_config import CONFIG_NAME, read_config
 from dora_kernels.adapters.save_load import WEIGHTS_NAME
-from dora_kernels.layers.linear import DoraLinear
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
-"""As they are: what the tokenizer class would write anew lacks the sentencepiece file that llama.cpp reads."""
+"""Copied, not written anew: `save_pretrained` would drop the sentencepiece file that llama.cpp reads."""
 
 MODEL_CLASSES = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
 
@@ -37,8 +36,9 @@ class Sources:
         base_model: folder or Hub id; None takes the one that the adapter names.
 
     Raises:
-        FileNotFoundError: a folder or a file is missing. ValueError: not a DoRA adapter, no base model, or a quantised
-            one. OSError: what the Hub answers.
+        FileNotFoundError: a folder or a file is missing.
+        ValueError: not a DoRA adapter, no base model, or a quantised one.
+        OSError: the Hub's error.
     """
 
     adapter: Path
@@ -50,7 +50,7 @@ class Sources:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (self.adapter / name).is_file():
                 raise FileNotFoundError(f"`--adapter` {self.adapter} should be a folder with {name}")
-        read_config(self.adapter)  # says what is not supported
+        read_config(self.adapter)  # raises for features that are not supported
         fields = json.loads((self.adapter / CONFIG_NAME).read_text(encoding="utf-8"))
         self.task_type = fields.get("task_type")
         self.base_model = self.base_model or fields.get("base_model_name_or_path")
@@ -79,7 +79,7 @@ class Sources:
         return dk.load_adapter(cls.from_pretrained(self.base_model, dtype="auto"), self.adapter).eval()
 
     def copy_tokenizer(self, folder: Path) -> list[str]:
-        """Copies the tokenizer's files, the adapter's own if it has one, else the base model's; their names."""
+        """Copy the adapter's tokenizer files, or the base model's if it has none. Returns their names."""
         source = self.adapter
         if not (source / "tokenizer_config.json").is_file():
             source = Path(self.base_model)
@@ -93,7 +93,7 @@ class Sources:
 
 
 def check_output(output: Path) -> None:
-    """Raises FileExistsError unless `output` is absent or an empty folder, ValueError if it ends in no name."""
+    """Raise FileExistsError unless `output` is absent or an empty folder, ValueError if it has no name."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"`--output_dir` {output} exists already: choose another, nothing is overwritten")
     if output.name in ("", ".."):
@@ -102,7 +102,7 @@ def check_output(output: Path) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` to write into, which becomes `output` at the end, or vanishes if anything fails."""
+    """A temporary folder beside `output`. It is renamed to `output` at the end, or deleted on an error."""
     staged = output.parent / f".{output.name}-{os.getpid()}"
     try:
         staged.mkdir(parents=True)
@@ -110,26 +110,26 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise OSError(f"`--output_dir` {output} cannot be made there: {error}") from None
     try:
         yield staged
-        staged.rename(output)  # refused by the system if files came to be there meanwhile
+        staged.rename(output)  # raises if files have appeared there meanwhile
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
 
 
-def update_of(layer: DoraLinear) -> torch.Tensor:
+def update_of(layer: dk.DoraLinear) -> torch.Tensor:
     """ΔW = W' − W [out_features, in_features], at least fp32."""
     exact = layer.merged_weight(torch.promote_types(layer.weight.dtype, torch.float32))
     return exact - layer.base_weight
 
 
 class UpdateErrors:
-    """What is lost of each layer's update ΔW: ‖approximation − ΔW‖ / ‖ΔW‖, per layer and in total."""
+    """The relative error of each layer's update ΔW: ‖approximation − ΔW‖ / ‖ΔW‖."""
 
     def __init__(self):
         self.norms: dict[str, tuple[float, float]] = {}
 
     def add(self, path: str, update: torch.Tensor, approximation: torch.Tensor) -> None:
-        """Records one layer: both [out_features, in_features]."""
+        """Record one layer. Both tensors are [out_features, in_features]."""
         self.norms[path] = (approximation - update).norm().item(), update.norm().item()
 
     @property

@@ -1,4 +1,4 @@
-"""The flags of `python -m training`: parsing them, the YAML file behind `--config`, and what is checked before work."""
+"""The flags of `python -m training`: fields, checks, the YAML file of `--config`, and parsing."""
 
 import difflib
 import math
@@ -16,12 +16,13 @@ from transformers import HfArgumentParser
 import dora_kernels as dk
 
 from . import demo
+from .command_line import module_names
 from .distributed.launchers import check_sharding, zero_config
 from .distributed.processes import local_rank
 
 
 def flag(default, text: str):
-    """A dataclass field with its line in `--help`."""
+    """A dataclass field with a default and its line in `--help`."""
     return field(default=default, metadata={"help": text})
 
 
@@ -104,7 +105,7 @@ class Flags:
         try:
             _ = self.dora  # checks its own fields
         except (TypeError, ValueError) as error:
-            raise ValueError(_in_flags(str(error))) from None
+            raise ValueError(_with_flag_names(str(error))) from None
         if self.use_liger and self.torch_device.type != "cuda":
             raise ValueError("`--use_liger` needs a CUDA device: Liger's kernels do not run on a CPU; leave it out")
         if self.deepspeed:
@@ -130,17 +131,16 @@ class Flags:
     @property
     def target_modules(self) -> list[str] | str:
         """Module names, or "all-linear"."""
-        names = [name.strip() for name in self.lora_target_modules.split(",")]
-        return "all-linear" if names == ["all-linear"] else names
+        return module_names(self.lora_target_modules)
 
     @property
     def trackers(self) -> list[str]:
-        """What `--report_to` names."""
+        """The trackers of `--report_to`."""
         return [name.strip() for name in self.report_to.split(",") if name.strip() not in ("", "none")]
 
     @property
     def dora(self) -> dk.DoraConfig:
-        """The part that the engine reads."""
+        """The engine's config."""
         return dk.DoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
@@ -151,10 +151,11 @@ class Flags:
 
     @property
     def torch_device(self) -> torch.device:
-        """Where the model goes: of several processes each takes the GPU of its own number.
+        """The device of this process. Of several processes, each takes the GPU of its local rank.
 
-        Raises ValueError for a device that is not there, for one GPU named to several processes, and in one process
-        for another than the first.
+        Raises:
+            ValueError: the device does not exist, one GPU is named to several processes, or one process is given
+                another GPU than the first.
         """
         present = torch.cuda.device_count() if torch.cuda.is_available() else 0
         try:
@@ -180,7 +181,7 @@ class Flags:
         return torch.device("cuda", index)
 
 
-# The embedded demo's own settings: flags before the user's, so that the user's win.
+# The demo's settings. They are parsed before the user's flags, so the user's win.
 DEMO = {
     "base_model": str(demo.BASE),
     "data_path": str(demo.DATA),
@@ -190,19 +191,19 @@ DEMO = {
     "cutoff_len": 256,
     "eval_step": 50,
 }
-# What the minimal loop, which the demo runs on, reads.
+# The flags that the demo's minimal loop reads.
 DEMO_FLAGS = {*DEMO, "gradient_accumulation_steps", "num_epochs", "max_steps", "warmup_ratio", "save_step", "seed"} | {
     *("resume", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "impl", "config")
 }
 
 
 def parse_flags(arguments: Sequence[str]) -> tuple[Flags, bool]:
-    """The flags, and whether they ask for the demo. Exits with a sentence, as argparse does, on what it cannot read."""
+    """The flags, and whether they mean the demo. Exits with a sentence, as argparse does, on bad words."""
     parser = HfArgumentParser(Flags, prog="python -m training", description=Flags.__doc__, allow_abbrev=False)
     names = [name.name for name in fields(Flags)]
     (own, unknown) = parser.parse_known_args(list(arguments))
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_nearest(unknown[0].lstrip('-'), names)}")
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_suggestion(unknown[0].lstrip('-'), names)}")
     try:
         arguments = [*(_yaml_arguments(Path(own.config), names) if own.config else []), *arguments]
     except (OSError, ValueError) as error:
@@ -210,11 +211,11 @@ def parse_flags(arguments: Sequence[str]) -> tuple[Flags, bool]:
     given = {text.partition("=")[0].removeprefix("--").replace("-", "_") for text in arguments if text.startswith("--")}
     is_demo = not given & {"base_model", "data_path"}
     if is_demo:
-        if foreign := sorted(given - DEMO_FLAGS):
-            parser.error(f"the demo has no --{foreign[0]}: give --base_model and --data_path for a run of your own")
+        if unsupported := sorted(given - DEMO_FLAGS):
+            parser.error(f"the demo has no --{unsupported[0]}: give --base_model and --data_path for a run of your own")
         arguments = [*_as_arguments(DEMO), *arguments]
-    elif given & {"init_adapter"} and (decided := given & {"lora_r", "lora_alpha", "lora_target_modules"}):
-        parser.error(f"--{min(decided)} is decided by --init_adapter's own adapter_config.json: leave it out")
+    elif given & {"init_adapter"} and (redundant := given & {"lora_r", "lora_alpha", "lora_target_modules"}):
+        parser.error(f"--{min(redundant)} is decided by --init_adapter's own adapter_config.json: leave it out")
     (flags,) = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
     return flags, is_demo
 
@@ -231,8 +232,8 @@ def check_trackers(names: list[str]) -> None:
     if names:
         from transformers.integrations import get_available_reporting_integrations
 
-        if absent := sorted(set(names) - set(there := get_available_reporting_integrations())):
-            installed = f"installed are {', '.join(sorted(there))}" if there else "none is installed"
+        if absent := sorted(set(names) - set(available := get_available_reporting_integrations())):
+            installed = f"installed are {', '.join(sorted(available))}" if available else "none is installed"
             raise ValueError(f"`--report_to` {absent[0]} is not installed or not known to transformers; {installed}")
 
 
@@ -248,12 +249,12 @@ def _yaml_arguments(path: Path, names: list[str]) -> list[str]:
         raise ValueError(f"`--config` {path} should hold `flag: value` lines, got {type(values).__name__}")
     for name in values:
         if name not in names or name == "config":
-            raise ValueError(f"`--config` {path} has an unknown key {str(name)!r}{_nearest(str(name), names)}")
+            raise ValueError(f"`--config` {path} has an unknown key {str(name)!r}{_suggestion(str(name), names)}")
     return _as_arguments(values)
 
 
 def _as_arguments(values: dict) -> list[str]:
-    """Settings as command-line words: one parser, and one set of error messages, for both."""
+    """Settings as command-line words, so that one parser reads both sources."""
     words = []
     for name, value in values.items():
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
@@ -261,13 +262,13 @@ def _as_arguments(values: dict) -> list[str]:
     return words
 
 
-def _in_flags(words: str) -> str:
-    """What the engine says of its config, in the names of the flags."""
+def _with_flag_names(text: str) -> str:
+    """An error of the engine's config with the flags' names."""
     for field_, flag_ in {"r": "lora_r", "target_modules": "lora_target_modules"}.items():
-        words = words.replace(f"`{field_}`", f"`--{flag_}`")
-    return re.sub(r"`(lora_alpha|lora_dropout|impl)`", r"`--\1`", words)
+        text = text.replace(f"`{field_}`", f"`--{flag_}`")
+    return re.sub(r"`(lora_alpha|lora_dropout|impl)`", r"`--\1`", text)
 
 
-def _nearest(name: str, names: list[str]) -> str:
+def _suggestion(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     return f"; did you mean --{near[0]}?" if near else ""

@@ -1,15 +1,15 @@
 """Peak GPU memory of one training step with DoRA, predicted from a model's config: no weights, no GPU.
 
-What is counted is bytes that are alive: bf16 activations under autocast, sdpa attention that keeps no scores, fp32
-adapters under fused AdamW, rows that are all `cutoff_len` long.
+It counts live bytes: bf16 activations under autocast, sdpa attention that keeps no scores, fp32 adapters under fused
+AdamW. All rows are `cutoff_len` long.
 
     whole step      weights, adapters, their gradients (they outlive a forward under accumulation), Adam's two moments
     after forward   what the decoder layers keep; with checkpointing each layer's input alone
     then either     the loss, from the final norm to the gradient of its input,
     or              the backward of one layer: its recomputed activations, gradients, and W' or dZ of one linear
 
-Left out: what has neither tokens nor a weight's size (n and g, partial sums), the attention mask of padded rows, the
-allocator's rounding, and the CUDA context, for which `USABLE` leaves room.
+Not counted: tensors smaller than a row of tokens or a weight (n and g, partial sums), the attention mask of padded
+rows, the allocator's rounding, and the CUDA context. `USABLE` leaves room for them.
 """
 
 import math
@@ -25,17 +25,18 @@ from dora_kernels.ops import dispatch
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 LOSSES = ("tiled", "liger", "whole")
-# Of a card's memory: the rest is for the CUDA context, libraries' workspace and fragmentation. An assumption.
+# The share of a card's memory that a step may use. The rest is for the CUDA context, libraries and fragmentation. An
+# assumption.
 USABLE = 0.92
 # TRL's fused LM head projects tiles of this many tokens by this many words.
 TRL_TILE = (4096, 32768)
 BF16, FP32 = 2, 4
-# An RMSNorm's backward has this many fp32 tensors of its input's shape beside the one that it kept.
+# fp32 tensors of its input's shape in an RMSNorm's backward, besides the saved one.
 NORM_BACKWARD = 5
 
 
 class Memory(NamedTuple):
-    """Bytes by part. `loss` and `layer_backward` do not coincide: the larger one makes the peak."""
+    """Bytes by part. `loss` and `layer_backward` are not alive together: the larger one makes the peak."""
 
     weights: int
     adapters: int
@@ -47,12 +48,12 @@ class Memory(NamedTuple):
 
     @property
     def peak(self) -> int:
-        """The most that is alive at one time."""
+        """The most bytes that are alive at one time."""
         return sum(self[:5]) + max(self.loss, self.layer_backward)
 
 
 class Planned(NamedTuple):
-    """A model as the formulas need it: on the meta device, with the linears that get an adapter."""
+    """A model on the meta device, and the linear layers that get an adapter."""
 
     model: nn.Module
     targets: dict[str, nn.Module]
@@ -65,7 +66,7 @@ class Planned(NamedTuple):
 def planned_model(
     config: PretrainedConfig, *, lora_r: int = 16, target_modules="all-linear", quantize: bool = False
 ) -> Planned:
-    """The model of `config`, without weights.
+    """The model of `config` on the meta device.
 
     Raises:
         ValueError: a model type whose layers the formulas do not describe, or targets outside its decoder layers.
@@ -138,7 +139,7 @@ def largest_batch(planned: Planned, card_gib: float, **step) -> int:
 
 
 def weight_bytes(model: nn.Module, quantize: bool) -> int:
-    """The base: bf16, and with `quantize` NF4 in every linear but the head, as bitsandbytes leaves it."""
+    """Bytes of the base in bf16, or with `quantize` in NF4 but for embeddings, norms and head."""
     total = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     for module in model.modules():
         if quantize and isinstance(module, nn.Linear) and module is not model.lm_head:
@@ -153,12 +154,12 @@ def nf4_bytes(elements: int) -> int:
 
 
 def loss_bytes(loss: str, tokens: int, hidden: int, vocab: int) -> int:
-    """From the final norm's output to the gradient of it, beside what the norm keeps."""
+    """Bytes between the final norm's output and its gradient, without the norm's own."""
     if loss == "whole":
         # In the backward: log-probabilities, their gradient and the logits' gradient, all fp32.
         return 3 * tokens * vocab * FP32
     if loss == "liger":
-        # A chunk's logits, at most two such tensors and usually one; the head's input and its gradient.
+        # The head's input, its gradient, and a chunk's logits.
         return 4 * tokens * hidden * BF16
     # The head's input, its gradient in fp32 and then rounded.
     tile = min(tokens, TRL_TILE[0]) * TRL_TILE[1] * BF16

@@ -1,22 +1,19 @@
 """`python -m training.merge`: an adapter and its base model become one plain checkpoint that transformers loads.
 
-The weights are computed in fp32 and rounded once to the dtype that they have in the base model; what that costs of the
-update is printed per layer.
+The weights are computed in fp32 and rounded once to the base model's dtype. The rounding error, as a share of the
+update, is printed per layer.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
-from transformers.utils import logging as transformers_logging
 
 import dora_kernels as dk
 from dora_kernels.models.modules import dora_layers
 
+from .command_line import command_line
 from .exporting import Sources, UpdateErrors, check_output, new_folder, update_of
 
 
@@ -30,10 +27,11 @@ class Flags:
 
 
 def merge(sources: Sources, output: Path) -> UpdateErrors:
-    """Writes the merged checkpoint, with its tokenizer, to the new folder `output`; what rounding costs, by layer.
+    """Write the merged checkpoint and its tokenizer to the new folder `output`. Returns the rounding error by layer.
 
     Raises:
-        FileExistsError: `output` is there already. ValueError: see `load_adapter` and `merge_dora`. Nothing is written.
+        FileExistsError: `output` exists.
+        ValueError: see `load_adapter` and `merge_dora`. Nothing is written.
     """
     check_output(output)
     model = sources.load()
@@ -49,24 +47,14 @@ def merge(sources: Sources, output: Path) -> UpdateErrors:
 
 
 def run(flags: Flags) -> None:
-    """Merges, and says what it cost."""
+    """Merge, and print the rounding errors."""
     errors = merge(Sources(Path(flags.adapter), flags.base_model or None), Path(flags.output_dir))
     print(f"what rounding to the base model's dtype costs, as a share of each layer's update:\n{errors}")
     print(f"merged checkpoint: {flags.output_dir}")
 
 
-def command_line(flags: type, run, arguments: list[str] | None, **described) -> None:
-    """Parses `flags`, a dataclass, and calls `run` with it; ends with a sentence on bad input."""
-    parser = HfArgumentParser(flags, allow_abbrev=False, **described)
-    transformers_logging.set_verbosity_error()
-    try:
-        run(flags(**vars(parser.parse_args(arguments))))
-    except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"error: {error}")
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Runs with these command-line arguments."""
+    """Run with these command-line arguments."""
     command_line(Flags, run, arguments, prog="python -m training.merge", description=__doc__)
 
 

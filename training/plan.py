@@ -3,43 +3,28 @@
 Without --base_model: the largest batches of three well-known models on five cards.
 """
 
-import argparse
-import sys
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
+from transformers.hf_argparser import HfArg
 
+from .command_line import command_line, module_names
+from .known_models import KNOWN_MODELS, ModelSizes
 from .memory_model import Planned, largest_batch, planned_model, predict
 
 CARDS = (16, 24, 48, 80, 141)
-# As published with the models; what is left out changes no size.
-EXAMPLES = {
-    "Llama-3-8B": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
-    "Qwen2.5-32B": Qwen2Config(
-        vocab_size=152064,
-        hidden_size=5120,
-        intermediate_size=27648,
-        num_hidden_layers=64,
-        num_attention_heads=40,
-        num_key_value_heads=8,
-    ),
-    "Llama-3-70B": LlamaConfig(
-        vocab_size=128256,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    ),
-}
+
+
+def config_of(sizes: ModelSizes) -> PretrainedConfig:
+    """A config of these sizes; what it leaves at its default changes no size."""
+    cls = Qwen2Config if sizes.attention_bias else LlamaConfig
+    return cls(**{name: value for name, value in sizes._asdict().items() if name != "attention_bias"})
+
+
+EXAMPLES = {name: config_of(KNOWN_MODELS[name.lower()]) for name in ("Llama-3-8B", "Qwen2.5-32B", "Llama-3-70B")}
 PARTS = {
     "weights": "weights",
     "adapters": "adapters",
@@ -51,37 +36,53 @@ PARTS = {
 }
 
 
-def parse_flags(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The flags, named as those of `python -m training`. Exits with a sentence on what cannot be."""
-    parser = argparse.ArgumentParser(prog="python -m training.plan", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--base_model", help="folder with a config.json, that file, or a hub id; no weights are read")
-    parser.add_argument("--quantize", action="store_true", help="base in 4 bits (NF4, double quantisation)")
-    parser.add_argument("--cutoff_len", type=_positive, default=512, help="tokens of a row; all are taken to be full")
-    parser.add_argument("--batch_size", type=_positive, default=1, help="rows per forward pass")
-    parser.add_argument("--lora_r", type=_positive, default=16, help="rank of the adapter")
-    parser.add_argument("--lora_target_modules", default="all-linear", help="comma-separated module names")
-    parser.add_argument(
-        "--activation_checkpointing",
-        action=argparse.BooleanOptionalAction,
-        help="recompute activations in the backward; default: both ways side by side",
+@dataclass
+class Flags:
+    """What to plan, by the names of `python -m training`'s flags."""
+
+    base_model: str = HfArg(default="", help="folder with a config.json, that file, or a hub id; no weights are read")
+    quantize: bool = HfArg(default=False, help="base in 4 bits (NF4, double quantisation)")
+    cutoff_len: int = HfArg(default=512, help="tokens of a row; all rows are taken to be full")
+    batch_size: int = HfArg(default=1, help="rows per forward pass")
+    lora_r: int = HfArg(default=16, help="rank of the adapter")
+    lora_target_modules: str = HfArg(default="all-linear", help="comma-separated module names")
+    activation_checkpointing: bool | None = HfArg(
+        default=None,
+        help="recompute activations in the backward, true or false; default: both ways side by side",
+        metadata={"nargs": "?", "const": True},
     )
-    losses = parser.add_mutually_exclusive_group()
-    losses.add_argument("--use_liger", action="store_true", help="Liger's fused linear cross-entropy")
-    losses.add_argument("--whole_logits", action="store_true", help="a loop of your own: transformers' loss")
-    parser.add_argument("--card", type=_positive_number, action="append", help="GiB of a card; may be repeated")
-    return parser.parse_args(arguments)
+    use_liger: bool = HfArg(default=False, help="Liger's fused linear cross-entropy")
+    whole_logits: bool = HfArg(default=False, help="a loop of your own: transformers' loss")
+    card: list[float] = field(
+        default_factory=list, metadata={"help": "GiB of a card; may be repeated", "action": "extend"}
+    )
+
+    def check(self) -> None:
+        """Raise ValueError, naming the flag, if a value cannot work."""
+        for name in ("cutoff_len", "batch_size", "lora_r"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"`--{name}` should be a positive integer value but the value passed is {value}")
+        for size in self.card:
+            if not 0 < size < math.inf:
+                raise ValueError(f"`--card` should be a positive number of GiB but the value passed is {size:g}")
+        if self.use_liger and self.whole_logits:
+            raise ValueError("`--use_liger` does not go with --whole_logits: leave one of them out")
+
+    @property
+    def loss(self) -> str:
+        """One of `memory_model.LOSSES`."""
+        return "liger" if self.use_liger else "whole" if self.whole_logits else "tiled"
+
+    @property
+    def cards(self) -> Sequence[float]:
+        """GiB of each card."""
+        return self.card or CARDS
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the plan. Exits non-zero, with a sentence, on bad input."""
-    flags = parse_flags(arguments)
-    try:
-        if flags.base_model is None:
-            print("\n".join(table(flags)))
-        else:
-            print("\n".join(report(read_config(flags.base_model), flags)))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+def run(flags: Flags) -> None:
+    """Print the plan. Raises ValueError or OSError on bad input."""
+    flags.check()
+    print("\n".join(report(read_config(flags.base_model), flags) if flags.base_model else table(flags)))
 
 
 def read_config(base_model: str) -> PretrainedConfig:
@@ -96,11 +97,11 @@ def read_config(base_model: str) -> PretrainedConfig:
         raise ValueError(f"`--base_model` {base_model} has no config that can be read here: {first}") from None
 
 
-def report(config: PretrainedConfig, flags: argparse.Namespace) -> Iterator[str]:
+def report(config: PretrainedConfig, flags: Flags) -> Iterator[str]:
     """Memory by part, and the largest batch of each card."""
     planned = _planned(config, flags)
     ways = [False, True] if flags.activation_checkpointing is None else [flags.activation_checkpointing]
-    steps = [{"cutoff_len": flags.cutoff_len, "activation_checkpointing": way, "loss": _loss(flags)} for way in ways]
+    steps = [{"cutoff_len": flags.cutoff_len, "activation_checkpointing": way, "loss": flags.loss} for way in ways]
     yield (
         f"{config.model_type}, {config.num_hidden_layers} layers, base in {'NF4' if flags.quantize else 'bf16'}; DoRA "
         f"of rank {flags.lora_r} on {len(planned.targets)} linears; {flags.batch_size} × {flags.cutoff_len} tokens"
@@ -111,20 +112,20 @@ def report(config: PretrainedConfig, flags: argparse.Namespace) -> Iterator[str]
     for part, label in PARTS.items():
         yield _line(label, [_gib(getattr(memory, part)) for memory in memories])
     yield _line("peak", [_gib(memory.peak) for memory in memories])
-    for card in flags.card or CARDS:
+    for card in flags.cards:
         yield _line(f"largest batch on {card:g} GB", [_batch(largest_batch(planned, card, **step)) for step in steps])
 
 
-def table(flags: argparse.Namespace) -> Iterator[str]:
+def table(flags: Flags) -> Iterator[str]:
     """Markdown: the largest batch with checkpointing, and without, of each example on each card."""
-    cards = flags.card or CARDS
+    cards = flags.cards
     yield "| prediction | peak at batch 1 | " + " | ".join(f"{card:g} GB" for card in cards) + " |"
     yield "|---|---|" + "---|" * len(cards)
     for name, config in EXAMPLES.items():
         for quantize in (False, True):
             planned = _planned(config, flags, quantize)
             steps = [
-                {"cutoff_len": flags.cutoff_len, "activation_checkpointing": way, "loss": _loss(flags)}
+                {"cutoff_len": flags.cutoff_len, "activation_checkpointing": way, "loss": flags.loss}
                 for way in (True, False)
             ]
             peaks = " / ".join(_gib(predict(planned, batch_size=1, **step).peak) for step in steps)
@@ -132,15 +133,13 @@ def table(flags: argparse.Namespace) -> Iterator[str]:
             yield f"| {name}, {'NF4' if quantize else 'bf16'} | {peaks} | " + " | ".join(cells) + " |"
 
 
-def _planned(config: PretrainedConfig, flags: argparse.Namespace, quantize: bool | None = None) -> Planned:
-    names = [name.strip() for name in flags.lora_target_modules.split(",")]
-    targets = "all-linear" if names == ["all-linear"] else names
-    quantize = flags.quantize if quantize is None else quantize
-    return planned_model(config, lora_r=flags.lora_r, target_modules=targets, quantize=quantize)
-
-
-def _loss(flags: argparse.Namespace) -> str:
-    return "liger" if flags.use_liger else "whole" if flags.whole_logits else "tiled"
+def _planned(config: PretrainedConfig, flags: Flags, quantize: bool | None = None) -> Planned:
+    return planned_model(
+        config,
+        lora_r=flags.lora_r,
+        target_modules=module_names(flags.lora_target_modules),
+        quantize=flags.quantize if quantize is None else quantize,
+    )
 
 
 def _line(label: str, values: list[str]) -> str:
@@ -155,20 +154,9 @@ def _batch(rows: int) -> str:
     return str(rows) if rows else "–"
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"should be a positive integer value but the value passed is {text}")
-    return int(text)
-
-
-def _positive_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"should be a positive number of GiB but the value passed is {text}")
-    return number
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run with these command-line arguments."""
+    command_line(Flags, run, arguments, prog="python -m training.plan", description=__doc__)
 
 
 if __name__ == "__main__":

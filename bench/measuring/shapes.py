@@ -4,27 +4,13 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from training.known_models import KNOWN_MODELS, ModelSizes
 
-class Model(NamedTuple):
-    """The sizes in a Llama-like model's config.json."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    attention_bias: bool = False
-
-
-MODELS = {
-    "llama-3-8b": Model(4096, 14336, 32, 32, 8, 128256),
-    "llama-3-70b": Model(8192, 28672, 80, 64, 8, 128256),
-    "qwen2.5-7b": Model(3584, 18944, 28, 28, 4, 152064, attention_bias=True),
+MODELS = KNOWN_MODELS | {
     # 1.1 billion parameters, the sizes of TinyLlama: its layers are what a CPU can time.
-    "tinyllama": Model(2048, 5632, 22, 32, 4, 32000),
+    "tinyllama": ModelSizes(2048, 5632, 22, 32, 4, 32000),
     # For the tests, and for a first run anywhere.
-    "tiny": Model(64, 128, 2, 4, 2, 128),
+    "tiny": ModelSizes(64, 128, 2, 4, 2, 128),
 }
 
 

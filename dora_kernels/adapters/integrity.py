@@ -1,5 +1,4 @@
-"""An adapter's two files as a pair: digests that show damage and pairs that do not belong together, and how new files
-take the place of old ones.
+"""An adapter's two files as a pair: digests show damage, and files that do not belong together.
 
 The digests stand in the header of `adapter_model.safetensors`, which PEFT and transformers pass over. Files that others
 wrote have none.
@@ -7,8 +6,7 @@ wrote have none.
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -69,36 +67,3 @@ def carries_digests(path: Path) -> bool:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         return OF_TENSORS.encode() in file.read(min(length, MOST_HEADER))
-
-
-def put_in_place(staged: Path, directory: Path, names: Iterable[str]) -> None:
-    """Moves the files called `names` from `staged`, a folder on the same file system, into `directory`.
-
-    Each is complete under its name or not there, whenever the process dies. If a move fails, what was replaced so far
-    is put back. The weights go last: of them alone no copy is kept meanwhile.
-    """
-    names, moved = list(names), {}
-    for name in names:
-        with (staged / name).open("r+b") as file:
-            os.fsync(file.fileno())
-    for name in names[:-1]:
-        moved[name] = (directory / name).read_bytes() if (directory / name).is_file() else None
-    try:
-        for name in names:
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staged / name, directory / name)
-    except OSError:
-        for name, content in moved.items():
-            if (staged / name).exists():
-                break
-            if content is None:
-                (directory / name).unlink()
-            else:
-                (staged / name).write_bytes(content)
-                os.replace(staged / name, directory / name)
-        raise
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,7 +17,8 @@ from ..models.merge import check_finite
 from ..models.modules import check_model, check_whole, dora_layers
 from ..models.targets import find_saved, rank_and_alpha
 from ..ops.base_weights import weight_of
-from .integrity import check_digests, digests, put_in_place, save_with_header
+from .atomic import move_files
+from .integrity import check_digests, digests, save_with_header
 from .peft_config import CONFIG_NAME, adapter_fields, read_config, without_absent_modules, write_config
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -51,9 +52,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
     # The frozen base may well be sharded: its weights are not written.
     check_whole(_adapter_tensors(model).items())
     check_finite(dora_layers(model))
-    suffix = ".weight" if compat == "transformers" else ""
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in _adapter_tensors(model).items()}
-    spelled = {PREFIX + key + (suffix if key.endswith(MAGNITUDE) else ""): tensor for key, tensor in tensors.items()}
+    spelled = {PREFIX + stored_key(key, compat): tensor for key, tensor in tensors.items()}
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(f"{directory} should be a directory, not a file")
@@ -63,7 +63,13 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
         write_config(adapter_fields(model), staged)
         header = {"format": "pt"} | digests(tensors, read_config(staged))
         save_with_header(spelled, staged / WEIGHTS_NAME, header)
-        put_in_place(staged, directory, (CONFIG_NAME, WEIGHTS_NAME))
+        move_files(staged, directory, (CONFIG_NAME, WEIGHTS_NAME))
+
+
+def stored_key(key: str, compat: str) -> str:
+    """PEFT's key of a tensor as `compat` spells it in the file."""
+    suffix = ".weight" if compat == "transformers" else ""
+    return key + (suffix if key.endswith(MAGNITUDE) else "")
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:

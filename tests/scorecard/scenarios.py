@@ -106,7 +106,8 @@ class Metrics(Scenario):
             append_row(self.path, {"step": step, "loss": step / 7})
 
     def write(self):
-        from training.checkpoints.metrics import append_row, keep_until, plot_losses
+        from training.checkpoints.loss_plot import plot_losses
+        from training.checkpoints.metrics import append_row, keep_until
 
         keep_until(self.path, 3)
         append_row(self.path, {"step": 4, "loss": 4 / 7})

@@ -19,6 +19,7 @@ from tests.support.training_runs import arguments
 from tests.support.two_processes import before_step
 from training import flags
 from training.__main__ import main
+from training.finetune import config
 from training.finetune import run as finetune
 from training.finetune.trainer import DoraTrainer
 from training.model import base_model as base
@@ -90,7 +91,7 @@ def runs(data, folder):
     del os.environ["ACCELERATE_USE_FSDP"]  # which accelerate has set
     main(arguments(data, folder / "resumed", "--fsdp", "--resume", **FLAGS))
     os.environ |= LAUNCHED
-    base.compute_dtype = finetune.compute_dtype = lambda device: torch.bfloat16
+    base.compute_dtype = finetune.compute_dtype = config.compute_dtype = lambda device: torch.bfloat16
     words = arguments(data, folder / "launched", "--use_peft", "--activation_checkpointing", **FLAGS | {"max_steps": 2})
     main(words)
     undo()

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from dora_kernels.adapters.atomic import write_atomic
 from tests.support.disk_faults import Faults
 from training.checkpoints import checkpoint as checkpoints
 from training.checkpoints.checkpoint import (
@@ -189,6 +190,6 @@ def test_links_are_taken_away_and_not_followed(tmp_path):
         (out / name).symlink_to(outside)
     (out / "log").symlink_to(outside / "file")
     save(out, 1, keep=1)
-    checkpoints.write_whole(out / "log", "ours")
+    write_atomic(out / "log", "ours")
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "log"]
     assert (outside / "file").read_text() == "not ours" and (out / "log").read_text() == "ours"

@@ -1,6 +1,5 @@
 """Reading, masking, order and padding of training rows."""
 
-import json
 import random
 
 import pytest
@@ -9,7 +8,7 @@ from transformers import AutoTokenizer
 
 from training import demo
 from training.data.order import IGNORED, rows_of_step, steps_per_epoch
-from training.minimal.batches import collate, encode, read_jsonl, read_splits
+from training.minimal.batches import collate, encode, read_splits
 
 
 @pytest.fixture(scope="module")
@@ -59,48 +58,30 @@ def test_order_is_a_pure_function_of_seed_epoch_and_position():
     assert first[:7] != first[7:14], "each epoch has its own order"
 
 
+def write_splits(folder, **texts):
+    row = '{"prompt": "a", "completion": "b"}\n'
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text(texts.get(split, row))
+    return folder
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
-        ('{"prompt": "a"', "line 2: not valid JSON"),
-        ('["a", "b"]', r"line 2: expected the columns \['completion', 'prompt'\], got list"),
-        ('{"text": "a"}', r"expected the columns \['completion', 'prompt'\], got \['text'\]"),
-        ('{"prompt": "a", "completion": ""}', "`completion` must be a non-empty string, got ''"),
-        ('{"prompt": 3, "completion": "a"}', "`prompt` must be a non-empty string, got 3"),
+        ('{"prompt": "a"', "not valid JSON"),
+        ('["a", "b"]', "expected an object with columns, got list"),
+        ('{"text": "a"}', "`prompt` is missing"),
+        ('{"prompt": "a", "completion": ""}', "`completion` is empty"),
     ],
-    ids=["json", "list", "columns", "empty", "type"],
+    ids=["json", "list", "columns", "empty"],
 )
-def test_a_bad_row_is_named(tmp_path, line, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a", "completion": "b"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=message):
-        read_jsonl(path)
+def test_the_minimal_loop_names_a_bad_row(tmp_path, line, message):
+    good = '{"prompt": "a", "completion": "b"}\n'
+    assert read_splits(write_splits(tmp_path))["train"] == [{"prompt": "a", "completion": "b"}]
+    with pytest.raises(ValueError, match=rf"test\.jsonl, row 2: {message}"):
+        read_splits(write_splits(tmp_path, test=good + line + "\n"))
 
 
-def test_not_utf8_is_named(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"prompt": "caf\xe9", "completion": "b"}\n')
-    with pytest.raises(ValueError, match=r"rows\.jsonl: not UTF-8"):
-        read_jsonl(path)
-
-
-def test_no_rows_and_no_file(tmp_path):
-    (tmp_path / "train.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"train\.jsonl has no rows"):
-        read_splits(tmp_path, seed=0)
-    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl does not exist"):
-        read_splits(tmp_path / "absent.jsonl", seed=0)
-
-
-def test_a_single_file_is_split_by_prompt(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    rows = [{"prompt": f"p{index % 40}", "completion": f"c{index}"} for index in range(100)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    splits = read_splits(path, seed=0)
-    prompts = {split: {row["prompt"] for row in splits[split]} for split in splits}
-    assert len(prompts["test"]) == 4 and not prompts["test"] & prompts["train"]
-    assert len(splits["train"]) + len(splits["test"]) == 100 and splits["validation"] == splits["test"]
-    assert read_splits(path, seed=0) == splits != read_splits(path, seed=1)
-    path.write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(ValueError, match="2 different prompts are needed"):
-        read_splits(path, seed=0)
+def test_the_minimal_loop_needs_every_split(tmp_path):
+    with pytest.raises(ValueError, match="has no validation rows; expected the splits train, validation, test"):
+        read_splits(write_splits(tmp_path, validation="\n"))

@@ -18,7 +18,7 @@ STEPS = 20
 def _losses(impl, folder):
     """Losses of the first steps of a demo with one row a step, and the launches they took."""
     tokenizer = AutoTokenizer.from_pretrained(demo.BASE)
-    examples = encode(read_splits(demo.DATA, seed=0)["train"], tokenizer, 256)
+    examples = encode(read_splits(demo.DATA)["train"], tokenizer, 256)
     model = AutoModelForCausalLM.from_pretrained(demo.BASE, dtype=torch.float32)
     torch.manual_seed(0)
     model = dk.apply_dora(model, dk.DoraConfig(r=8, lora_alpha=16, impl=impl))

@@ -226,10 +226,10 @@ def test_the_command_needs_a_config_alone(tmp_path, capsys):
     [
         (["--cutoff_len=0"], "should be a positive integer value but the value passed is 0"),
         (["--batch_size=-1"], "should be a positive integer value but the value passed is -1"),
-        (["--lora_r=x"], "should be a positive integer value but the value passed is x"),
+        (["--lora_r=x"], "argument --lora_r/--lora-r: invalid int value: 'x'"),
         (["--card=nan"], "should be a positive number of GiB but the value passed is nan"),
         (["--batch=2"], "unrecognized arguments: --batch=2"),
-        (["--use_liger", "--whole_logits"], "not allowed with"),
+        (["--use_liger", "--whole_logits"], "`--use_liger` does not go with --whole_logits"),
         (["--base_model={tmp}/empty"], "error: `--base_model` {tmp}/empty is not a folder with a config.json"),
         (["--base_model={tmp}/nowhere/at/all"], "error: `--base_model` {tmp}/nowhere/at/all has no config"),
         (["--base_model={tmp}/gpt2"], "'gpt2' cannot be predicted; known are llama, qwen2, qwen3"),

@@ -1,1 +1,1 @@
-"""What a run leaves in its folder, so that another can go on."""
+"""The files in a run's output folder: checkpoints, metrics and the lock."""

@@ -1,12 +1,12 @@
-"""Checkpoints that survive a kill at any moment.
+"""Atomic checkpoints: a kill at any moment leaves complete checkpoints only.
 
-A checkpoint is a folder `checkpoint-<step>/` of safetensors and JSON files. It is staged as `.tmp-<step>-<pid>` on the
-same file system, each file is synced, `manifest.json` with the size and sha256 of every other file is written last, and
-only then is the folder renamed and its parent synced. So a folder with the final name is complete, and damage done to
-it later is seen before it is used.
+A checkpoint is a folder `checkpoint-<step>/` of safetensors and JSON files. It is written as `.tmp-<step>-<pid>` on the
+same file system. Each file is synced. `manifest.json`, with the size and sha256 of every other file, is written last.
+Then the folder is renamed and its parent synced. So a folder with the final name is complete. Loading verifies the
+manifest, which detects later damage.
 
-Nothing here knows a training loop: the caller brings tensors, JSON state and a function that writes the adapter.
-One process writes to an output folder at a time.
+The caller supplies tensors, JSON state and a function that writes the adapter. One process writes to an output folder
+at a time.
 """
 
 import hashlib
@@ -19,6 +19,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from dora_kernels.adapters.atomic import remove, sync
 
 MANIFEST = "manifest.json"
 STATE = "training_state.json"
@@ -33,9 +35,11 @@ def save_checkpoint(
     write_adapter: Callable[[Path], None],
     keep: int = 2,
 ) -> Path:
-    """Write `checkpoint-<step>/` and delete all but the `keep` newest sound checkpoints; return its path.
+    """Write `checkpoint-<step>/`, delete all but the `keep` newest sound checkpoints, and return its path.
 
-    `tensors` and `state` (JSON values) come back from `load_checkpoint`; `write_adapter(folder)` adds files of its own.
+    Args:
+        tensors, state: returned by `load_checkpoint`; `state` holds JSON values.
+        write_adapter: `write_adapter(folder)` writes the adapter's files.
     """
     if keep < 1:
         raise ValueError(f"`keep` should be a positive number of checkpoints but the value passed is {keep}")
@@ -58,7 +62,7 @@ def save_checkpoint(
             sync(folder)
         sync(staged)
         final, replaced = output_dir / f"checkpoint-{step}", output_dir / f".tmp-replaced-{step}"
-        if os.path.lexists(final):  # a damaged one that resuming has skipped: a folder cannot be renamed over another
+        if os.path.lexists(final):  # a damaged one; a folder cannot be renamed over another
             final.rename(replaced)
         try:
             staged.rename(final)
@@ -67,7 +71,7 @@ def save_checkpoint(
                 replaced.rename(final)
             raise
         sync(output_dir)
-    except BaseException:  # a full disk, say: leave nothing half-written behind, whatever it was
+    except BaseException:  # a full disk, for one: leave no incomplete folder
         shutil.rmtree(staged, ignore_errors=True)
         raise
     if os.path.lexists(replaced):
@@ -81,13 +85,13 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, torch.Tensor], dict]:
     return load_file(Path(path) / TENSORS), json.loads((Path(path) / STATE).read_text())
 
 
-def newest_checkpoint(output_dir: str | Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint whose manifest verifies, or None; each newer one that is skipped is named through `say`."""
+def newest_checkpoint(output_dir: str | Path, report: Callable[[str], None] = print) -> Path | None:
+    """The newest sound checkpoint, or None. Each damaged one that is skipped is passed to `report` as a sentence."""
     for path in list_checkpoints(output_dir):
         reason = damage(path)
         if reason is None:
             return path
-        say(f"skipping {path}: {reason}")
+        report(f"skipping {path}: {reason}")
     return None
 
 
@@ -98,64 +102,37 @@ def list_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """The number of optimizer steps that a checkpoint folder's name states."""
+    """The optimizer step in a checkpoint folder's name."""
     return int(path.name.removeprefix("checkpoint-"))
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words, or None if every file is as its manifest says."""
+    """What is wrong with a checkpoint, as a sentence, or None if every file matches its manifest."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
         for name, expected in files.items():
-            # The size first: it finds a truncated file without reading it.
+            # The size first: it detects a truncated file without reading it.
             if (size := (path / name).stat().st_size) != expected["bytes"]:
                 return f"{name} has {size} bytes, the manifest says {expected['bytes']}"
             if _describe(path / name) != expected:
                 return f"{name} does not match its sha256"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except OSError as error:  # a bad block, say
+    except OSError as error:  # a bad block, for one
         return f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} is unreadable ({error})"
     return None
 
 
-def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replaces a file, or a link in its place, by one with this text: the old one, or the new one, whole."""
-    staged = path.with_name(f"{path.name}.tmp")
-    staged.unlink(missing_ok=True)
-    with staged.open("x") as file:
-        file.write(text)
-    sync(staged)
-    staged.rename(path)
-
-
 def _rotate(output_dir: Path, keep: int) -> None:
-    """Delete what is older than `keep` sound checkpoints: the newest sound one always stays."""
+    """Delete the checkpoints older than the `keep` newest sound ones."""
     sound = 0
     for path in list_checkpoints(output_dir):
         if sound == keep:
             remove(path)
         elif damage(path) is None:
             sound += 1
-
-
-def remove(path: Path) -> None:
-    """A folder with all in it; of a link, or a file, the name alone."""
-    if path.is_symlink() or not path.is_dir():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
 
 
 def _files(folder: Path) -> list[Path]:

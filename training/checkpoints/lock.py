@@ -12,7 +12,7 @@ LOCK = ".lock"
 
 
 def check_folder(output_dir: Path, resume: bool) -> None:
-    """Refuse to mix a new run into the checkpoints of another."""
+    """Raise ValueError if a new run would write beside the checkpoints of another."""
     if not resume and (there := list_checkpoints(output_dir)):
         raise ValueError(
             f"{output_dir} holds {there[0].name} of an earlier run: "
@@ -22,9 +22,13 @@ def check_folder(output_dir: Path, resume: bool) -> None:
 
 @contextmanager
 def sole_run(output_dir: Path) -> Iterator[None]:
-    """Holds the folder, made if need be, until the scope or the process ends. Raises ValueError if another holds it."""
+    """Lock the folder, made if need be, until the scope or the process ends.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
     output_dir.mkdir(parents=True, exist_ok=True)
-    # Not through a link, to a file that is not the run's own.
+    # Without following a link, whose target is not the run's file.
     with open(output_dir / LOCK, "w", opener=lambda name, how: os.open(name, how | os.O_NOFOLLOW, 0o666)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

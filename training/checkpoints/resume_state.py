@@ -1,21 +1,21 @@
-"""What an exact resume needs besides the adapter, as tensors and JSON: optimizer moments and random generators."""
+"""Optimizer moments and random generators as tensors and JSON, for an exact resume."""
 
 import random
 
 import numpy as np
 import torch
 
-from ..distributed.sharding import part, whole
+from ..distributed.sharding import full_tensor, shard_like
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], list[dict]]:
-    """Its tensors as `optimizer.<parameter index>.<name>`, and its groups (learning rates and the like) as JSON.
+    """The optimizer's tensors as `optimizer.<parameter index>.<name>`, and its parameter groups as JSON.
 
-    Where parameters are sharded all processes call it, and get the whole.
+    Where parameters are sharded, all processes must call it, and get full tensors.
     """
     state = optimizer.state_dict()
     tensors = {
-        f"optimizer.{index}.{name}": whole(value)
+        f"optimizer.{index}.{name}": full_tensor(value)
         for index, entry in state["state"].items()
         for name, value in entry.items()
     }
@@ -23,18 +23,18 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.T
 
 
 def set_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], groups: list[dict]) -> None:
-    """The reverse of `optimizer_state`, into an optimizer with the same parameters in the same order."""
+    """Restore `optimizer_state` into an optimizer with the same parameters in the same order."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = part(value, parameters[int(index)])
+            state.setdefault(int(index), {})[name] = shard_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def random_state() -> tuple[dict[str, torch.Tensor], dict]:
-    """Every generator: PyTorch's (CPU and each GPU) as tensors, NumPy's and Python's as JSON."""
+    """The state of every generator: PyTorch's (CPU and each GPU) as tensors, NumPy's and Python's as JSON."""
     tensors = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -44,7 +44,7 @@ def random_state() -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def set_random_state(tensors: dict[str, torch.Tensor], state: dict) -> None:
-    """The reverse of `random_state`."""
+    """Restore `random_state`."""
     torch.set_rng_state(tensors["random.cpu"])
     for key, value in tensors.items():
         if key.startswith("random.cuda.") and torch.cuda.is_available():

@@ -1,1 +1,1 @@
-"""Rows of training data: where they come from, what is read of them, and in which order."""
+"""Training data: reading files, checking rows, tokenising them, and their order."""

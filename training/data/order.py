@@ -1,8 +1,8 @@
-"""The order of rows, and the label of tokens that are not trained: the same in every loop."""
+"""The order of rows, and the label of tokens that are not trained."""
 
 import random
 
-IGNORED = -100  # the label that cross entropy leaves out
+IGNORED = -100  # the label that cross entropy ignores
 
 
 def steps_per_epoch(rows: int, batch: int) -> int:
@@ -11,9 +11,9 @@ def steps_per_epoch(rows: int, batch: int) -> int:
 
 
 def rows_of_step(rows: int, batch: int, seed: int, step: int) -> list[int]:
-    """Which rows optimizer step `step` (from 0) trains on: a pure function of its arguments.
+    """The rows of optimizer step `step`, from 0: a pure function of its arguments.
 
-    So a resumed run needs no data-loader state: it asks for the step it is at.
+    So a resumed run needs no data-loader state.
     """
     epoch, position = divmod(step, steps_per_epoch(rows, batch))
     return order_of_epoch(rows, seed, epoch)[position * batch : (position + 1) * batch]

@@ -1,1 +1,1 @@
-"""Several processes: who started them, what they share, and how weights are sharded."""
+"""Several processes: launchers, communication and sharding."""

@@ -1,7 +1,7 @@
-"""What a run in several processes may ask for besides DDP: FSDP2, or DeepSpeed's ZeRO below stage 3.
+"""What a run in several processes supports besides DDP: FSDP2, and DeepSpeed's ZeRO stages 1 and 2.
 
-Both are accelerate's. Neither may compute in 16 bits by its own rules, which would round the fp32 adapters, magnitudes
-among them; with a base in bf16 the layers do it by theirs.
+accelerate runs both. Their own mixed precision stays off: it would round the fp32 adapters and magnitudes to 16 bits.
+With a base in bf16 the layers compute in bf16 themselves.
 """
 
 import json
@@ -18,7 +18,11 @@ DDP = "`torchrun --nproc_per_node N -m training ...` runs DDP"
 
 
 def launched_with_fsdp() -> bool:
-    """Whether `accelerate launch` was configured for FSDP2. Raises ValueError for what does not work here of it."""
+    """Whether `accelerate launch` was configured for FSDP2.
+
+    Raises:
+        ValueError: FSDP1, or an FSDP2 setting that is not supported.
+    """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return False
     plugin = FullyShardedDataParallelPlugin()
@@ -27,31 +31,32 @@ def launched_with_fsdp() -> bool:
             "FSDP1 flattens parameters into buffers of one dtype, where fp32 adapters on a bf16 base do not fit: "
             "set `fsdp_version: 2` in accelerate's configuration"
         )
-    fits = {
-        # Around single linears a norm would be of a weight in parts.
+    supported = {
+        # Wrapped alone, a linear layer's weight would be sharded when its norm is computed.
         "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP": plugin.auto_wrap_policy is transformer_auto_wrap_policy,
         "fsdp_offload_params: false": not isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        # It does not restore the generators for dropout; --activation_checkpointing does.
+        # It does not restore the random generators for dropout; --activation_checkpointing does.
         "fsdp_activation_checkpointing: false": not plugin.activation_checkpointing,
     }
-    if others := [line for line, as_is in fits.items() if not as_is]:
-        raise ValueError(f"accelerate's FSDP configuration should have `{'`, `'.join(others)}`")
+    if wrong := [line for line, holds in supported.items() if not holds]:
+        raise ValueError(f"accelerate's FSDP configuration should have `{'`, `'.join(wrong)}`")
     return True
 
 
 def check_launcher(dtype: torch.dtype) -> None:
-    """Raise ValueError if `accelerate launch` was asked for DeepSpeed, or for another dtype than the base will have."""
+    """Raise ValueError if `accelerate launch` was configured for DeepSpeed, or for another dtype than the base's."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError("DeepSpeed is configured by a flag: `torchrun ... -m training --deepspeed config.json ...`")
-    asked = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", "bf16" if dtype == torch.bfloat16 else "no"):
+    precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "bf16" if dtype == torch.bfloat16 else "no"):
         raise ValueError(
-            f"accelerate was asked for mixed precision in {asked}, but the base is in {str(dtype)[6:]}: leave it out"
+            f"accelerate was asked for mixed precision in {precision}, "
+            f"but the base is in {str(dtype)[6:]}: leave it out"
         )
 
 
 def check_sharding(flag: str, device: torch.device) -> None:
-    """Raise ValueError if the processes cannot run FSDP2 or DeepSpeed, which `flag` asks for."""
+    """Raise ValueError if `flag`, "fsdp" or "deepspeed", cannot work with these processes on this device."""
     if device.type == "cpu":
         raise ValueError(f"`--{flag}` needs GPUs (on a CPU accelerate runs DDP in its place, without a word): {DDP}")
     if local_rank() is None:
@@ -59,9 +64,10 @@ def check_sharding(flag: str, device: torch.device) -> None:
 
 
 def zero_config(path: str) -> dict:
-    """DeepSpeed's configuration in the JSON file `path`, with what the run's own flags decide left to them.
+    """DeepSpeed's configuration from the JSON file `path`. Settings that flags decide become "auto".
 
-    Raises ValueError for what does not work here of it.
+    Raises:
+        ValueError: the file cannot be read, or holds a setting that is not supported.
     """
     try:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -80,6 +86,6 @@ def zero_config(path: str) -> dict:
     for name in ("bf16", "fp16"):
         if config.get(name, {}).get("enabled") not in (None, False, "auto"):
             raise ValueError(f"`--deepspeed` {path}: leave `{name}` out, it would round the fp32 adapters")
-    # DeepSpeed's own defaults are no accumulation and no clipping.
+    # Left out, they would default to no accumulation and no clipping.
     ours = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     return dict.fromkeys(ours, "auto") | config

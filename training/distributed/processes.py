@@ -1,7 +1,7 @@
-"""The processes of a run: which of them speaks and writes, and what all of them agree on.
+"""The processes of a run. The main process prints and writes files.
 
-`torchrun` and `accelerate launch` start them, and accelerate knows them as `PartialState`. A process that was started
-alone is the main one and agrees with itself. All of them read and write one file system.
+`torchrun` and `accelerate launch` start them; accelerate describes them as `PartialState`. A process that was started
+alone is the main process. All processes share one file system.
 """
 
 import torch
@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list, gather_object, get_int_from_
 
 
 def join(device: torch.device) -> PartialState:
-    """This process among the others, for which it waits."""
+    """Join the process group, and wait for the other processes."""
     return PartialState(cpu=device.type == "cpu")
 
 
@@ -20,11 +20,17 @@ def local_rank() -> int | None:
     return None if rank < 0 else rank
 
 
-def gathered(value) -> list:
-    """The value of each process, in their order. All of them must call it, and all get the same list."""
+def gather(value) -> list:
+    """The values of all processes, in order of rank. All processes must call it."""
     return gather_object([value]) if PartialState().num_processes > 1 else [value]
 
 
-def of_main(value):
-    """The main process's value. All of them must call it."""
+def broadcast(value):
+    """The main process's value. All processes must call it."""
     return broadcast_object_list([value])[0] if PartialState().num_processes > 1 else value
+
+
+def print_once(text: str) -> None:
+    """Print in the main process only."""
+    if PartialState().is_main_process:
+        print(text)

@@ -1,32 +1,32 @@
-"""Where a loss that is not finite comes from."""
+"""Finds the module or the parameter where NaN or infinity first appears."""
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from ..distributed.sharding import whole
+from ..distributed.sharding import full_tensor
 
 
 @torch.no_grad()
 def first_nonfinite(model: nn.Module, forward: Callable[[], object]) -> str:
-    """Runs `forward` once more and says, in words, which module of `model` was the first to return NaN or infinity."""
+    """Run `forward` again; a sentence that names the first module of `model` to return NaN or infinity."""
     first: list[str] = []
 
-    def look(name: str):
+    def recorder(name: str):
         def hook(module, inputs, output):
             if not first and any(_not_finite(tensor) for tensor in _tensors(output)):
                 first.append(name)
 
         return hook
 
-    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+    hooks = [module.register_forward_hook(recorder(name)) for name, module in model.named_modules() if name]
     try:
         forward()
     finally:
         for hook in hooks:
             hook.remove()
-    # Before any return: the processes of a sharded model gather its parameters together.
+    # Before any return: gathering a sharded model's parameters is collective.
     broken = [name for name, parameter in model.named_parameters() if _not_finite(parameter)]
     if not first:
         return "every layer's output was finite when the batch was run again"
@@ -46,5 +46,5 @@ def _tensors(output) -> list[torch.Tensor]:
 
 
 def _not_finite(tensor: torch.Tensor) -> bool:
-    # A quantised weight is integers, which are finite.
-    return tensor.is_floating_point() and not bool(torch.isfinite(whole(tensor)).all())
+    # A quantised weight holds integers, which are finite.
+    return tensor.is_floating_point() and not bool(torch.isfinite(full_tensor(tensor)).all())

@@ -1,24 +1,56 @@
-"""What a run leaves to read: the summary at its end and the adapter's model card."""
+"""What a run prints, and the adapter's model card."""
 
 import math
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
 
-from ..checkpoints.metrics import METRICS, peak_memory, read_rows
+from dora_kernels.adapters.save_load import WEIGHTS_NAME
+
+from ..checkpoints.metrics import METRICS, read_rows
 from ..data.rows import Rows
 from ..flags import Flags
-from ..model.adapter import WEIGHTS, Adapter
+from ..model.adapter import Adapter
+from .meter import peak_memory
+
+
+def run_line(flags: Flags, adapter: Adapter, model: PreTrainedModel, device: torch.device, processes: int) -> str:
+    """The adapter, the base model's dtype, the device and the number of processes."""
+    dtype = "NF4" if flags.quantize else str(model.dtype)[6:]
+    return f"{adapter.description}; base in {dtype} on {device}" + (
+        f", in {processes} processes" if processes > 1 else ""
+    )
+
+
+def stopped_line(flags: Flags, command: str, step: int) -> str:
+    """What SIGTERM led to, and how to continue."""
+    saved = Path(flags.output_dir) / f"checkpoint-{step}"
+    return f"\nstopped and saved at step {step}; {_how_to_continue(flags, command, saved)}"
+
+
+def resume_hint(flags: Flags, command: str, checkpoint: Path | None) -> str:
+    """What is left of a run that failed: its newest sound checkpoint, if there is one, and how to continue from it."""
+    if checkpoint is None:
+        return "nothing was saved before"
+    return f"{checkpoint} is sound: {_how_to_continue(flags, command, checkpoint)}"
+
+
+def _how_to_continue(flags: Flags, command: str, checkpoint: Path) -> str:
+    if flags.deepspeed:
+        return f"go on from its adapter, in a new --output_dir, with --init_adapter {checkpoint}"
+    return f"continue with\n  {command} --resume"
 
 
 def losses(metrics: Path) -> tuple[float, float] | None:
-    """Held-out loss before and after training, or None if it was not measured."""
+    """Held-out loss before and after training, or None if it was not measured twice."""
     measured = [row["eval_loss"] for row in read_rows(metrics) if "eval_loss" in row]
     return (measured[0], measured[-1]) if len(measured) > 1 else None
 
 
 def summary(flags: Flags, seconds: float) -> str:
-    """The last words of a run: what it changed, what it took, and what to do next."""
+    """The last lines of a run: losses before and after, time, memory, files and the next command."""
     folder = Path(flags.output_dir)
     lines = ["", f"{'':22}{'before':>10}{'tuned':>10}"]
     if measured := losses(folder / METRICS):
@@ -26,7 +58,7 @@ def summary(flags: Flags, seconds: float) -> str:
         lines.append(f"{'held-out perplexity':22}{_perplexity(measured[0]):10.4g}{_perplexity(measured[1]):10.4g}")
     else:
         lines = ["", "nothing was held out, so nothing says how good the adapter is"]
-    size = (folder / WEIGHTS).stat().st_size
+    size = (folder / WEIGHTS_NAME).stat().st_size
     lines.append(f"{seconds:.0f} s of training, {peak_memory() / 1e9:.2f} GB at the peak; adapter {size / 1e6:.2f} MB")
     lines.append(f"adapter: {folder}; losses: {folder / 'loss.png'}, {folder / METRICS}; card: {folder / 'README.md'}")
     lines.append("next:")

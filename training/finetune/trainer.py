@@ -1,7 +1,7 @@
-"""`DoraTrainer`: TRL's SFTTrainer with what nobody has.
+"""`DoraTrainer`: TRL's SFTTrainer with five additions.
 
-Magnitudes in a group of their own, checkpoints that survive a kill at any moment, exact resume in the middle of an
-epoch, a loss per token in evaluation, and a stop that says where a loss went NaN. All else is TRL's.
+Magnitudes in a parameter group of their own, atomic checkpoints, exact resume in the middle of an epoch, evaluation
+loss per token, and an error that names the module where a loss became NaN.
 """
 
 import math
@@ -16,26 +16,28 @@ from transformers import TrainerState
 from trl import SFTTrainer
 
 import dora_kernels as dk
+from dora_kernels.adapters.atomic import sync
 from dora_kernels.layers.frozen import Freezable
 
-from ..checkpoints.checkpoint import load_checkpoint, save_checkpoint, sync
-from ..checkpoints.metrics import METRICS, Meter
+from ..checkpoints.checkpoint import load_checkpoint, save_checkpoint
+from ..checkpoints.metrics import METRICS
 from ..checkpoints.resume_state import optimizer_state, random_state, set_optimizer_state, set_random_state
 from ..data.order import IGNORED, order_of_epoch, rows_of_step, steps_per_epoch
-from ..distributed.processes import gathered
-from ..distributed.sharding import whole, whole_adapter
+from ..distributed.processes import gather
+from ..distributed.sharding import full_adapter, full_tensor
 from ..model.adapter import Adapter
 from ..model.optimizer import parameter_groups
+from .meter import Meter
 from .nonfinite import first_nonfinite, first_nonfinite_gradient
 
-TRAINER_STATE = "trainer_state.json"  # the name under which transformers looks for it
+TRAINER_STATE = "trainer_state.json"  # the name that transformers expects
 
 
 class EpochOrder(Sampler):
     """Row numbers in an order that is a pure function of (seed, epoch).
 
-    `epoch()` is asked when an epoch begins. A data loader would set it, but of several processes' loaders the one that
-    skips to where a resumed run stands does not pass it on.
+    `epoch()` is called when an epoch begins. accelerate's loader does not set the epoch of a resumed run when it skips
+    to the step in several processes.
     """
 
     def __init__(self, rows: int, seed: int, epoch: Callable[[], int]):
@@ -52,9 +54,9 @@ class DoraTrainer(SFTTrainer):
     """Trains `adapter.model`.
 
     Args:
-        adapter: the model, and how its adapter is written and read.
-        fused_loss: the model computes its loss itself (`training.model.liger`); TRL's own head would pass that by.
-        run: what decides the numbers of the run, as JSON; a checkpoint is resumed only by an equal one.
+        adapter: the model, and functions that write and read its adapter.
+        run: everything that decides the numbers of the run, as JSON. A checkpoint of another `run` is refused.
+        fused_loss: the model computes its own loss (`training.model.liger`); TRL's loss is not used in training.
         options: SFTTrainer's other arguments.
     """
 
@@ -62,7 +64,7 @@ class DoraTrainer(SFTTrainer):
         self.adapter, self.run, self.fused_loss = adapter, run, fused_loss
         self.meter = Meter()
         self._eval_sums: list[torch.Tensor] = []
-        with _adapters_count(adapter.model):
+        with _quantized_base_is_accepted(adapter.model):
             super().__init__(model=adapter.model, **options)
 
     # Optimizer and order of the rows
@@ -80,31 +82,31 @@ class DoraTrainer(SFTTrainer):
 
     @property
     def batch(self) -> int:
-        """Rows per optimizer step, those of all processes."""
+        """Rows per optimizer step, over all processes."""
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     # Checkpoints
 
     def train_from(self, checkpoint: Path | None) -> None:
-        """Train to the end, from a checkpoint if there is one. A finished run is loaded and trained no further."""
+        """Train to the end, from a checkpoint if there is one. A finished run is loaded and not trained further."""
         if checkpoint is not None:
-            # Here and not in `_load_from_checkpoint`, which comes when FSDP has cut the parameters.
+            # Not in `_load_from_checkpoint`, which runs after FSDP has sharded the parameters.
             self._read(checkpoint)
             state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE))
             if state.global_step >= state.max_steps:  # transformers would take one more step
                 self.state = state
                 return
-        # The base and the adapter were drawn alike in all processes; their dropout is not. The main process's is that
-        # of a run of its own.
+        # All processes drew the same adapter from the same seed; their dropout must differ. The main process keeps the
+        # seed of a run in one process.
         if self.args.process_index:
             torch.manual_seed(self.args.seed + self.args.process_index)
         self.train(resume_from_checkpoint=checkpoint and str(checkpoint))
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
-        """Stage, verify, rename, rotate: see `checkpoints.checkpoint`. One process writes, the generators of all."""
+        """Write a checkpoint, with the random generators of all processes. The main process writes."""
         self.store_flos()
-        generators = gathered(random_state())
-        # DeepSpeed's is in parts of its own making, and such a run is not resumed.
+        generators = gather(random_state())
+        # DeepSpeed shards the optimizer in its own way, and such a run is not resumed.
         moments, groups = ({}, []) if self.is_deepspeed_enabled else optimizer_state(self.optimizer)
         tensors = moments | {f"{rank}.{name}": one[name] for rank, (one, _) in enumerate(generators) for name in one}
         state = {
@@ -121,16 +123,16 @@ class DoraTrainer(SFTTrainer):
             self.state.save_to_json(str(folder / TRAINER_STATE))
 
         metrics = Path(self.args.output_dir, METRICS)
-        with whole_adapter(self.adapter.model, keep=self.args.should_save):
+        with full_adapter(self.adapter.model, keep=self.args.should_save):
             if not self.args.should_save:
                 return
             if metrics.exists():
-                sync(metrics)  # rows up to a durable checkpoint must be durable too
+                sync(metrics)  # rows must be as durable as the checkpoint after them
             save_checkpoint(self.args.output_dir, self.state.global_step, tensors, state, write)
-        self.meter.leave_out()
+        self.meter.skip()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing to load: `train_from` has."""
+        """Nothing to do: `train_from` has loaded it."""
 
     def _read(self, checkpoint: Path) -> None:
         _, state = load_checkpoint(checkpoint)
@@ -158,30 +160,31 @@ class DoraTrainer(SFTTrainer):
             set_random_state(own, state["random"][rank])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """Nothing to load: bf16 and fp32 need no loss scaling."""
+        """Nothing to do: bf16 and fp32 need no loss scaling."""
 
     # What is measured
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs |= self.meter.since_last(self._total_train_tokens)
+            logs |= self.meter.read(self._total_train_tokens)
         if "eval_loss" in logs:
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """transformers averages the batches' means; this is the mean over all tokens, which perplexity needs."""
+        """As in transformers, but `eval_loss` is the mean over all tokens, not the mean of the batches' means."""
         self._eval_sums = []
-        # The data loader draws from the global generator: evaluating would change the dropout of the steps after it.
+        # The data loader draws from the global generator. Without the fork, evaluating would change later dropout.
         with torch.random.fork_rng(devices=[]), self._norms_kept():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss, tokens = self.accelerator.reduce(torch.stack(self._eval_sums).sum(0).to(self.args.device)).tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = loss / max(tokens, 1)
-        self.meter.leave_out()
+        self.meter.skip()
         return output
 
     def _norms_kept(self) -> AbstractContextManager:
-        """For an evaluation, in which no step changes them. A sharded layer's can be taken in its own forward only."""
+        """The scope in which norms are cached during an evaluation. Not for FSDP, which gathers a layer only in its
+        forward."""
         fused = any(isinstance(module, Freezable) for module in self.model.modules())
         if not fused or self.is_fsdp_enabled:
             return nullcontext()
@@ -191,7 +194,7 @@ class DoraTrainer(SFTTrainer):
         self._ignore_repeated(inputs, self.args.eval_batch_size)
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum().to(result[0].device)
-        # In fp64 on the CPU: a sum of many sums. The mean over no token is NaN.
+        # In fp64 on the CPU, as it sums many batches. The mean over no token would be NaN.
         loss = result[0].double() * tokens if tokens else torch.zeros_like(tokens).double()
         self._eval_sums.append(torch.stack([loss, tokens.double()]).cpu())
         return result
@@ -202,24 +205,25 @@ class DoraTrainer(SFTTrainer):
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def _ignore_repeated(self, inputs: dict, batch: int) -> None:
-        """Nothing is learned or measured on the rows that accelerate takes once more, to give each process as many.
+        """Ignore the labels of rows that accelerate repeats to give every process the same number of rows.
 
-        They follow the data's own in the last batch of an epoch, of `batch` rows in each process.
+        They are the last rows of an epoch's last batch, which has `batch` rows in each process.
         """
         labels, loader = inputs["labels"], self.accelerator.gradient_state
         if self.args.world_size == 1 or not loader.end_of_dataloader:
             return
-        own = len(loader.active_dataloader.dataset) % (batch * self.args.world_size) or batch * self.args.world_size
-        if "position_ids" in inputs:  # rows in one sequence, as packing has them
+        all_rows = batch * self.args.world_size
+        distinct = len(loader.active_dataloader.dataset) % all_rows or all_rows
+        if "position_ids" in inputs:  # packing puts several rows into one sequence
             row = (inputs["position_ids"] == 0).cumsum(-1) - 1
         else:
             row = torch.arange(len(labels), device=labels.device)[:, None]
-        labels[(row + self.args.process_index * batch >= own).expand_as(labels)] = IGNORED
+        labels[(row + self.args.process_index * batch >= distinct).expand_as(labels)] = IGNORED
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if not (self.fused_loss and model.training) or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        # As TRL counts them; packing sends no mask.
+        # TRL's count of tokens; packed batches have no mask.
         seen = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum()
         self._total_train_tokens += self.accelerator.gather_for_metrics(seen).sum().item()
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
@@ -233,28 +237,28 @@ class DoraTrainer(SFTTrainer):
         if finite.all():
             return loss
         own = finite[self.args.process_index]
-        if not own or self.is_fsdp_enabled:  # of a sharded model each process runs a part
-            # Not `compute_loss`, in which the processes wait for each other.
+        if not own or self.is_fsdp_enabled:  # under FSDP all processes must run the forward
+            # Not `compute_loss`, which is collective.
             where = first_nonfinite(self.model, lambda: self.model(**self._prepare_inputs(dict(inputs))))
         if own:
             raise FloatingPointError(f"the loss of {self._step_and_rows()} is not finite in another process")
         raise FloatingPointError(f"the loss of {self._step_and_rows()} is {loss.item()}: {where}")
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor | float:
-        if self.is_deepspeed_enabled:  # it keeps the gradients, has clipped them, and takes no step that is not finite
+        if self.is_deepspeed_enabled:  # DeepSpeed has clipped the gradients, and skips a step that is not finite
             norm = super()._clip_grad_norm(model)
             if not math.isfinite(norm):
                 raise FloatingPointError(f"the gradient of {self._step_and_rows()} is not finite")
             return norm
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        # Before clipping, which would spread it to all of them.
-        if not torch.isfinite(whole(torch.nn.utils.get_total_norm(gradients))):
+        # Before clipping, which would spread NaN to all gradients.
+        if not torch.isfinite(full_tensor(torch.nn.utils.get_total_norm(gradients))):
             where = first_nonfinite_gradient(self.model)
             raise FloatingPointError(f"the gradient of {self._step_and_rows()} is not finite: {where} is the first")
-        return whole(super()._clip_grad_norm(model))
+        return full_tensor(super()._clip_grad_norm(model))
 
     def _step_and_rows(self) -> str:
-        """The step in progress, and where the rows of its batch stood in the data."""
+        """The step in progress, and the places of its rows in the data."""
         step, rows = self.state.global_step, len(self.train_dataset)
         chosen = rows_of_step(rows, self.batch, self.args.seed, step)
         if "place" in self.train_dataset.column_names:
@@ -265,19 +269,19 @@ class DoraTrainer(SFTTrainer):
 
 
 @contextmanager
-def _adapters_count(model: nn.Module) -> Iterator[None]:
-    """Lets a quantised base with an adapter into the trainer as it is.
+def _quantized_base_is_accepted(model: nn.Module) -> Iterator[None]:
+    """The scope in which a trainer is built on a quantised base.
 
-    transformers refuses a quantised model unless it knows the adapter as PEFT's, and TRL rounds the adapters of a 4-bit
-    model to bf16, where their small updates are lost. Both ask the model, and both only when the trainer is made.
+    transformers refuses a quantised model without a PEFT adapter. TRL rounds the adapters of a 4-bit model to bf16,
+    where their small updates are lost. Both read attributes of the model, and only while the trainer is built.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    asked = {"is_loaded_in_4bit": False, "_hf_peft_config_loaded": True} if getattr(base, "is_quantized", False) else {}
-    before = {name: base.__dict__[name] for name in asked if name in base.__dict__}
-    base.__dict__.update(asked)
+    flags = {"is_loaded_in_4bit": False, "_hf_peft_config_loaded": True} if getattr(base, "is_quantized", False) else {}
+    before = {name: base.__dict__[name] for name in flags if name in base.__dict__}
+    base.__dict__.update(flags)
     try:
         yield
     finally:
-        for name in asked:
+        for name in flags:
             del base.__dict__[name]
         base.__dict__.update(before)

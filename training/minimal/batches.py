@@ -1,77 +1,44 @@
-"""The minimal loop's data, .jsonl rows with `prompt` and `completion`, as batches; and the order of rows everywhere."""
+"""The minimal loop's data: rows with `prompt` and `completion` as batches of token ids."""
 
 import hashlib
 import json
-import random
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..data.order import IGNORED
+from ..data.rows import problem_of
+from ..data.sources import read_source
 
-COLUMNS = {"prompt", "completion"}
 SPLITS = ("train", "validation", "test")
 
 Row = dict[str, str]
 Example = dict[str, list[int]]
 
 
-def read_splits(data_path: str | Path, seed: int) -> dict[str, list[Row]]:
-    """Train, validation and test rows of a folder with one .jsonl file each, or of a single .jsonl file.
+def read_splits(folder: str | Path) -> dict[str, list[Row]]:
+    """Train, validation and test rows of a folder. Each row has `prompt` and `completion`.
 
-    From a single file a tenth of the rows (at least one), drawn by `seed`, is held out as validation and test alike;
-    rows with the same prompt stay on one side. Raises ValueError or FileNotFoundError naming the file and the row.
+    Raises:
+        ValueError: a split is missing, or a row cannot be used; the message names the file and the row.
     """
-    path = Path(data_path)
-    if path.is_dir():
-        return {split: read_jsonl(path / f"{split}.jsonl") for split in SPLITS}
-    rows = read_jsonl(path)
-    prompts = sorted({row["prompt"] for row in rows})
-    if len(prompts) < 2:
-        raise ValueError(f"{path}: 2 different prompts are needed, to train and to evaluate, got {len(prompts)}")
-    held_out = set(random.Random(seed).sample(prompts, max(1, len(prompts) // 10)))
-    evaluation = [row for row in rows if row["prompt"] in held_out]
-    return {
-        "train": [row for row in rows if row["prompt"] not in held_out],
-        "validation": evaluation,
-        "test": evaluation,
-    }
-
-
-def read_jsonl(path: Path) -> list[Row]:
-    """The rows of one file. Read line by line, without a data library, so that an error can name the line."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a .jsonl file with the columns {sorted(COLUMNS)}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error})") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error})") from None
-        if not isinstance(row, dict) or set(row) != COLUMNS:
-            got = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{path}, line {number}: expected the columns {sorted(COLUMNS)}, got {got}")
-        for name, value in row.items():
-            if not isinstance(value, str) or not value:
-                raise ValueError(f"{path}, line {number}: `{name}` must be a non-empty string, got {value!r}")
-        rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} has no rows")
-    return rows
+    splits = read_source(str(folder))
+    if missing := [split for split in SPLITS if not splits.get(split)]:
+        raise ValueError(f"{folder} has no {missing[0]} rows; expected the splits {', '.join(SPLITS)}")
+    for row in (row for rows in splits.values() for row in rows):
+        if problem := row.problem or problem_of(row.values, "prompt + completion"):
+            raise ValueError(f"{folder}: {row.place}: {problem}")
+    return {split: [row.values for row in rows] for split, rows in splits.items()}
 
 
 def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, cutoff_len: int) -> list[Example]:
-    """Token ids and labels. Labels are the ids with the prompt's replaced by `IGNORED`; the end-of-text token that
-    closes every completion is a label like any other, so the model learns to stop.
+    """Token ids and labels of each row. Labels are the token ids, with `IGNORED` in place of the prompt's.
 
-    Raises ValueError if a row has more than `cutoff_len` tokens: cutting it would cut the end-of-text off.
+    Every completion ends in the end-of-text token, whose label is not ignored: the model learns to stop.
+
+    Raises:
+        ValueError: a row has more than `cutoff_len` tokens. A cut row would lose its end-of-text token.
     """
     prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
     completions = tokenizer([row["completion"] for row in rows], add_special_tokens=False)["input_ids"]
@@ -90,14 +57,14 @@ def encode(rows: list[Row], tokenizer: PreTrainedTokenizerBase, cutoff_len: int)
 
 
 def fingerprint(examples: list[Example]) -> str:
-    """The sha256 of all token ids and labels, by which a resumed run knows its data."""
+    """The sha256 of all token ids and labels. A resumed run compares it with its own."""
     return hashlib.sha256(json.dumps(examples).encode()).hexdigest()
 
 
 def collate(examples: list[Example], pad_id: int) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask` and `labels`, each int64 [batch, longest], padded on the right.
 
-    Padding is known by length, not by value: a tokenizer whose pad token is its end-of-text still learns to stop.
+    The mask follows from the lengths. So an end-of-text token is learned even where it is the pad token too.
     """
     longest = max(len(example["input_ids"]) for example in examples)
 

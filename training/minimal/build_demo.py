@@ -1,8 +1,8 @@
 """Makes the embedded default: `python -m training.minimal.build_demo` writes base/ (model, tokenizer) and data/.
 
-The base is a two-layer Llama, trained from scratch on real English that every Python carries (`pydoc_data.topics`) and
-on generated tasks (`training.demo.tasks`). Everything is seeded: run again on one machine with the same versions, it
-writes the same files. It takes about ten minutes on one CPU core.
+The base is a two-layer Llama. It is trained from scratch on English text from the standard library
+(`pydoc_data.topics`) and on generated tasks (`training.demo.tasks`). Everything is seeded: on one machine, the same
+versions write the same files. It takes about ten minutes on one CPU core.
 """
 
 import argparse
@@ -48,8 +48,8 @@ def english() -> list[str]:
 
 
 def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE inside words only: a word has the same tokens after a space, a quote or a line's start, so it can
-    be copied token by token from one to the other. Digits and everything else stand alone."""
+    """Byte-level BPE inside words. A word has the same tokens after a space, a quote or a line break, so a model can
+    copy it token by token. Every other character is a token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -118,7 +118,7 @@ def pretrain(copy_steps: int, steps: int) -> tuple[LlamaForCausalLM, PreTrainedT
 
 
 def main() -> None:
-    """Write the data, train the base, write it, and say what it can do."""
+    """Write the data, train the base, write it, and print its exact match by task."""
     parser = argparse.ArgumentParser(
         prog="python -m training.minimal.build_demo", description=__doc__, allow_abbrev=False
     )

@@ -1,4 +1,4 @@
-"""The embedded demo, on the minimal loop: fine-tune with DoRA, show what it changed, merge."""
+"""The embedded demo on the minimal loop: fine-tune with DoRA, compare with the base, merge."""
 
 import shutil
 import time
@@ -13,7 +13,7 @@ import dora_kernels as dk
 from .. import demo
 from ..checkpoints.checkpoint import list_checkpoints
 from ..checkpoints.lock import check_folder
-from ..checkpoints.metrics import plot_losses
+from ..checkpoints.loss_plot import plot_losses
 from ..distributed.processes import local_rank
 from ..flags import Flags
 from ..model.base_model import load_tokenizer
@@ -21,21 +21,25 @@ from .batches import Example, Row, encode, read_splits
 from .evaluate import answer, exact_match, held_out_loss
 from .loop import LoopSettings, total_steps, train
 
-# What the demo must show to count as learned: the base cannot do the task, the tuned model can.
+# Exact match of the base model and of the tuned model, between which the demo counts as learned.
 BASE_AT_MOST = 0.05
 TUNED_AT_LEAST = 0.80
 EVALUATION_BATCH = 100
 
 
 def run(flags: Flags) -> None:
-    """Check, evaluate the base, fine-tune, evaluate again, merge, report."""
+    """Evaluate the base, fine-tune it, evaluate again, merge, and print the comparison.
+
+    Raises:
+        ValueError: bad flags, or a demo that did not learn.
+    """
     started = time.perf_counter()
     flags.check()
     if local_rank() is not None:
         raise ValueError("the demo runs in one process: start it without torchrun")
     torch.set_num_threads(demo.THREADS)
     output_dir = Path(flags.output_dir)
-    rows = read_splits(flags.data_path, flags.seed)
+    rows = read_splits(flags.data_path)
     tokenizer, _ = load_tokenizer(flags.base_model)
     model = AutoModelForCausalLM.from_pretrained(flags.base_model, dtype=torch.float32)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -45,10 +49,10 @@ def run(flags: Flags) -> None:
     steps = total_steps(settings, len(rows["train"]))
     torch.manual_seed(flags.seed)
     model = dk.apply_dora(model, flags.dora)
-    make_ready(output_dir, flags.resume)
+    prepare_folder(output_dir, flags.resume)
     print(f"{len(rows['train'])} training rows, {steps} steps; tested on {len(rows['test'])} rows; {model.device.type}")
 
-    # A fresh adapter changes no bit of the base's output.
+    # A fresh adapter changes no bit of the base model's output.
     before = evaluate(model, tokenizer, rows["test"], examples["test"])
     train(
         model,
@@ -86,8 +90,8 @@ def run(flags: Flags) -> None:
         )
 
 
-def make_ready(output_dir: Path, resume: bool) -> None:
-    """Refuse to mix a new run into the checkpoints of another; the demo's own folder is scratch and is emptied."""
+def prepare_folder(output_dir: Path, resume: bool) -> None:
+    """Empty the demo's own folder; raise ValueError if another folder holds the checkpoints of another run."""
     if resume or not list_checkpoints(output_dir):
         return
     if output_dir != demo.OUTPUT:

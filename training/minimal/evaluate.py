@@ -1,4 +1,4 @@
-"""How good a model is: held-out loss, greedy answers and exact match."""
+"""Evaluation: held-out loss, greedy answers and exact match."""
 
 import torch
 from torch.nn import functional as F
@@ -48,7 +48,7 @@ def answer(
     model.eval()
     answers = []
     for start in range(0, len(prompts), batch_size):
-        # Padded on the left, so that every prompt ends where its answer begins.
+        # Padded on the left: generation continues at the right end.
         batch = tokenizer(prompts[start : start + batch_size], padding=True, padding_side="left", return_tensors="pt")
         ids, mask = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
         generated = model.generate(

@@ -1,7 +1,7 @@
 """The minimal training loop: one process, AdamW, cosine schedule with warm-up, accumulation, clipping, exact resume.
 
-It trains whatever parameters of the model require a gradient, and knows the engine only by the name of its magnitudes.
-A run leaves `metrics.jsonl` and `checkpoint-<step>/` in its output folder.
+It trains the parameters that require a gradient. A run writes `metrics.jsonl` and `checkpoint-<step>/` to its output
+folder.
 """
 
 import math
@@ -13,7 +13,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
-from ..checkpoints.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, sync
+from dora_kernels.adapters.atomic import sync
+
+from ..checkpoints.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from ..checkpoints.metrics import append_row, keep_until
 from ..checkpoints.resume_state import optimizer_state, random_state, set_optimizer_state, set_random_state
 from ..data.order import rows_of_step, steps_per_epoch
@@ -57,9 +59,15 @@ def train(
     read_adapter: Callable[[Path], None],
     resume: bool = False,
 ) -> None:
-    """Train `model` in place. With `resume`, continue from the newest sound checkpoint, if there is one.
+    """Train `model` in place.
 
-    `write_adapter(folder)` and `read_adapter(folder)` store and restore the trained parameters.
+    Args:
+        write_adapter, read_adapter: store the trained parameters in a folder, and restore them.
+        resume: continue from the newest sound checkpoint, if there is one.
+
+    Raises:
+        ValueError: the checkpoint is of a run with other settings or other data.
+        FloatingPointError: the loss is not finite.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -70,7 +78,7 @@ def train(
     optimizer = torch.optim.AdamW(parameter_groups(model, settings.weight_decay), lr=settings.learning_rate)
     warmup = math.ceil(settings.warmup_ratio * steps)
     scheduler = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    run = asdict(settings) | {"examples": fingerprint(examples)}  # a resumed run must be the same one
+    run = asdict(settings) | {"examples": fingerprint(examples)}  # must be equal in a resumed run
 
     torch.manual_seed(settings.seed)
     done = 0
@@ -102,7 +110,7 @@ def train(
         chosen = [examples[row] for row in rows_of_step(len(examples), batch_rows, settings.seed, index)]
         starts = range(0, len(chosen), settings.batch_size)
         batches = [collate(chosen[start : start + settings.batch_size], pad_id) for start in starts]
-        # One denominator for the accumulated batch: a mean of means would weigh short answers more.
+        # One denominator for all micro-batches: a mean of means would give short answers more weight.
         tokens = sum(target_tokens(batch) for batch in batches)
         loss = 0.0
         for batch in batches:
@@ -127,5 +135,5 @@ def train(
             generators, generator_json = random_state()
             state = {"step": step, "run": run, "optimizer": groups, "random": generator_json}
             state["scheduler"] = scheduler.state_dict()
-            sync(metrics)  # rows up to a durable checkpoint must be durable too
+            sync(metrics)  # rows must be as durable as the checkpoint after them
             save_checkpoint(output_dir, step, moments | generators, state, write_adapter)

@@ -1,4 +1,4 @@
-"""Putting an adapter on a base model: ours, or PEFT's, fused or not; and its files."""
+"""Puts an adapter on a base model: the engine's, or PEFT's, fused or not."""
 
 import math
 from collections.abc import Callable
@@ -12,17 +12,15 @@ from transformers import PreTrainedModel
 
 import dora_kernels as dk
 from dora_kernels.adapters.integrity import carries_digests
-from dora_kernels.adapters.save_load import check_files
+from dora_kernels.adapters.save_load import WEIGHTS_NAME, check_files, stored_key
+from dora_kernels.ops.base_weights import keep_packing
 
 from ..flags import Flags
-
-WEIGHTS = "adapter_model.safetensors"
-MAGNITUDE = "lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A model with an adapter on it. `write(folder)` leaves PEFT's two files there; `read(folder)` takes them back."""
+    """A model with an adapter. `write(folder)` writes PEFT's two files; `read(folder)` reads them back."""
 
     model: torch.nn.Module
     write: Callable[[Path], None]
@@ -31,24 +29,21 @@ class Adapter:
 
 
 def add_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
-    """The adapter that the flags ask for, on a model that is on its device. Same seed, same adapter."""
+    """Put the adapter of the flags on a model that is on its device. The same seed gives the same adapter."""
     torch.manual_seed(flags.seed)
     if flags.use_dora and not flags.use_peft:
-        return _ours(model, flags)
-    return _of_peft(model, flags)
+        return _engine_adapter(model, flags)
+    return _peft_adapter(model, flags)
 
 
 def write_for_transformers(folder: Path) -> None:
-    """Respell an adapter's magnitude keys in place, so that transformers, which drops PEFT's spelling, reads them.
-
-    PEFT and `dk.load_adapter` read both spellings.
-    """
-    tensors = load_file(folder / WEIGHTS)
-    respelled = {name + ".weight" * name.endswith(MAGNITUDE): tensor for name, tensor in tensors.items()}
-    save_file(respelled, folder / WEIGHTS, metadata={"format": "pt"})
+    """Rewrite an adapter's file with the keys of `save_adapter(..., compat="transformers")`."""
+    tensors = load_file(folder / WEIGHTS_NAME)
+    respelled = {stored_key(key, "transformers"): tensor for key, tensor in tensors.items()}
+    save_file(respelled, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def _ours(model: PreTrainedModel, flags: Flags) -> Adapter:
+def _engine_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
     if flags.init_adapter:
         dk.load_adapter(model, flags.init_adapter)
     else:
@@ -62,11 +57,11 @@ def _ours(model: PreTrainedModel, flags: Flags) -> Adapter:
     )
 
 
-def _of_peft(model: PreTrainedModel, flags: Flags) -> Adapter:
+def _peft_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
     import peft
 
     if flags.quantize:
-        _keep_packing(model)
+        keep_packing(model)  # apply_dora and patch_peft do so themselves; PEFT's own code does not
     if flags.init_adapter:
         peft_model = _load_with_peft(model, flags)
     else:
@@ -99,14 +94,15 @@ def _of_peft(model: PreTrainedModel, flags: Flags) -> Adapter:
 
 
 def _load_with_peft(model: PreTrainedModel, flags: Flags) -> torch.nn.Module:
-    """The model with the adapter of `--init_adapter` in it, all of it, which PEFT itself would not insist on.
+    """The model with the adapter of `--init_adapter`, every tensor of it. PEFT itself accepts missing tensors.
 
-    Raises FileNotFoundError or ValueError for a damaged adapter, or one of another kind or base model.
+    Raises:
+        FileNotFoundError, ValueError: a damaged adapter, or one of another kind or base model.
     """
     import peft
 
     folder = Path(flags.init_adapter)
-    if carries_digests(folder / WEIGHTS):
+    if carries_digests(folder / WEIGHTS_NAME):
         check_files(folder)
     try:
         config = peft.PeftConfig.from_pretrained(folder)
@@ -114,7 +110,7 @@ def _load_with_peft(model: PreTrainedModel, flags: Flags) -> torch.nn.Module:
         if uses_dora == flags.use_dora:
             peft_model = peft.PeftModel.from_pretrained(model, folder, is_trainable=True)
             stored, loaded = peft.load_peft_weights(str(folder), "cpu"), peft.get_peft_model_state_dict(peft_model)
-    except Exception as error:  # whatever the damage leads to
+    except Exception as error:  # damaged files raise errors of any class
         raise ValueError(f"`--init_adapter` {folder} cannot be loaded by PEFT: {error}") from error
     if uses_dora != flags.use_dora:
         if uses_dora is None:
@@ -133,11 +129,3 @@ def _load_with_peft(model: PreTrainedModel, flags: Flags) -> torch.nn.Module:
     if not all(map(math.isfinite, chain.from_iterable(scalings))):
         raise ValueError(f"`--init_adapter` {folder}: lora_alpha should be a number, and so should alpha_pattern's")
     return peft_model
-
-
-def _keep_packing(model: PreTrainedModel) -> None:
-    """On some CPUs bitsandbytes repacks a 4-bit weight in the first evaluation, and what trains on it afterwards reads
-    garbage. `apply_dora` and `patch_peft` see to it; PEFT's own code does not."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False

@@ -1,4 +1,4 @@
-"""The base model and its tokenizer, as a run needs them."""
+"""Loads the base model and its tokenizer."""
 
 import torch
 from transformers import (
@@ -14,9 +14,10 @@ from dora_kernels.models.targets import find_targets
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """The tokenizer with an end-of-text token and a pad token, and what had to be supplied.
+    """The tokenizer, with an end-of-text token and a pad token, and notes for the user about what was added.
 
-    Raises ValueError if it cannot be loaded or has no end-of-text token.
+    Raises:
+        ValueError: it cannot be loaded, or has no end-of-text token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -24,24 +25,29 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> tuple[PreTrain
         raise ValueError(f"`--base_model` {path} is neither here nor readable from the hub: {error}") from None
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no end-of-text token, so no answer could end")
-    said = []
+    notes = []
     if tokenizer.pad_token_id is None:
-        said.append(f"the tokenizer has no pad token: {tokenizer.eos_token} pads, and is still learned as end of text")
+        notes.append(f"the tokenizer has no pad token: {tokenizer.eos_token} pads, and is still learned as end of text")
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer, said
+    return tokenizer, notes
 
 
 def load_model(
-    path: str, device: torch.device, *, quantize: bool = False, stay: bool = False, trust_remote_code: bool = False
+    path: str,
+    device: torch.device,
+    *,
+    quantize: bool = False,
+    keep_on_cpu: bool = False,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """The base model in bf16 where the card has it and in fp32 elsewhere, or in NF4 with `quantize`.
+    """The base model in `compute_dtype(device)`, or in NF4 with `quantize`.
 
-    It is on `device`; with `stay` it is left on the CPU.
+    It is on `device`, or with `keep_on_cpu` on the CPU.
     """
     dtype = compute_dtype(device)
     options: dict = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantize:
-        from transformers import BitsAndBytesConfig  # imports bitsandbytes, which has things to say
+        from transformers import BitsAndBytesConfig  # importing it at the top would import bitsandbytes, which prints
 
         options["device_map"] = {"": device}
         options["quantization_config"] = BitsAndBytesConfig(
@@ -51,13 +57,13 @@ def load_model(
             bnb_4bit_compute_dtype=torch.bfloat16 if device.type == "cuda" else dtype,
         )
     model = AutoModelForCausalLM.from_pretrained(path, **options)
-    # A cache of keys and values is for generating; beside checkpointed activations it is also in the way.
+    # The key-value cache serves generation, and conflicts with activation checkpointing.
     model.config.use_cache = False
-    return model if quantize or stay else model.to(device)
+    return model if quantize or keep_on_cpu else model.to(device)
 
 
 def check_targets(path: str, config: dk.DoraConfig, trust_remote_code: bool = False) -> None:
-    """Raise ValueError if `config` names a module that the model does not have, before its weights are read."""
+    """Raise ValueError if `config` names a module that the model does not have. No weights are read."""
     options = {"trust_remote_code": trust_remote_code}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **options), **options)

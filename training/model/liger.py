@@ -1,8 +1,8 @@
 """Liger's fused linear cross-entropy on a model with DoRA layers: the logits of all tokens never exist at once.
 
-It alone of Liger's kernels. Its SwiGLU writes gradients over the outputs of gate_proj and up_proj, and its rotary
-embedding writes over those of q_proj and k_proj: DoRA layers keep their outputs for the magnitude's gradient, which
-would be silently wrong. transformers' `use_liger_kernel=True` turns both on.
+Liger's other kernels stay off. Its SwiGLU overwrites the outputs of gate_proj and up_proj with gradients, and its
+rotary embedding overwrites those of q_proj and k_proj. DoRA layers keep their outputs for the magnitude's gradient,
+which would be silently wrong. transformers' `use_liger_kernel=True` turns both kernels on.
 """
 
 from importlib.util import find_spec
@@ -12,8 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
-# Everything that Liger turns on by itself, and the one kernel that is wanted. Those that a model does not have are
-# ignored by Liger.
+# Every kernel that Liger turns on by default is off but one. Liger ignores names that a model does not have.
 FUSED_LOSS_ONLY = {
     "rope": False,
     "swiglu": False,
@@ -26,10 +25,10 @@ FUSED_LOSS_ONLY = {
 
 
 def use_fused_loss(model: PreTrainedModel) -> None:
-    """Patches this one model: `model(..., labels=labels).loss` in training mode comes from Liger, without logits.
+    """Patch this model: in training mode `model(..., labels=labels).loss` comes from Liger, without logits.
 
-    Call it when the adapters are on; of a PEFT model, on `get_base_model()`. A head in `modules_to_save` trains as
-    before.
+    Call it after the adapter is added; for a PEFT model, with `get_base_model()`. A head in `modules_to_save` still
+    trains.
 
     Raises:
         ValueError: Liger is not installed or does not know the model, there is no GPU to run it, or the head is not a

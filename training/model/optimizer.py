@@ -1,13 +1,15 @@
-"""What AdamW gets: magnitudes apart from the rest."""
+"""Parameter groups of AdamW."""
 
 import torch
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Trained parameters in AdamW's groups: magnitudes apart and without weight decay, which would pull the length of
-    each output feature's weight towards zero instead of towards the base's.
+    """The trained parameters in two groups: magnitudes, without weight decay, and the rest.
 
-    Magnitudes must be fp32: Adam's steps on a bf16 magnitude near 1 round to nothing. Raises ValueError otherwise.
+    Weight decay would pull a magnitude to zero, not to the norm of the base weight.
+
+    Raises:
+        ValueError: a magnitude is not fp32. Adam's steps on a bf16 magnitude near 1 round to nothing.
     """
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     magnitudes = [(name, parameter) for name, parameter in trained if "magnitude" in name]

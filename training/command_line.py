@@ -1,0 +1,29 @@
+"""The frame of the smaller commands: flags from a dataclass, and bad input as one sentence."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from safetensors import SafetensorError
+from transformers import HfArgumentParser
+from transformers.utils import logging as transformers_logging
+
+
+def command_line(flags: type, run: Callable, arguments: Sequence[str] | None, **described) -> None:
+    """Parse `flags`, a dataclass, and call `run` with it. Exits non-zero, with a sentence, on bad input.
+
+    Args:
+        arguments: words of the command line; None takes those of the process.
+        described: `prog` and `description` of the parser.
+    """
+    parser = HfArgumentParser(flags, allow_abbrev=False, **described)
+    transformers_logging.set_verbosity_error()
+    try:
+        run(flags(**vars(parser.parse_args(arguments))))
+    except (ValueError, OSError, SafetensorError) as error:
+        sys.exit(f"error: {error}")
+
+
+def module_names(text: str) -> list[str] | str:
+    """What `--lora_target_modules` names: a list of module names, or "all-linear"."""
+    names = [name.strip() for name in text.split(",")]
+    return "all-linear" if names == ["all-linear"] else names
