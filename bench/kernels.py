@@ -82,7 +82,7 @@ def measure(shape, tokens: int, rank: int, dtype: torch.dtype, device: torch.dev
     with torch.no_grad():
         problem = make_problem(shape, tokens, rank, dtype, device)
         factors = (problem.weight, problem.lora_A, problem.lora_B, problem.magnitude)
-        norm, scale = ops.weight_norm(*factors, ALPHA_OVER_RANK)
+        (norm, scale), _ = ops.weight_norm(*factors, ALPHA_OVER_RANK)
         base_out, h = problem.x @ problem.weight.T, problem.x @ problem.lora_A.to(dtype).T
         works = operations(ops, problem, norm, scale, base_out, h)
         errors, failed = kernel_gate.check(

@@ -33,6 +33,7 @@ CONFIGURED_BY = {
 GRID = {
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),
+    "in_flight": (1, 3, 4),
     "block_m": (32, 64),
     "block_n": (16, 32, 64),
     "block_k": (64, 128),

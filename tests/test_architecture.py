@@ -13,7 +13,7 @@ OPS = PACKAGE / "ops"
 FLOORS = [{"versions", "config"}, {"ops"}, {"layers"}, {"models", "peft"}, {"adapters"}, {"__init__"}]
 # The same inside `ops/`, whose modules build on each other.
 OPS_FLOORS = [
-    {"__init__", "base_weights", "chunked", "gpus"},
+    {"__init__", "base_weights", "chunked", "gpus", "types"},
     {"checks", "kernels", "reference"},
     {"dispatch"},
     {"dora_linear"},
@@ -124,12 +124,33 @@ def test_twin_operations_have_one_signature(name):
     stem = {"scaled_cast": "cast", "decode": "base_weight"}.get(name, name)
     kernel, reference = (functions(OPS / package / f"{stem}.py")[name] for package in ("kernels", "reference"))
     assert signature(kernel) == signature(reference)
-    assert ast.get_docstring(kernel) == ast.get_docstring(reference), "one description for both"
+    assert ast.get_docstring(kernel) == f"Twin of `reference.{name}`.", "one description for both"
 
 
 def test_every_kernel_file_has_its_twin():
     kernels, references = ({path.stem for path in sources(OPS / name)} for name in ("kernels", "reference"))
     assert kernels - NO_TWIN == references - {"__init__"} == set(TWINS)
+
+
+MOST_PARAMETERS = {"kernel": 26, "device function": 13}
+
+
+def parameters_of_jitted(package):
+    """By name: what a function under `triton.jit` is, and how many parameters it has."""
+    found = {}
+    for path in sources(package):
+        for name, function in functions(path).items():
+            if any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list):
+                assert not (function.args.vararg or function.args.kwarg), name
+                arguments = (*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs)
+                found[name] = "kernel" if name.endswith("_kernel") else "device function", len(arguments)
+    return found
+
+
+def test_parameter_lists_are_short():
+    found = parameters_of_jitted(OPS / "kernels")
+    assert {kind for kind, _ in found.values()} == set(MOST_PARAMETERS)
+    assert {name: count for name, (kind, count) in found.items() if count > MOST_PARAMETERS[kind]} == {}
 
 
 FORBIDDEN = {

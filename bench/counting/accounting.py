@@ -46,53 +46,54 @@ def _scaled_cast(a) -> Traffic:
 def _adapted(a, *, programs_k: int, blocks_k: int) -> Traffic:
     """V = W + s B A once: W; A by each program of rows; B's first block by each program, and B again in each block of
     K where one block does not hold the rank."""
-    left = min(a.R, a.BLOCK_R) * programs_k + (0 if a.ONE_BLOCK else a.R * blocks_k)
-    (weight_loaded, weight), rows = _weight(a), triton.cdiv(a.N, a.BLOCK_N)
+    left = min(a.R, a.DOT.block_r) * programs_k + (0 if a.DOT.one_block else a.R * blocks_k)
+    (weight_loaded, weight), rows = _weight(a, a.CONFIG.block_n, a.CONFIG.block_k), triton.cdiv(a.N, a.CONFIG.block_n)
     return Traffic(
         weight_loaded + rows * a.R * a.K * _size(a.a_ptr) + a.N * left * _size(a.b_ptr),
         weight + a.R * a.K * _size(a.a_ptr) + a.N * a.R * _size(a.b_ptr),
         0,
-        2 * a.N * a.K * triton.cdiv(a.R, a.BLOCK_R) * a.BLOCK_R,
+        2 * a.N * a.K * _padded_rank(a),
         _rate(a),
     )
 
 
-def _weight(a) -> tuple[int, int]:
+def _weight(a, block_n: int, block_k: int) -> tuple[int, int]:
     """Bytes loaded, and unique ones, of W once: a matrix, or NF4 with its tables and statistics."""
-    elements = a.N * a.K
-    if a.NF4_BLOCK == 0:
+    elements, form = a.N * a.K, a.FORMAT
+    if form.nf4_block == 0:
         return elements * _size(a.w_ptr), elements * _size(a.w_ptr)
-    tiles = triton.cdiv(a.N, a.BLOCK_N) * triton.cdiv(a.K, a.BLOCK_K)
-    if a.WHOLE_BLOCKS:
-        group = min(a.NF4_BLOCK, a.BLOCK_K)
-        codes, scales, lookups, tables = elements // 2, a.N * (a.K // group), a.BLOCK_N * (a.BLOCK_K // group), 2
+    tiles = triton.cdiv(a.N, block_n) * triton.cdiv(a.K, block_k)
+    if form.whole_blocks:
+        group = min(form.nf4_block, block_k)
+        codes, scales, lookups, tables = elements // 2, a.N * (a.K // group), block_n * (block_k // group), 2
     else:
-        codes, scales, lookups, tables = elements, elements, a.BLOCK_N * a.BLOCK_K, 1
-    blocks = triton.cdiv(elements, a.NF4_BLOCK)
+        codes, scales, lookups, tables = elements, elements, block_n * block_k, 1
+    blocks = triton.cdiv(elements, form.nf4_block)
     loaded = codes + scales * _size(a.absmax_ptr) + tiles * tables * 16 * _size(a.code_ptr)
     unique = triton.cdiv(elements, 2) + blocks * _size(a.absmax_ptr) + 16 * _size(a.code_ptr)
-    if a.NESTED_BLOCK:
+    if form.nested_block:
         nested, code, offset = (_size(p) for p in (a.nested_absmax_ptr, a.nested_code_ptr, a.offset_ptr))
         loaded += scales * nested + tiles * (lookups * code + offset)
-        unique += triton.cdiv(blocks, a.NESTED_BLOCK) * nested + 256 * code + offset
+        unique += triton.cdiv(blocks, form.nested_block) * nested + 256 * code + offset
     return loaded, unique
 
 
 def _nf4_decode(a) -> Traffic:
-    loaded, unique = _weight(a)
+    loaded, unique = _weight(a, a.BLOCK_N, a.BLOCK_K)
     return Traffic(loaded, unique, a.N * a.K * _size(a.decoded_ptr))
 
 
 def _cast(a) -> tuple[int, int]:
     """Bytes loaded and stored for A's copy in the compute dtype."""
-    return (a.R * a.K * _size(a.a_ptr), a.R * a.K * _size(a.cast_ptr)) if a.HAS_CAST else (0, 0)
+    return (0, 0) if a.CAST_MODE is None else (a.R * a.K * _size(a.a_ptr), a.R * a.K * _size(a.cast_ptr))
 
 
 def _weight_norm(a) -> Traffic:
-    adapted = _adapted(a, programs_k=a.SPLITS, blocks_k=triton.cdiv(a.K, a.BLOCK_K))
+    splits = a.CONFIG.splits
+    adapted = _adapted(a, programs_k=splits, blocks_k=triton.cdiv(a.K, a.CONFIG.block_k))
     cast_loaded, cast_stored = _cast(a)
-    magnitude = a.N * _size(a.m_ptr) if a.SPLITS == 1 else 0
-    vectors = 2 if a.SPLITS == 1 else 3 * a.SPLITS
+    magnitude = a.N * _size(a.m_ptr) if splits == 1 else 0
+    vectors = 2 if splits == 1 else 3 * splits
     return adapted._replace(
         loaded=adapted.loaded + cast_loaded + magnitude,
         unique=adapted.unique + magnitude,
@@ -106,7 +107,7 @@ def _weight_norm_finish(a) -> Traffic:
 
 
 def _merge_fused(a) -> Traffic:
-    adapted = _adapted(a, programs_k=1, blocks_k=triton.cdiv(a.K, a.BLOCK_K))
+    adapted = _adapted(a, programs_k=1, blocks_k=triton.cdiv(a.K, a.CONFIG.block_k))
     cast_loaded, cast_stored = _cast(a)
     magnitude = a.N * _size(a.m_ptr)
     return adapted._replace(
@@ -119,8 +120,9 @@ def _merge_fused(a) -> Traffic:
 
 
 def _merge_scale(a) -> Traffic:
-    columns = max(1, triton.cdiv(a.K, a.BLOCK_K))
-    adapted = _adapted(a, programs_k=columns, blocks_k=triton.cdiv(a.K, a.BLOCK_K))
+    blocks_k = triton.cdiv(a.K, a.CONFIG.block_k)
+    columns = max(1, blocks_k)
+    adapted = _adapted(a, programs_k=columns, blocks_k=blocks_k)
     if a.SPLITS == 1:
         vectors, kept = a.N * _size(a.scale_ptr), 0
     else:
@@ -133,16 +135,16 @@ def _merge_scale(a) -> Traffic:
 
 
 def _rescale_fwd(a) -> Traffic:
-    rows, columns = triton.cdiv(a.M, a.BLOCK_M), triton.cdiv(a.N, a.BLOCK_N)
+    rows, columns = triton.cdiv(a.M, a.CONFIG.block_m), triton.cdiv(a.N, a.CONFIG.block_n)
     z, h, b = a.M * a.N * _size(a.z_ptr), a.M * _size(a.h_ptr), a.N * a.R * _size(a.b_ptr)
     vectors = a.N * _size(a.scale_ptr) + (a.N * _size(a.bias_ptr) if a.HAS_BIAS or a.BASE_HAS_BIAS else 0)
     inputs = z + (a.M * a.N * _size(a.undropped_ptr) if a.HAS_UNDROPPED else 0)
-    h_columns = min(a.R, a.BLOCK_R) + (0 if a.ONE_BLOCK else a.R)
+    h_columns = min(a.R, a.DOT.block_r) + (0 if a.DOT.one_block else a.R)
     return Traffic(
         inputs + h * h_columns * columns + (b + vectors) * rows,
         inputs + h * a.R + b + vectors,
         a.M * a.N * _size(a.y_ptr),
-        2 * a.M * a.N * triton.cdiv(a.R, a.BLOCK_R) * a.BLOCK_R,
+        2 * a.M * a.N * _padded_rank(a),
         _rate(a),
     )
 
@@ -150,20 +152,20 @@ def _rescale_fwd(a) -> Traffic:
 def _rescale_bwd(a) -> Traffic:
     columns, chunks = a.grid
     dy = a.M * a.N * _size(a.dy_ptr)
-    loaded = unique = dy + (a.M * a.N * _size(a.saved_ptr) if a.NEEDS_CORRELATION else 0)
-    stored = dy if a.NEEDS_BASE else 0
+    loaded = unique = dy + (a.M * a.N * _size(a.saved_ptr) if a.NEEDS.correlation else 0)
+    stored = dy if a.NEEDS.base else 0
     flops = 0
-    if a.NEEDS_BASE:
+    if a.NEEDS.base:
         loaded, unique = loaded + chunks * a.N * _size(a.scale_ptr), unique + a.N * _size(a.scale_ptr)
     if a.SAVED_HAS_BIAS:
         loaded, unique = loaded + chunks * a.N * _size(a.base_bias_ptr), unique + a.N * _size(a.base_bias_ptr)
-    if a.NEEDS_PRODUCT:
+    if a.NEEDS.product:
         h = a.M * a.R * _size(a.h_ptr)
-        loaded, unique, flops = loaded + columns * h, unique + h, 2 * a.M * a.N * a.BLOCK_R
+        loaded, unique, flops = loaded + columns * h, unique + h, 2 * a.M * a.N * a.DOT.block_r
         stored += chunks * a.N * a.R * _size(a.product_ptr)
-    if a.NEEDS_CORRELATION:
+    if a.NEEDS.correlation:
         stored += chunks * a.N * _size(a.correlation_ptr)
-    if a.NEEDS_BIAS:
+    if a.NEEDS.bias:
         stored += chunks * a.N * _size(a.bias_ptr)
     return Traffic(loaded, unique, stored, flops, _rate(a))
 
@@ -185,13 +187,18 @@ def _rescale_bwd_finish(a) -> Traffic:
     return Traffic(loaded, loaded, stored)
 
 
+def _padded_rank(a) -> int:
+    """The rank as the blocks of a product cover it."""
+    return triton.cdiv(a.R, a.DOT.block_r) * a.DOT.block_r
+
+
 def _size(pointer) -> int:
     return pointer.dtype.itemsize
 
 
 def _rate(a) -> str:
     """Which of a GPU's rates the launch's products run at."""
-    return "tf32x3" if a.INPUT_PRECISION == "tf32x3" else "fp64" if str(a.DOT) == "fp64" else "bf16"
+    return "tf32x3" if a.DOT.input_precision == "tf32x3" else "fp64" if str(a.DOT.operand) == "fp64" else "bf16"
 
 
 ACCOUNTS: dict[str, Callable[[SimpleNamespace], Traffic]] = {

@@ -89,8 +89,12 @@ class Launch(NamedTuple):
         return ASTSource(kernel, dict(self.signature), dict(self.constexprs), attrs)
 
     def __str__(self) -> str:
-        settings = [f"{name}={value}" for name, value in self.constants.items() if name.isupper() and len(name) > 1]
-        return " ".join([self.name, *settings, *(f"{name}={value}" for name, value in self.options)])
+        settings = {}
+        for name, value in self.constants.items():
+            if name.isupper() and len(name) > 1:
+                settings |= value._asdict() if hasattr(value, "_asdict") else {name: value}
+        settings |= dict(self.options)
+        return " ".join([self.name, *(f"{name}={value}" for name, value in settings.items())])
 
 
 def quick_cases() -> Iterable[Case]:

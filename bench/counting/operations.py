@@ -5,13 +5,15 @@ from typing import NamedTuple
 
 import torch
 
+from dora_kernels.ops.types import NormScale, Rounding
+
 from ..contestants.layer import ALPHA_OVER_RANK
 
-ROUNDED = {"rounding": "dithered", "salt": 0}
+ROUNDED = {"rounding": Rounding("dithered")}
 
 
 class Work(NamedTuple):
-    """One operation: its call, and the tensors that it reads or fills besides those it returns."""
+    """One operation: its call, and the tensors that it reads."""
 
     call: Callable[[], object]
     tensors: tuple[torch.Tensor, ...]
@@ -27,21 +29,27 @@ def operations(ops, problem, norm, scale, base_out, h) -> dict[str, Work]:
     """Each operation as the layer calls it, by name."""
     p, s, dtype = problem, ALPHA_OVER_RANK, problem.x.dtype
     factors = (p.weight, p.lora_A, p.lora_B)
-    cast = {"cast_A": torch.empty_like(p.lora_A, dtype=dtype)} if dtype != p.lora_A.dtype else {}
+    A_dtype = None if dtype == p.lora_A.dtype else dtype
+    norm_scale = NormScale(norm, scale)
     after = {"magnitude_dtype": torch.float32, "B_dtype": torch.float32, "bias_dtype": None}
 
     def rescale_bwd(needs_base):
         options = {"saved_is": "output", "needs_base": needs_base, **after, **ROUNDED}
-        return ops.rescale_bwd(p.grad_y, base_out, h, p.lora_B, norm, scale, s, **options)
+        return ops.rescale_bwd(p.grad_y, base_out, h, p.lora_B, norm_scale, s, **options)
 
-    given = {"weight_norm": norm, "mag_norm_scale": scale}
+    def weight_norm():
+        found, cast_A = ops.weight_norm(*trained, s, A_dtype=A_dtype, **ROUNDED)
+        return *found, cast_A
+
+    def merge(magnitude, **options):
+        merged, found, cast_A = ops.merge(*factors, magnitude, s, dtype=dtype, **options, **ROUNDED)
+        return merged, *found, cast_A
+
     trained, backward = (*factors, p.magnitude), (p.grad_y, base_out, h, norm, scale)
     found = {
-        "weight_norm": (lambda: ops.weight_norm(*trained, s, **cast, **ROUNDED), (*trained, *cast.values())),
-        "merge": (lambda: ops.merge(*trained, s, dtype=dtype, **cast, **ROUNDED), (*trained, *cast.values())),
-        "merge, g given": (
-            lambda: ops.merge(*factors, None, s, dtype=dtype, **given, **ROUNDED), (*factors, norm, scale),
-        ),
+        "weight_norm": (weight_norm, trained),
+        "merge": (lambda: merge(p.magnitude, A_dtype=A_dtype), trained),
+        "merge, g given": (lambda: merge(None, norm_scale=norm_scale), (*factors, norm, scale)),
         "rescale_fwd": (
             lambda: ops.rescale_fwd(base_out, h, p.lora_B, scale, None, s, in_place=False, **ROUNDED),
             (base_out, h, p.lora_B, scale),

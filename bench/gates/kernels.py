@@ -21,13 +21,14 @@ def truths(problem: Problem, norm, scale, base_out, h) -> dict[str, Callable[[],
     def adapted() -> torch.Tensor:
         return p.weight.double() + s * B @ p.lora_A.double()
 
-    def normed() -> tuple[torch.Tensor, torch.Tensor]:
+    def normed() -> tuple[torch.Tensor | None, ...]:
+        # A's copy in the compute dtype comes last, and is rounded at random.
         length = adapted().norm(dim=1)
-        return length, p.magnitude.double() / length
+        return length, p.magnitude.double() / length, None
 
-    def merged() -> tuple[torch.Tensor, ...]:
-        length, ratio = normed()
-        return ratio[:, None] * adapted(), length, ratio
+    def merged() -> tuple[torch.Tensor | None, ...]:
+        length, ratio, _ = normed()
+        return ratio[:, None] * adapted(), length, ratio, None
 
     def backward(needs_base: bool) -> tuple[torch.Tensor | None, ...]:
         # y = m ⊙ (v x) / n, so that dm = Σ dy ⊙ y / m, and m = g n.
@@ -37,7 +38,7 @@ def truths(problem: Problem, norm, scale, base_out, h) -> dict[str, Callable[[],
     return {
         "weight_norm": normed,
         "merge": merged,
-        "merge, g given": lambda: (g[:, None] * adapted(), None, None),
+        "merge, g given": lambda: (g[:, None] * adapted(), None, None, None),
         "rescale_fwd": lambda: (g * (z + s * hidden @ B.T),),
         "rescale_bwd, token space": lambda: backward(True),
         "rescale_bwd, weight space": lambda: backward(False),

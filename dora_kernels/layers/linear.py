@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from ..ops import dispatch
 from ..ops.base_weights import Nf4Weight, Weight, description, needs_its_layer, readable, weight_of
 from ..ops.dora_linear import dora_linear
+from ..ops.types import Rounding
 from .frozen import Freezable
 from .support import REMEDY, is_offloaded
 
@@ -133,7 +134,7 @@ class DoraLinear(Freezable):
         """n = ‖W + s B A‖ and g = m / n, both [out_features], fp32 (fp64 for an fp64 layer)."""
         base = readable(self.base_weight)
         with dispatch.on_device_of(base):
-            return self._operations().weight_norm(base, *self._factors(), self.scaling)
+            return self._operations().weight_norm(base, *self._factors(), self.scaling)[0]
 
     @torch.no_grad()
     def dense_base(self, dtype: torch.dtype) -> torch.Tensor:
@@ -147,9 +148,11 @@ class DoraLinear(Freezable):
         """W' = g ⊙ (W + s B A) [out_features, in_features], in fp32, rounded once to `dtype`, or to the weight's;
         `base` [out_features, in_features] takes the place of W."""
         base = readable(self.base_weight if base is None else base.to(self.lora_A.device))
-        rounded = {"dtype": dtype or base.dtype, "rounding": self.rounding, "salt": self.salt}
+        rounding = Rounding(self.rounding, self.salt)
         with dispatch.on_device_of(base):
-            return self._operations().merge(base, *self._factors(), self.scaling, **rounded)[0]
+            return self._operations().merge(
+                base, *self._factors(), self.scaling, dtype=dtype or base.dtype, rounding=rounding
+            )[0]
 
     def _factors(self) -> tuple[torch.Tensor, ...]:
         return self.lora_A, self.lora_B, self.magnitude

@@ -10,6 +10,7 @@ from . import dispatch
 from .base_weights import Nf4Weight, Weight, of_params4bit, readable
 from .checks import check_arguments
 from .chunked import mm_fp32
+from .types import NormScale, Rounding
 
 
 class Call(NamedTuple):
@@ -18,8 +19,7 @@ class Call(NamedTuple):
     space: str
     impl: str
     scaling: float
-    rounding: str
-    salt: int
+    rounding: Rounding
     dropout: str | None
     trains: bool
 
@@ -43,19 +43,21 @@ class DoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, x_dropped, lora_A, lora_B, magnitude, bias, weight, frozen_scale, call):
         ops = dispatch.implementation(call.impl)
-        rounded = {"rounding": call.rounding, "salt": call.salt}
         needs_A, needs_B, needs_magnitude = (call.trains and n for n in ctx.needs_input_grad[2:5])
         with dispatch.on_device_of(x), torch.autocast(x.device.type, enabled=False):
             lora_x, base_bias = x if x_dropped is None else x_dropped, None
             frozen_weight, weight = weight, readable(weight)
             needs_h = call.space == "token" or needs_B
-            A_cast, cast = _cast_of(lora_A, x.dtype) if needs_h else (lora_A, {})
+            A_dtype = x.dtype if needs_h and lora_A.dtype != x.dtype else None
             if call.space == "token":
                 if frozen_scale is None:
-                    norm, scale = ops.weight_norm(weight, lora_A, lora_B, magnitude, call.scaling, **cast, **rounded)
+                    norm_scale, A_cast = ops.weight_norm(
+                        weight, lora_A, lora_B, magnitude, call.scaling, A_dtype=A_dtype, rounding=call.rounding
+                    )
                 else:
-                    norm, scale = frozen_scale
-                    A_cast = ops.scaled_cast(lora_A, x.dtype, **rounded) if cast else lora_A
+                    norm_scale = NormScale(*frozen_scale)
+                    A_cast = None if A_dtype is None else ops.scaled_cast(lora_A, A_dtype, rounding=call.rounding)
+                A_cast = lora_A if A_cast is None else A_cast
                 h = lora_x @ A_cast.T
                 base_weight = _dense(ops, weight, x.dtype)
                 # A GEMM may start its sums from the bias: only with the base layer's own product a fresh adapter equals
@@ -68,23 +70,24 @@ class DoraLinearFunction(torch.autograd.Function):
                 # From y, dm would cancel against a large bias and underflow in fp16; PEFT's dropout is not of its form.
                 keeps_base = needs_magnitude and (bias is not None or undropped is not None or x.dtype == torch.float16)
                 y = ops.rescale_fwd(
-                    base_out, h, lora_B, scale, bias if gemm_bias is None else None, call.scaling,
-                    base_bias=base_bias, undropped=undropped, in_place=not keeps_base, **rounded,
+                    base_out, h, lora_B, norm_scale.scale, bias if gemm_bias is None else None, call.scaling,
+                    base_bias=base_bias, undropped=undropped, in_place=not keeps_base,
+                    rounding=call.rounding,
                 )  # fmt: skip
                 saved, ctx.saved_is = (base_out, "base") if keeps_base else (y, "output")
             else:
-                merged, norm, scale = ops.merge(
+                merged, norm_scale, A_cast = ops.merge(
                     weight,
                     lora_A,
                     lora_B,
                     magnitude,
                     call.scaling,
                     dtype=x.dtype,
-                    **_given(frozen_scale),
-                    **cast,
-                    **rounded,
+                    rounding=call.rounding,
+                    norm_scale=None if frozen_scale is None else NormScale(*frozen_scale),
+                    A_dtype=A_dtype,
                 )
-                h = lora_x @ A_cast.T if needs_h else None
+                h = lora_x @ (lora_A if A_cast is None else A_cast).T if needs_h else None
                 if needs_magnitude and bias is not None:
                     saved = x @ merged.T
                     y = saved + bias.to(x.dtype)
@@ -102,8 +105,7 @@ class DoraLinearFunction(torch.autograd.Function):
             frozen_weight if ctx.quantized is None else None,
             A_cast if call.space == "token" else lora_A,
             lora_B,
-            norm,
-            scale,
+            *norm_scale,
             base_bias if needs_magnitude else None,
         )
         return y
@@ -115,8 +117,8 @@ class DoraLinearFunction(torch.autograd.Function):
             raise RuntimeError("dora_linear cannot differentiate twice: call backward without create_graph=True")
         call = ctx.call
         ops = dispatch.implementation(call.impl)
-        rounded = {"rounding": call.rounding, "salt": call.salt}
         lora_x, h, saved, weight, lora_A, lora_B, norm, scale, base_bias = _saved_tensors(ctx)
+        norm_scale = NormScale(norm, scale)
         weight = weight if ctx.quantized is None else ctx.quantized
         needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias = ctx.needs_input_grad[:6]
         dtype_A, dtype_B, dtype_m = ctx.adapter_dtypes
@@ -126,7 +128,7 @@ class DoraLinearFunction(torch.autograd.Function):
         grad_x = grad_dropped = grad_A = None
         with dispatch.on_device_of(grad_y), torch.autocast(grad_y.device.type, enabled=False):
             grad_magnitude, grad_B, grad_bias, grad_base = ops.rescale_bwd(
-                grad_y, saved, h, lora_B, norm, scale, call.scaling,
+                grad_y, saved, h, lora_B, norm_scale, call.scaling,
                 saved_is=ctx.saved_is,
                 base_bias=base_bias,
                 magnitude_dtype=dtype_m if needs_magnitude else None,
@@ -134,17 +136,21 @@ class DoraLinearFunction(torch.autograd.Function):
                 bias_dtype=ctx.bias_dtype if needs_bias else None,
                 needs_base=token and (needs_dropped if peft_dropout else needs_x or through_base),
                 scale_shift=1.0 if peft_dropout else 0.0,
-                **rounded,
+                rounding=call.rounding,
             )  # fmt: skip
             if needs_A or (token and (needs_x or needs_dropped)):
                 factor = ops.scaled_cast(
-                    lora_B, grad_y.dtype, scale=None if through_base else scale, scaling=call.scaling, **rounded
+                    lora_B,
+                    grad_y.dtype,
+                    scale=None if through_base else scale,
+                    scaling=call.scaling,
+                    rounding=call.rounding,
                 )
                 grad_h = (grad_base if through_base else grad_y) @ factor
             if needs_A:
                 grad_A = grad_h.T @ lora_x if dtype_A == lora_x.dtype else mm_fp32(grad_h.T, lora_x).to(dtype_A)
             if not token:
-                grad_x = _grad_x_weight(ops, call, grad_y, weight, lora_A, lora_B, norm, scale) if needs_x else None
+                grad_x = _grad_x_weight(ops, call, grad_y, weight, lora_A, lora_B, norm_scale) if needs_x else None
             elif call.dropout is None:
                 grad_x = _sum_of_products(ops, grad_h, lora_A, grad_base, weight) if needs_x else None
             else:
@@ -185,11 +191,11 @@ def _sum_of_products(ops, grad_h, lora_A, grad_base, weight):
     return (grad_h @ lora_A).addmm_(grad_base, _dense(ops, weight, grad_base.dtype))
 
 
-def _grad_x_weight(ops, call, grad_y, weight, lora_A, lora_B, norm, scale):
+def _grad_x_weight(ops, call, grad_y, weight, lora_A, lora_B, norm_scale):
     """dy W', with W' merged again: nothing of its size was kept."""
     merged, _, _ = ops.merge(
         readable(weight), lora_A, lora_B, None, call.scaling, dtype=grad_y.dtype,
-        weight_norm=norm, mag_norm_scale=scale, rounding=call.rounding, salt=call.salt,
+        norm_scale=norm_scale, rounding=call.rounding,
     )  # fmt: skip
     return grad_y @ merged
 
@@ -197,18 +203,6 @@ def _grad_x_weight(ops, call, grad_y, weight, lora_A, lora_B, norm, scale):
 def _dense(ops, weight, dtype):
     """The weight as a matrix in `dtype`: itself where it is one already."""
     return ops.decode(weight, dtype) if isinstance(weight, Nf4Weight) else readable(weight).to(dtype)
-
-
-def _cast_of(lora_A, dtype):
-    """A in `dtype`: A itself, or memory for the norm to fill, as its keyword."""
-    if lora_A.dtype == dtype:
-        return lora_A, {}
-    cast = torch.empty(lora_A.shape, dtype=dtype, device=lora_A.device)
-    return cast, {"cast_A": cast}
-
-
-def _given(frozen_scale):
-    return {} if frozen_scale is None else {"weight_norm": frozen_scale[0], "mag_norm_scale": frozen_scale[1]}
 
 
 def dora_linear(
@@ -296,6 +290,6 @@ def dora_linear(
     # PEFT casts to the adapter's dtype before it drops, which leaves the mask the same.
     x_dropped = None if dropout is None else F.dropout(x, lora_dropout).to(dtype).reshape(tokens, x.shape[-1])
     x_flat = x.to(dtype).reshape(tokens, x.shape[-1])
-    call = Call(plan.space, plan.impl, float(scaling), rounding, int(salt), dropout, trains)
+    call = Call(plan.space, plan.impl, float(scaling), Rounding(rounding, int(salt)), dropout, trains)
     y = DoraLinearFunction.apply(x_flat, x_dropped, lora_A, lora_B, magnitude, bias, weight, frozen_scale, call)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -160,7 +160,7 @@ def norm_and_scale(weight, lora_A, lora_B, magnitude, scaling, impl) -> tuple[to
     operations = dispatch.implementation(dispatch.choose_impl(weight.device, impl)[0])
     weight = readable(weight)
     with dispatch.on_device_of(weight):
-        return operations.weight_norm(weight, lora_A, lora_B, magnitude, scaling)
+        return operations.weight_norm(weight, lora_A, lora_B, magnitude, scaling)[0]
 
 
 def active_adapters(layer: nn.Module) -> list[str]:

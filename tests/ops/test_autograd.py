@@ -9,6 +9,7 @@ from torch import nn
 import dora_kernels as dk
 from dora_kernels.ops import dispatch, dora_linear
 from dora_kernels.ops.chunked import mm_fp32
+from dora_kernels.ops.types import Rounding
 from tests.support.buffers import count_launches
 from tests.support.oracle import NAMES, make_problem, relative_error, solve
 from tests.tolerances import TWIN
@@ -262,9 +263,9 @@ def test_the_adapters_gradients_in_fp16_do_not_depend_on_xs(bias, impl):
 @pytest.mark.parametrize("rounding", ["dithered", "nearest"])
 def test_the_backward_merges_to_the_bits_of_the_forward(rounding, impl):
     """Another pattern of dither would be as exact on average, and the gradient that of another function."""
-    p, options = problem(torch.bfloat16, bias=False), {"rounding": rounding, "salt": 0xC0FFEE}
+    p, salt = problem(torch.bfloat16, bias=False), 0xC0FFEE
     factors = (p.weight, p.lora_A, p.lora_B, p.magnitude, p.scaling)
-    merged, *_ = dispatch.implementation(impl).merge(*factors, dtype=torch.bfloat16, **options)
-    solution = solve(p, space="weight", impl=impl, **options)
+    merged, *_ = dispatch.implementation(impl).merge(*factors, dtype=torch.bfloat16, rounding=Rounding(rounding, salt))
+    solution = solve(p, space="weight", impl=impl, rounding=rounding, salt=salt)
     assert torch.equal(solution["y"], p.x @ merged.T)
     assert torch.equal(solution["dx"], p.grad_y @ merged)

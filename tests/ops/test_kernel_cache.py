@@ -15,8 +15,8 @@ from dora_kernels.ops.kernels.launch import TRITON_DTYPES
 
 def compiled(barrier, found):
     x = torch.empty(64, 128, device="meta")
-    arguments = (x, x, x, 2.0, 64, 128, 7, 128, 1, TRITON_DTYPES[torch.float32], False, TRITON_DTYPES[torch.bfloat16])
-    launch = Recorder((9, 0)).bind(_scaled_cast_kernel, *arguments, True, 16, 128, num_warps=4)
+    arguments = (x, x, x, 2.0, 64, 128, 7, 128, 1, TRITON_DTYPES[torch.float32], False, True, 16, 128)
+    launch = Recorder((9, 0)).bind(_scaled_cast_kernel, *arguments, num_warps=4)
     source = launch.source()
     barrier.wait()
     kernel = triton.compile(source, target=target_of((9, 0)), options=dict(launch.options))

@@ -4,10 +4,12 @@ import importlib
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 from dora_kernels.ops import kernels, reference
 from dora_kernels.ops.gpus import DEFAULT_GPU
 from dora_kernels.ops.kernels.weight_norm import weight_norm_config
+from dora_kernels.ops.types import NEAREST, Rounding
 from tests.support.buffers import LAYOUTS, count_launches, guard_bands
 from tests.support.oracle import make_problem, relative_error
 from tests.tolerances import TWIN
@@ -33,7 +35,7 @@ ALL_GRADIENTS = {
     "bias_dtype": torch.float32,
     "needs_base": True,
 }
-ROUNDED = {"rounding": "dithered", "salt": 0xC0FFEE42}
+ROUNDED = {"rounding": Rounding("dithered", 0xC0FFEE42)}
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 every_dtype = pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
@@ -46,15 +48,15 @@ def _factors(problem):
 def _compare(operation, *tensors, written=(), **options):
     """Runs the kernel on banded copies and the twin on the originals; all outputs equal within the twin's tolerance."""
     with guard_bands() as guard:
-        banded = [
-            guard(t, written=position in written) if isinstance(t, torch.Tensor) else t
-            for position, t in enumerate(tensors)
-        ]
-        banded_options = {k: guard(v) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-        found = getattr(kernels, operation)(*banded, **banded_options)
+
+        def banded(value, written=False):
+            return tree_map(lambda t: guard(t, written=written) if isinstance(t, torch.Tensor) else t, value)
+
+        arguments = [banded(value, position in written) for position, value in enumerate(tensors)]
+        found = getattr(kernels, operation)(*arguments, **banded(options))
     twins = [t.clone() if position in written else t for position, t in enumerate(tensors)]
     expected = getattr(reference, operation)(*twins, **options)
-    found, expected = (x if isinstance(x, tuple) else (x,) for x in (found, expected))
+    found, expected = tree_leaves(found), tree_leaves(expected)
     assert len(found) == len(expected)
     for position, (ours, twin) in enumerate(zip(found, expected)):
         if twin is None:
@@ -118,8 +120,7 @@ def test_merge_in_splits():
 @every_shape
 def test_merge_with_the_scale_given(shape, dtypes):
     problem = make_problem(*shape, *dtypes)
-    norm, scale = reference.weight_norm(*_factors(problem), problem.scaling)
-    given = {"weight_norm": norm, "mag_norm_scale": scale}
+    given = {"norm_scale": _norm_scale(problem)}
     factors = (problem.weight, problem.lora_A, problem.lora_B, None)
     _compare("merge", *factors, problem.scaling, dtype=dtypes[0], **given, **ROUNDED)
 
@@ -129,13 +130,16 @@ def test_merge_from_fp32_into_16_bits(rounding):
     """Autocast: an fp32 base, W' in the autocast dtype."""
     problem = make_problem(1, 29, 53, 7)
     for dtype in (torch.bfloat16, torch.float16):
-        _compare("merge", *_factors(problem), problem.scaling, dtype=dtype, rounding=rounding, salt=3)
+        _compare("merge", *_factors(problem), problem.scaling, dtype=dtype, rounding=Rounding(rounding, 3))
+
+
+def _norm_scale(problem):
+    return reference.weight_norm(*_factors(problem), problem.scaling)[0]
 
 
 def _token_space(problem):
-    _, scale = reference.weight_norm(*_factors(problem), problem.scaling)
     h = problem.x @ problem.lora_A.to(problem.x.dtype).T
-    return problem.x @ problem.weight.T, h, problem.lora_B, scale
+    return problem.x @ problem.weight.T, h, problem.lora_B, _norm_scale(problem).scale
 
 
 @pytest.mark.parametrize("undropped", [False, True], ids=["plain", "peft-dropout"])
@@ -172,10 +176,9 @@ def test_rescale_fwd_in_place():
 @every_shape
 def test_rescale_bwd(shape, dtypes, saved_is):
     problem = make_problem(*shape, *dtypes)
-    base_out, h, lora_B, scale = _token_space(problem)
-    norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
+    base_out, h, lora_B, _ = _token_space(problem)
     needs = ALL_GRADIENTS
-    arguments = (problem.grad_y, base_out, h, lora_B, norm, scale, problem.scaling)
+    arguments = (problem.grad_y, base_out, h, lora_B, _norm_scale(problem), problem.scaling)
     own = {"magnitude_dtype": dtypes[1], "B_dtype": dtypes[1], "bias_dtype": dtypes[0]}
     _compare("rescale_bwd", *arguments, saved_is=saved_is, **needs | own, **ROUNDED)
 
@@ -186,12 +189,11 @@ def test_rescale_bwd(shape, dtypes, saved_is):
 def test_rescale_bwd_alone(needed, rank, saved_is):
     """Each gradient without the others; what is not needed is not read."""
     problem = make_problem(37, 29, 53, rank)
-    base_out, h, lora_B, scale = _token_space(problem)
-    norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
+    base_out, h, lora_B, _ = _token_space(problem)
     needs = dict.fromkeys(ALL_GRADIENTS) | {"needs_base": False, needed: ALL_GRADIENTS[needed]}
     saved = base_out if needed == "magnitude_dtype" else None
     h = h if needed == "B_dtype" or (needed == "magnitude_dtype" and saved_is == "base") else None
-    arguments = (problem.grad_y, saved, h, lora_B, norm, scale, problem.scaling)
+    arguments = (problem.grad_y, saved, h, lora_B, _norm_scale(problem), problem.scaling)
     _compare("rescale_bwd", *arguments, saved_is=saved_is, scale_shift=1.0, **needs, **ROUNDED)
 
 
@@ -199,9 +201,8 @@ def test_rescale_bwd_alone(needed, rank, saved_is):
 @every_shape
 def test_rescale_bwd_of_a_product_that_holds_the_bias(shape, dtype):
     problem = make_problem(*shape, dtype, bias=True)
-    base_out, h, lora_B, scale = _token_space(problem)
-    norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
-    arguments = (problem.grad_y, base_out + problem.bias, h, lora_B, norm, scale, problem.scaling)
+    base_out, h, lora_B, _ = _token_space(problem)
+    arguments = (problem.grad_y, base_out + problem.bias, h, lora_B, _norm_scale(problem), problem.scaling)
     own = dict.fromkeys(("magnitude_dtype", "B_dtype", "bias_dtype"), dtype)
     _compare("rescale_bwd", *arguments, saved_is="base", base_bias=problem.bias, **ALL_GRADIENTS | own, **ROUNDED)
 
@@ -210,10 +211,9 @@ def test_rescale_bwd_of_a_product_that_holds_the_bias(shape, dtype):
 def test_rescale_bwd_in_chunks(rank):
     """Enough tokens that several programs share an output feature."""
     problem = make_problem(700, 9, 13, rank, torch.bfloat16, torch.float32)
-    base_out, h, lora_B, scale = _token_space(problem)
-    norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
+    base_out, h, lora_B, _ = _token_space(problem)
     needs = ALL_GRADIENTS
-    arguments = (problem.grad_y, base_out, h, lora_B, norm, scale, problem.scaling)
+    arguments = (problem.grad_y, base_out, h, lora_B, _norm_scale(problem), problem.scaling)
     _compare("rescale_bwd", *arguments, saved_is="base", **needs, **ROUNDED)
 
 
@@ -224,13 +224,22 @@ def test_the_norm_casts_A_beside(operation, splits, monkeypatch):
         module = importlib.import_module("dora_kernels.ops.kernels.merge")
         monkeypatch.setattr(module, "fuses_norm", lambda *args: False)
     problem = make_problem(1, 5 if splits else 300, 1100 if splits else 300, 37)
-    options = ROUNDED if operation == "weight_norm" else ROUNDED | {"dtype": torch.bfloat16}
-    casts = []
-    for ops in (kernels, reference):
-        casts.append(torch.empty(37, problem.weight.shape[1], dtype=torch.bfloat16))
-        run = getattr(ops, operation.removesuffix("-in-two"))
-        run(*_factors(problem), problem.scaling, cast_A=casts[-1], **options)
-    assert torch.equal(*casts)
+    options = ROUNDED | {"A_dtype": torch.bfloat16}
+    options |= {} if operation == "weight_norm" else {"dtype": torch.bfloat16}
+    ours, twin = (
+        getattr(ops, operation.removesuffix("-in-two"))(*_factors(problem), problem.scaling, **options)[-1]
+        for ops in (kernels, reference)
+    )
+    assert ours.dtype == torch.bfloat16 and torch.equal(ours, twin)
+
+
+@pytest.mark.parametrize("ops", [kernels, reference], ids=["kernels", "reference"])
+def test_nothing_is_cast_where_the_norm_is_given(ops):
+    problem = make_problem(1, 29, 53, 7)
+    arguments = (problem.weight, problem.lora_A, problem.lora_B, None, problem.scaling)
+    options = {"dtype": torch.float32, "A_dtype": torch.bfloat16, "norm_scale": _norm_scale(problem)}
+    _, norm_scale, cast_A = ops.merge(*arguments, **options, rounding=NEAREST)
+    assert norm_scale is options["norm_scale"] and cast_A is None
 
 
 @pytest.mark.parametrize("scaled", [False, True], ids=["cast", "scaled"])
@@ -250,11 +259,11 @@ def test_layouts(layout):
     magnitude = lay_out(problem.magnitude[:, None])[:, 0]
     _compare("weight_norm", *factors, magnitude, problem.scaling)
     _compare("merge", *factors, magnitude, problem.scaling, dtype=torch.bfloat16, **ROUNDED)
-    norm, scale = reference.weight_norm(*factors, magnitude, problem.scaling)
+    norm_scale, _ = reference.weight_norm(*factors, magnitude, problem.scaling)
     base_out, h = lay_out(problem.grad_y.flip(0)), lay_out(torch.randn(18, 6, dtype=torch.bfloat16))
-    _compare("rescale_fwd", base_out, h, factors[2], scale, None, problem.scaling, in_place=False, **ROUNDED)
+    _compare("rescale_fwd", base_out, h, factors[2], norm_scale.scale, None, problem.scaling, in_place=False, **ROUNDED)
     needs = ALL_GRADIENTS
-    arguments = (lay_out(problem.grad_y), base_out, h, factors[2], norm, scale, problem.scaling)
+    arguments = (lay_out(problem.grad_y), base_out, h, factors[2], norm_scale, problem.scaling)
     _compare("rescale_bwd", *arguments, saved_is="base", **needs, **ROUNDED)
     _compare("scaled_cast", factors[1], torch.bfloat16, **ROUNDED)
 
@@ -262,11 +271,10 @@ def test_layouts(layout):
 def test_no_tokens():
     problem = make_problem(0, 5, 7, 3, torch.bfloat16, torch.float32)
     base_out, h, lora_B, scale = _token_space(problem)
-    norm, _ = reference.weight_norm(*_factors(problem), problem.scaling)
     assert kernels.rescale_fwd(base_out, h, lora_B, scale, None, 1.0, in_place=True, **ROUNDED).shape == (0, 5)
     needs = ALL_GRADIENTS
     grads = kernels.rescale_bwd(
-        problem.grad_y, base_out, h, lora_B, norm, scale, 1.0, saved_is="output", **needs, **ROUNDED
+        problem.grad_y, base_out, h, lora_B, _norm_scale(problem), 1.0, saved_is="output", **needs, **ROUNDED
     )
     assert [grad.shape for grad in grads] == [(5,), (5, 3), (5,), (0, 5)]
     assert all(grad.eq(0).all() for grad in grads)
@@ -276,5 +284,5 @@ def test_an_fp32_factor_is_not_cut_to_16_bits():
     """z = −1 and h Bᵀ = 1 + 2⁻¹⁰ cancel to what a bf16 B would not hold."""
     ones, lora_B = torch.ones(37, 1, dtype=torch.bfloat16), torch.full((29, 1), 1 + 2.0**-10)
     base_out, scale = -torch.ones(37, 29, dtype=torch.bfloat16), torch.ones(29)
-    y = kernels.rescale_fwd(base_out, ones, lora_B, scale, None, 1.0, in_place=False, rounding="nearest", salt=0)
+    y = kernels.rescale_fwd(base_out, ones, lora_B, scale, None, 1.0, in_place=False, rounding=NEAREST)
     assert y.eq(2.0**-10).all()

@@ -6,7 +6,8 @@ import torch
 import dora_kernels as dk
 from dora_kernels.ops import dispatch, reference
 from dora_kernels.ops.dora_linear import Call, DoraLinearFunction
-from dora_kernels.ops.reference.weight_norm import norm_scale
+from dora_kernels.ops.reference.weight_norm import scale_of
+from dora_kernels.ops.types import NEAREST
 from tests.support.oracle import errors, exact, make_problem, solve
 from tests.tolerances import ORACLE_FP64, SAME_FP32
 
@@ -35,8 +36,8 @@ def _inner(problem, space, impl, norm):
     """y as a function of x, A, B, m, b with the norm given: the function whose derivative the backward claims to be."""
 
     def function(x, lora_A, lora_B, magnitude, bias):
-        frozen = norm, norm_scale(magnitude.detach(), norm)
-        call = Call(space, impl, problem.scaling, "nearest", 0, None, True)
+        frozen = norm, scale_of(magnitude.detach(), norm)
+        call = Call(space, impl, problem.scaling, NEAREST, None, True)
         return DoraLinearFunction.apply(x, None, lora_A, lora_B, magnitude, bias, problem.weight, frozen, call)
 
     return function
@@ -46,7 +47,8 @@ def _inner(problem, space, impl, norm):
 @pytest.mark.parametrize("space", SPACES)
 def test_gradcheck_with_the_norm_given(space, impl):
     problem = make_problem(4, 3, 5, 2, dtype=torch.float64, bias=True)
-    norm, _ = reference.weight_norm(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, problem.scaling)
+    factors = problem.weight, problem.lora_A, problem.lora_B, problem.magnitude
+    (norm, _), _ = reference.weight_norm(*factors, problem.scaling)
     assert torch.autograd.gradcheck(_inner(problem, space, impl, norm), problem.leaves())
 
 
@@ -111,7 +113,9 @@ def test_a_nan_weight_stays_visible(impl):
     problem = make_problem(7, 5, 6, 2)
     problem.weight[3, 2] = torch.nan
     ops = dispatch.implementation(impl)
-    norm, scale = ops.weight_norm(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, problem.scaling)
+    (norm, scale), _ = ops.weight_norm(
+        problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, problem.scaling
+    )
     assert norm.isnan().tolist() == scale.isnan().tolist() == [False, False, False, True, False]
 
 
@@ -133,7 +137,7 @@ def test_norms_beyond_the_range_of_squares(dtype, size, impl):
     weight = weight.to(dtype)
     lora_A, lora_B = torch.randn(2, 40), torch.zeros(5, 2)
     magnitude = weight.double().norm(dim=1).float()
-    norm, scale = dispatch.implementation(impl).weight_norm(weight, lora_A, lora_B, magnitude, 1.0)
+    (norm, scale), _ = dispatch.implementation(impl).weight_norm(weight, lora_A, lora_B, magnitude, 1.0)
     truth = weight.double().norm(dim=1)
     # A sum of 40 squares, a root and a quotient in fp32.
     assert torch.allclose(norm.double(), truth, rtol=1e-6, atol=0)
@@ -147,7 +151,7 @@ def test_cancellation_of_weight_and_update(level, impl):
     lora_A, lora_B = torch.randn(4, 60), torch.randn(8, 4)
     exact_product = (lora_B.double() @ lora_A.double()) * 2.0
     weight = (-exact_product * (1 + level)).float()
-    norm, _ = dispatch.implementation(impl).weight_norm(weight, lora_A, lora_B, torch.ones(8), 2.0)
+    (norm, _), _ = dispatch.implementation(impl).weight_norm(weight, lora_A, lora_B, torch.ones(8), 2.0)
     truth = (weight.double() + exact_product).norm(dim=1)
     # V is a difference of numbers of size ‖W‖ in fp32: an error of a few of its units is inherent.
     bound = 8 * 2.0**-24 * weight.double().norm(dim=1)
@@ -169,7 +173,7 @@ def test_output_features_near_zero(size, space, impl):
     solution = solve(problem, space=space, impl=impl)
     merged, *_ = dispatch.implementation(impl).merge(
         problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, problem.scaling,
-        dtype=torch.float32, rounding="nearest", salt=0,
+        dtype=torch.float32, rounding=NEAREST,
     )  # fmt: skip
     assert all(value.isfinite().all() for value in (*solution.values(), merged))
     if norm < torch.finfo(torch.float32).tiny:
@@ -190,7 +194,7 @@ def test_g_minus_1_keeps_its_digits(dtype, impl):
     problem = make_problem(1, 33, 70, 5, dtype=dtype, adapter_dtype=torch.float32, update=1e-3)
     adapted = problem.weight.double() + problem.scaling * problem.lora_B.double() @ problem.lora_A.double()
     problem.magnitude = (adapted.norm(dim=1) * (1 + 1.5e-3 * torch.randn(33, dtype=torch.float64))).float()
-    _, scale = dispatch.implementation(impl).weight_norm(
+    (_, scale), _ = dispatch.implementation(impl).weight_norm(
         problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, problem.scaling
     )
     truth = problem.magnitude.double() / adapted.norm(dim=1) - 1

@@ -10,6 +10,7 @@ from dora_kernels.ops.kernels.launch import TRITON_DTYPES
 from dora_kernels.ops.kernels.rounding import dither_hash as kernel_hash
 from dora_kernels.ops.kernels.rounding import round_to as kernel_round_to
 from dora_kernels.ops.reference.rounding import dither_hash, round_to
+from dora_kernels.ops.types import Rounding
 from tests.support.oracle import make_problem
 
 HALF_TYPES = [torch.bfloat16, torch.float16]
@@ -87,7 +88,7 @@ def test_kernel_equals_its_twin(dtype, rounding, device):
     values = _values(32, 64)
     out = torch.empty(32, 64, dtype=dtype, device=device)
     _round_kernel[(1,)](values.to(device), out, 11, TRITON_DTYPES[dtype], rounding == "dithered", 32, 64)
-    expected = round_to(values, dtype, rounding, 11)
+    expected = round_to(values, dtype, Rounding(rounding, 11))
     same = (out.cpu().view(torch.int16) == expected.view(torch.int16)) | (out.cpu().isnan() & expected.isnan())
     assert same.all()
 
@@ -98,7 +99,7 @@ def test_special_and_representable_values_do_not_move(dtype):
     # fp16's dithered rounding clamps at the largest number instead of overflowing.
     values = torch.where(values.isfinite(), values.clamp(-65504, 65504) if dtype == torch.float16 else values, values)
     representable = values.to(dtype).float()
-    rounded = round_to(representable, dtype, "dithered", 5).float()
+    rounded = round_to(representable, dtype, Rounding("dithered", 5)).float()
     assert torch.equal(rounded.nan_to_num(1.25e4), representable.nan_to_num(1.25e4))
     assert torch.equal(rounded.signbit(), representable.signbit())
     assert rounded.isnan().sum() == values.isnan().sum() == 2
@@ -106,16 +107,16 @@ def test_special_and_representable_values_do_not_move(dtype):
 
 def test_fp16_clamps_and_bf16_overflows_to_infinity():
     values = torch.full((64, 64), 7e4)
-    assert round_to(values, torch.float16, "dithered", 0).eq(65504).all()
+    assert round_to(values, torch.float16, Rounding("dithered", 0)).eq(65504).all()
     largest = torch.full((64, 64), torch.finfo(torch.float32).max)
-    assert round_to(largest, torch.bfloat16, "dithered", 0).isinf().any()
+    assert round_to(largest, torch.bfloat16, Rounding("dithered", 0)).isinf().any()
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 @pytest.mark.parametrize("value", [1.0 + 2.0**-12, -1.0 - 2.0**-12, 3e-3, 5.1e-8], ids=str)
 def test_unbiased_over_elements(value, dtype):
     values = torch.full((512, 512), value)
-    rounded = round_to(values, dtype, "dithered", 1).double()
+    rounded = round_to(values, dtype, Rounding("dithered", 1)).double()
     step = rounded.unique().diff().abs().max() if rounded.unique().numel() > 1 else torch.tensor(0.0)
     # A mean of 2¹⁸ Bernoulli steps: five standard deviations.
     assert (rounded.mean() - values.double().mean()).abs() <= 5 * step / 2 / 512
@@ -123,10 +124,10 @@ def test_unbiased_over_elements(value, dtype):
 
 def test_one_function_of_index_and_salt():
     values = torch.randn(40, 30)
-    whole = round_to(values, torch.bfloat16, "dithered", 9)
-    assert torch.equal(whole, round_to(values.clone(), torch.bfloat16, "dithered", 9))
-    assert torch.equal(whole[17:], round_to(values[17:], torch.bfloat16, "dithered", 9, first_row=17))
-    assert not torch.equal(whole, round_to(values, torch.bfloat16, "dithered", 10))
+    whole = round_to(values, torch.bfloat16, Rounding("dithered", 9))
+    assert torch.equal(whole, round_to(values.clone(), torch.bfloat16, Rounding("dithered", 9)))
+    assert torch.equal(whole[17:], round_to(values[17:], torch.bfloat16, Rounding("dithered", 9), first_row=17))
+    assert not torch.equal(whole, round_to(values, torch.bfloat16, Rounding("dithered", 10)))
 
 
 def test_errors_look_random():
@@ -134,7 +135,7 @@ def test_errors_look_random():
     size = 512
     values = torch.rand(size, size) + 1
     step = 2.0**-7
-    error = (round_to(values, torch.bfloat16, "dithered", 3).double() - values.double()) / step
+    error = (round_to(values, torch.bfloat16, Rounding("dithered", 3)).double() - values.double()) / step
     spread = error.std()
     assert error.mean(0).abs().max() < 5 * spread / size**0.5
     assert error.mean(1).abs().max() < 5 * spread / size**0.5
@@ -154,20 +155,21 @@ def _roundings(operations):
     """What each operation stores in bf16, dithered."""
     problem = make_problem(M, N, K, R, torch.bfloat16, torch.float32)
     factors = problem.weight, problem.lora_A, problem.lora_B
-    options = {"rounding": "dithered", "salt": 0xC0FFEE42}
-    norm, scale = reference.weight_norm(*factors, problem.magnitude, problem.scaling)
+    options = {"rounding": Rounding("dithered", 0xC0FFEE42)}
+    norm_scale, _ = reference.weight_norm(*factors, problem.magnitude, problem.scaling)
     base_out, h = problem.x @ problem.weight.T, problem.x @ problem.lora_A.bfloat16().T
-    given = {"weight_norm": norm, "mag_norm_scale": scale}
     needs = {"magnitude_dtype": None, "B_dtype": None, "bias_dtype": None, "needs_base": True}
     return {
         "rescale_fwd": operations.rescale_fwd(
-            base_out, h, problem.lora_B, scale, None, problem.scaling, in_place=False, **options
+            base_out, h, problem.lora_B, norm_scale.scale, None, problem.scaling, in_place=False, **options
         ),
         "rescale_bwd": operations.rescale_bwd(
-            problem.grad_y, None, None, problem.lora_B, norm, scale, 1.0, saved_is="output", **needs, **options
+            problem.grad_y, None, None, problem.lora_B, norm_scale, 1.0, saved_is="output", **needs, **options
         )[3],
         "merge": operations.merge(*factors, problem.magnitude, problem.scaling, dtype=torch.bfloat16, **options)[0],
-        "merge_again": operations.merge(*factors, None, problem.scaling, dtype=torch.bfloat16, **given, **options)[0],
+        "merge_again": operations.merge(
+            *factors, None, problem.scaling, dtype=torch.bfloat16, norm_scale=norm_scale, **options
+        )[0],
         "scaled_cast": operations.scaled_cast(problem.weight.float() / 3, torch.bfloat16, **options),
     }
 

@@ -19,6 +19,7 @@ def run(case):
 
     from dora_kernels.ops import kernels
     from dora_kernels.ops.dora_linear import Call, DoraLinearFunction
+    from dora_kernels.ops.types import Rounding
     from tests.support.oracle import make_problem
 
     random = Random(case)
@@ -30,9 +31,9 @@ def run(case):
     seed = random.randrange(2**32)
     problem = make_problem(M, N, K, rank, torch.float64, bias=random.random() < 0.5, seed=seed)
     factors = problem.weight, problem.lora_A, problem.lora_B
-    frozen = kernels.weight_norm(*factors, problem.magnitude, problem.scaling)
+    frozen, _ = kernels.weight_norm(*factors, problem.magnitude, problem.scaling)
     mask = torch.rand(M, K, generator=torch.Generator().manual_seed(seed)).lt(0.7).double() / 0.7
-    call = Call(space, "triton", problem.scaling, "dithered", seed, dropout, True)
+    call = Call(space, "triton", problem.scaling, Rounding("dithered", seed), dropout, True)
 
     def function(x, lora_A, lora_B, magnitude, bias=None):
         # g follows m, and n does not.

@@ -1,7 +1,9 @@
 """The engine's Triton kernels. Twin of `dora_kernels.ops.reference`: the same names, arguments and returns.
 
-M tokens, N out_features, K in_features, R rank. Every launcher checks nothing (its callers did), allocates,
-configures and launches. No atomics: reductions over programs have two stages, so the same inputs give the same bits.
+Symbols are those of `ops.dora_linear`. A launcher checks nothing (its callers did): it allocates, configures and
+launches. Kernels read A, B, m, h and the bias as contiguous: launchers copy what is not. A kernel regroups its flat
+pointers in named tuples; most of its constants come in three: FORMAT, DOT, CONFIG. No atomics: reductions over programs
+have two stages, so the same inputs give the same bits.
 """
 
 from .base_weight import decode

@@ -1,7 +1,27 @@
 """Blocks of matrices in memory, and products over the rank."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Matrix(NamedTuple):
+    """A matrix in memory, as a kernel sees it."""
+
+    ptr: Any
+    stride_row: Any
+    stride_column: Any
+
+
+class Dot(NamedTuple):
+    """How a product over the rank is computed; `launch.dot_of` chooses."""
+
+    acc: tl.dtype  # of the accumulator
+    operand: tl.dtype  # of both factors inside the product
+    input_precision: str  # of fp32 factors
+    block_r: int  # the rank is walked in blocks of this size
+    one_block: bool  # the first block holds the whole rank
 
 
 @triton.jit
@@ -11,42 +31,44 @@ def offsets_2d(rows, columns, stride_row, stride_column):
 
 
 @triton.jit
-def rank_block_of(ptr, offs_i, mask_i, start, R, stride_i, stride_r, BLOCK_R: tl.constexpr):
-    """Columns start … start + BLOCK_R of a factor [I, R]: [len(offs_i), BLOCK_R]."""
-    offs_r = start + tl.arange(0, BLOCK_R)
-    mask = mask_i[:, None] & (offs_r < R)[None, :]
-    return tl.load(ptr + offsets_2d(offs_i, offs_r, stride_i, stride_r), mask=mask, other=0.0)
+def addresses(matrix, rows, columns):
+    """Pointers [len(rows), len(columns)] into a `Matrix`."""
+    return matrix.ptr + offsets_2d(rows, columns, matrix.stride_row, matrix.stride_column)
 
 
 @triton.jit
-def lora_dot(
-    left_ptr, right_ptr, first, offs_i, offs_j, mask_i, mask_j, R,
-    stride_li, stride_lr, stride_rr, stride_rj,
-    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """left [I, R] · right [R, J] -> [BLOCK_I, BLOCK_J] in ACC, the rank walked in blocks.
+def rank_block(left, offs_i, mask_i, start, R, DOT: tl.constexpr):
+    """Columns start … start + block_r of a factor [I, R]: [len(offs_i), block_r]."""
+    offs_r = start + tl.arange(0, DOT.block_r)
+    mask = mask_i[:, None] & (offs_r < R)[None, :]
+    return tl.load(addresses(left, offs_i, offs_r), mask=mask, other=0.0)
 
-    `first` is left's first block; with ONE_BLOCK it is the only one, and the caller's loop is the innermost, which is
-    the one that the compiler pipelines.
+
+@triton.jit
+def lora_dot(left, right, left_block, offs_i, offs_j, mask_i, mask_j, R, DOT: tl.constexpr):
+    """left [I, R] · right [R, J] -> [len(offs_i), len(offs_j)] in `DOT.acc`.
+
+    `left_block` is left's first block of the rank. Where it holds the whole rank nothing loops in here, and the
+    compiler pipelines the caller's loop, the innermost one.
     """
-    if ONE_BLOCK:
-        offs_r = tl.arange(0, BLOCK_R)
-        right = tl.load(  # [BLOCK_R, BLOCK_J]
-            right_ptr + offsets_2d(offs_r, offs_j, stride_rr, stride_rj),
-            mask=(offs_r < R)[:, None] & mask_j[None, :],
-            other=0.0,
-        )
-        product = tl.dot(first.to(DOT), right.to(DOT), input_precision=INPUT_PRECISION, out_dtype=ACC)
+    ACC: tl.constexpr = DOT.acc
+    OPERAND: tl.constexpr = DOT.operand
+    PRECISION: tl.constexpr = DOT.input_precision
+    if DOT.one_block:
+        offs_r = tl.arange(0, DOT.block_r)
+        mask = (offs_r < R)[:, None] & mask_j[None, :]
+        right_block = tl.load(addresses(right, offs_r, offs_j), mask=mask, other=0.0)  # [block_r, len(offs_j)]
+        product = tl.dot(left_block.to(OPERAND), right_block.to(OPERAND), input_precision=PRECISION, out_dtype=ACC)
     else:
+        BLOCK_I: tl.constexpr = offs_i.shape[0]
+        BLOCK_J: tl.constexpr = offs_j.shape[0]
         product = tl.zeros([BLOCK_I, BLOCK_J], dtype=ACC)
-        for start in range(0, R, BLOCK_R):
-            offs_r = start + tl.arange(0, BLOCK_R)
-            left = rank_block_of(left_ptr, offs_i, mask_i, start, R, stride_li, stride_lr, BLOCK_R)
-            right = tl.load(
-                right_ptr + offsets_2d(offs_r, offs_j, stride_rr, stride_rj),
-                mask=(offs_r < R)[:, None] & mask_j[None, :],
-                other=0.0,
+        for start in range(0, R, DOT.block_r):
+            offs_r = start + tl.arange(0, DOT.block_r)
+            mask = (offs_r < R)[:, None] & mask_j[None, :]
+            left_part = rank_block(left, offs_i, mask_i, start, R, DOT)
+            right_part = tl.load(addresses(right, offs_r, offs_j), mask=mask, other=0.0)
+            product = tl.dot(
+                left_part.to(OPERAND), right_part.to(OPERAND), product, input_precision=PRECISION, out_dtype=ACC
             )
-            product = tl.dot(left.to(DOT), right.to(DOT), product, input_precision=INPUT_PRECISION, out_dtype=ACC)
     return product

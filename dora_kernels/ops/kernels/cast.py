@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import offsets_2d
+from ..types import Rounding
+from .blocks import Matrix, addresses
 from .launch import TRITON_DTYPES, acc_dtype, signed32
 from .rounding import round_to
 
@@ -20,21 +21,21 @@ def _scaled_cast_kernel(
     # strides
     stride_row, stride_column,
     # constexpr
-    ACC: tl.constexpr, HAS_SCALE: tl.constexpr, DTYPE: tl.constexpr, DITHERED: tl.constexpr,
+    ACC: tl.constexpr, HAS_SCALE: tl.constexpr, DITHERED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     scaling = tl.cast(scaling, ACC)
     offs_i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offs_j = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = (offs_i < rows)[:, None] & (offs_j < columns)[None, :]
-    factor = tl.load(factor_ptr + offsets_2d(offs_i, offs_j, stride_row, stride_column), mask=mask, other=0.0)
+    factor = tl.load(addresses(Matrix(factor_ptr, stride_row, stride_column), offs_i, offs_j), mask=mask, other=0.0)
     if HAS_SCALE:
         scale = tl.load(scale_ptr + offs_i, mask=offs_i < rows, other=0.0).to(ACC)
         product = factor.to(ACC) * (scale * scaling)[:, None]
     else:
         product = factor.to(ACC) * scaling
-    out = round_to(product, offs_i, offs_j, salt, DTYPE, DITHERED)
-    tl.store(out_ptr + offsets_2d(offs_i, offs_j, columns, 1), out, mask=mask)
+    out = round_to(product, offs_i, offs_j, salt, out_ptr.dtype.element_ty, DITHERED)
+    tl.store(addresses(Matrix(out_ptr, columns, 1), offs_i, offs_j), out, mask=mask)
 
 
 def scaled_cast(
@@ -43,10 +44,9 @@ def scaled_cast(
     *,
     scale: torch.Tensor | None = None,
     scaling: float = 1.0,
-    rounding: str,
-    salt: int,
+    rounding: Rounding,
 ) -> torch.Tensor:
-    """`scaling` · `scale` ⊙ `factor` [rows, columns] as `dtype`, `scale` [rows] or 1; in fp32, rounded once."""
+    """Twin of `reference.scaled_cast`."""
     rows, columns = factor.shape
     out = torch.empty(rows, columns, dtype=dtype, device=factor.device)
     if out.numel() == 0:
@@ -54,10 +54,10 @@ def scaled_cast(
     grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))
     _scaled_cast_kernel[grid](
         factor, factor if scale is None else scale, out,
-        scaling, rows, columns, signed32(salt),
+        scaling, rows, columns, signed32(rounding.salt),
         *factor.stride(),
-        TRITON_DTYPES[acc_dtype(factor.dtype, dtype)], scale is not None, TRITON_DTYPES[dtype],
-        rounding == "dithered", BLOCK_ROWS, BLOCK_COLUMNS,
+        TRITON_DTYPES[acc_dtype(factor.dtype, dtype)], scale is not None, rounding.mode == "dithered",
+        BLOCK_ROWS, BLOCK_COLUMNS,
         num_warps=4,
     )  # fmt: skip
     return out

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from ..chunked import mm_fp32
-from .blocks import offsets_2d
-from .launch import ALL_REGISTERS, TRITON_DTYPES, precision_of, rank_block, signed32
+from ..types import NormScale, Rounding
+from .blocks import Matrix, addresses
+from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, dot_of, rank_block_size, signed32
 from .rounding import round_to
 from .weight_norm import TINY_FP32, TINY_FP64
 
@@ -21,7 +22,6 @@ class RescaleBwdConfig(NamedTuple):
 
     block_m: int
     block_n: int
-    block_r: int
     chunks: int
     num_warps: int
     num_stages: int
@@ -35,10 +35,18 @@ def rescale_bwd_config(
     block_m, block_n = (32, 64) if itemsize < 8 else (16, 32)
     wanted = triton.cdiv(4 * 132, triton.cdiv(out_features, block_n))
     chunks = max(1, min(wanted, tokens // 128))
-    block_r = rank_block(rank, itemsize)
     # A wider sum of products beside the other sums, or wider values: more threads, or they spill.
-    num_warps = 8 if block_r == 32 or stored_itemsize == 4 else 4
-    return RescaleBwdConfig(block_m, block_n, block_r, chunks, num_warps, num_stages=2)
+    num_warps = 8 if rank_block_size(rank, itemsize) == 32 or stored_itemsize == 4 else 4
+    return RescaleBwdConfig(block_m, block_n, chunks, num_warps, num_stages=2)
+
+
+class Needs(NamedTuple):
+    """What the pass over dy computes."""
+
+    correlation: bool  # Σ dy ⊙ saved
+    product: bool  # dyᵀh
+    bias: bool  # Σ dy
+    base: bool  # dZ
 
 
 @triton.jit(do_not_specialize=["salt"])
@@ -48,13 +56,15 @@ def _rescale_bwd_kernel(
     # sizes
     scale_shift, M, N, R, tokens_per_chunk, salt,
     # strides
-    stride_dm, stride_dn, stride_sm, stride_sn, stride_base_bias, stride_hm, stride_hr,
-    # constexpr
-    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    NEEDS_CORRELATION: tl.constexpr, SAVED_HAS_BIAS: tl.constexpr, NEEDS_PRODUCT: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr, NEEDS_BASE: tl.constexpr,
-    DITHERED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    stride_dm, stride_dn, stride_sm, stride_sn,
+    # constexpr, without the number of chunks: each number of tokens would be compiled anew
+    NEEDS: tl.constexpr, SAVED_HAS_BIAS: tl.constexpr, DITHERED: tl.constexpr, DOT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    ACC: tl.constexpr = DOT.acc
+    OPERAND: tl.constexpr = DOT.operand
+    PRECISION: tl.constexpr = DOT.input_precision
+    BLOCK_R: tl.constexpr = DOT.block_r
     chunk = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
@@ -62,44 +72,42 @@ def _rescale_bwd_kernel(
     correlation = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     bias = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
     product = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
-    if NEEDS_BASE:
+    if NEEDS.base:
         scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0) - scale_shift
     if SAVED_HAS_BIAS:
-        base_bias = tl.load(base_bias_ptr + offs_n * stride_base_bias, mask=mask_n, other=0.0).to(ACC)
-    for start in tl.range(
-        chunk * tokens_per_chunk, tl.minimum((chunk + 1) * tokens_per_chunk, M), BLOCK_M, num_stages=3
-    ):
+        base_bias = tl.load(base_bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
+    end = tl.minimum((chunk + 1) * tokens_per_chunk, M)
+    for start in tl.range(chunk * tokens_per_chunk, end, BLOCK_M, num_stages=3):
         offs_m = start + tl.arange(0, BLOCK_M)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
-        dy = tl.load(dy_ptr + offsets_2d(offs_m, offs_n, stride_dm, stride_dn), mask=mask, other=0.0)
-        if NEEDS_PRODUCT:
-            h = tl.load(
-                h_ptr + offsets_2d(offs_m, offs_r, stride_hm, stride_hr),
-                mask=mask_m[:, None] & mask_r[None, :],
-                other=0.0,
-            )
-            product = tl.dot(tl.trans(dy.to(DOT)), h.to(DOT), product, input_precision=INPUT_PRECISION, out_dtype=ACC)
+        dy = tl.load(addresses(Matrix(dy_ptr, stride_dm, stride_dn), offs_m, offs_n), mask=mask, other=0.0)
+        if NEEDS.product:
+            mask_h = mask_m[:, None] & mask_r[None, :]
+            h = tl.load(addresses(Matrix(h_ptr, R, 1), offs_m, offs_r), mask=mask_h, other=0.0)
+            dy_t = tl.trans(dy.to(OPERAND))
+            product = tl.dot(dy_t, h.to(OPERAND), product, input_precision=PRECISION, out_dtype=ACC)
         grad = dy.to(ACC)
-        if NEEDS_CORRELATION:
-            saved = tl.load(saved_ptr + offsets_2d(offs_m, offs_n, stride_sm, stride_sn), mask=mask, other=0.0)
+        if NEEDS.correlation:
+            saved = tl.load(addresses(Matrix(saved_ptr, stride_sm, stride_sn), offs_m, offs_n), mask=mask, other=0.0)
             saved = saved.to(ACC)
             if SAVED_HAS_BIAS:
                 saved -= base_bias[None, :]
             correlation += grad * saved
-        if NEEDS_BIAS:
+        if NEEDS.bias:
             bias += grad
-        if NEEDS_BASE:
+        if NEEDS.base:
             dz = round_to(grad * scale[None, :], offs_m, offs_n, salt, dz_ptr.dtype.element_ty, DITHERED)
-            tl.store(dz_ptr + offsets_2d(offs_m, offs_n, N, 1), dz, mask=mask)
+            tl.store(addresses(Matrix(dz_ptr, N, 1), offs_m, offs_n), dz, mask=mask)
     # Partials are [chunks, N] and [chunks, N, R].
     row = chunk.to(tl.int64) * N + offs_n
-    if NEEDS_CORRELATION:
+    if NEEDS.correlation:
         tl.store(correlation_ptr + row, tl.sum(correlation, axis=0), mask=mask_n)
-    if NEEDS_BIAS:
+    if NEEDS.bias:
         tl.store(bias_ptr + row, tl.sum(bias, axis=0), mask=mask_n)
-    if NEEDS_PRODUCT:
-        tl.store(product_ptr + offsets_2d(row, offs_r, R, 1), product, mask=mask_n[:, None] & mask_r[None, :])
+    if NEEDS.product:
+        mask_product = mask_n[:, None] & mask_r[None, :]
+        tl.store(addresses(Matrix(product_ptr, R, 1), row, offs_r), product, mask=mask_product)
 
 
 @triton.jit
@@ -108,8 +116,6 @@ def _rescale_bwd_finish_kernel(
     correlation_ptr, product_ptr, bias_ptr, b_ptr, norm_ptr, scale_ptr, dm_ptr, db_lora_ptr, dbias_ptr,
     # sizes
     scaling: tl.float64, N, R, chunks, product_chunks,
-    # strides
-    stride_bn, stride_br,
     # constexpr
     ACC: tl.constexpr, FROM_BASE: tl.constexpr, NEEDS_MAGNITUDE: tl.constexpr, NEEDS_B: tl.constexpr,
     NEEDS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -135,13 +141,13 @@ def _rescale_bwd_finish_kernel(
             product = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
             for chunk in range(0, product_chunks):
                 row = tl.cast(chunk, tl.int64) * N + offs_n
-                product += tl.load(product_ptr + offsets_2d(row, offs_r, R, 1), mask=mask, other=0.0)
+                product += tl.load(addresses(Matrix(product_ptr, R, 1), row, offs_r), mask=mask, other=0.0)
             if NEEDS_MAGNITUDE and FROM_BASE:
-                factor = tl.load(b_ptr + offsets_2d(offs_n, offs_r, stride_bn, stride_br), mask=mask, other=0.0)
+                factor = tl.load(addresses(Matrix(b_ptr, R, 1), offs_n, offs_r), mask=mask, other=0.0)
                 lora += tl.sum(factor.to(ACC) * product, axis=1)
             if NEEDS_B:
                 grad = product * (scale * scaling)[:, None]
-                tl.store(db_lora_ptr + offsets_2d(offs_n, offs_r, R, 1), grad, mask=mask)
+                tl.store(addresses(Matrix(db_lora_ptr, R, 1), offs_n, offs_r), grad, mask=mask)
     if NEEDS_MAGNITUDE:
         norm = tl.load(norm_ptr + offs_n, mask=mask_n, other=1.0)
         if FROM_BASE:
@@ -157,8 +163,7 @@ def rescale_bwd(
     saved: torch.Tensor | None,
     h: torch.Tensor | None,
     lora_B: torch.Tensor,
-    weight_norm: torch.Tensor,
-    mag_norm_scale: torch.Tensor,
+    norm_scale: NormScale,
     scaling: float,
     *,
     saved_is: str,
@@ -168,21 +173,17 @@ def rescale_bwd(
     bias_dtype: torch.dtype | None,
     needs_base: bool,
     scale_shift: float = 0.0,
-    rounding: str,
-    salt: int,
+    rounding: Rounding,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dm [N], dB [N, R] and db [N], each in the dtype asked for, and dZ [M, N] in `grad_y`'s; None where none is asked.
-
-    `saved` [M, N] is the output without its bias (`saved_is` "output": dm = Σ dy ⊙ y / (g n)) or z = x Wᵀ ("base":
-    dm = (Σ dy ⊙ z + s rowsum(B ⊙ dyᵀh)) / n), to which `base_bias` [N] was added where it is given.
-    dZ = dy ⊙ (g − `scale_shift`), the shift being 1 under PEFT's dropout.
-    """
-    (M, N), R, dtype = grad_y.shape, lora_B.shape[1], mag_norm_scale.dtype
+    """Twin of `reference.rescale_bwd`."""
+    (M, N), R, (norm, scale) = grad_y.shape, lora_B.shape[1], norm_scale
+    h, lora_B, base_bias = contiguous(h), contiguous(lora_B), contiguous(base_bias)
+    dtype = scale.dtype
     needs_magnitude, needs_B, needs_bias = (d is not None for d in (magnitude_dtype, B_dtype, bias_dtype))
     from_base = needs_magnitude and saved_is == "base"
     needs_product = needs_B or from_base
     # Where nothing else needs the pass over dy, the product alone is a GEMM.
-    fits = R <= min(MAX_FUSED_RANK, rank_block(R, dtype.itemsize))  # in fp64 a block holds less of the rank
+    fits = R <= min(MAX_FUSED_RANK, rank_block_size(R, dtype.itemsize))  # in fp64 a block holds less of the rank
     fused_product = needs_product and fits and (needs_magnitude or needs_bias or needs_base)
     needs_sums = needs_magnitude or needs_product or needs_bias
 
@@ -198,19 +199,18 @@ def rescale_bwd(
     config = rescale_bwd_config(M, N, R, dtype.itemsize, grad_y.element_size())
     correlation, bias = empty(needs_magnitude, config.chunks, N), empty(needs_bias, config.chunks, N)
     product = empty(fused_product, config.chunks, N, R)
-    unused = mag_norm_scale  # stands for pointers the kernel never follows
-    if needs_magnitude or fused_product or needs_bias or needs_base:
-        precision = precision_of(grad_y.dtype, h.dtype if fused_product else grad_y.dtype, acc=dtype)
+    dot = dot_of(R, grad_y.dtype, h.dtype if fused_product else grad_y.dtype, acc=dtype)
+    needs = Needs(needs_magnitude, fused_product, needs_bias, needs_base)
+    unused = scale  # stands for pointers the kernel never follows
+    if any(needs):
         _rescale_bwd_kernel[(triton.cdiv(N, config.block_n), config.chunks)](
-            grad_y, _or(saved, unused), _or(base_bias, unused), _or(h, unused), mag_norm_scale,
+            grad_y, _or(saved, unused), _or(base_bias, unused), _or(h, unused), scale,
             _or(correlation, unused), _or(product, unused), _or(bias, unused), _or(grad_base, unused),
             scale_shift, M, N, R, triton.cdiv(triton.cdiv(M, config.block_m), config.chunks) * config.block_m,
-            signed32(salt),
+            signed32(rounding.salt),
             *grad_y.stride(), *((0, 0) if saved is None else saved.stride()),
-            0 if base_bias is None else base_bias.stride(0), *((0, 0) if h is None else h.stride()),
-            *precision, needs_magnitude, needs_magnitude and base_bias is not None, fused_product,
-            needs_bias, needs_base, rounding == "dithered",
-            config.block_m, config.block_n, config.block_r,
+            needs, needs_magnitude and base_bias is not None, rounding.mode == "dithered", dot,
+            config.block_m, config.block_n,
             num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
         )  # fmt: skip
     if needs_product and not fused_product:
@@ -218,11 +218,10 @@ def rescale_bwd(
     if needs_sums:
         block_n = 32
         _rescale_bwd_finish_kernel[(triton.cdiv(N, block_n),)](
-            _or(correlation, unused), _or(product, unused), _or(bias, unused), lora_B, weight_norm, mag_norm_scale,
+            _or(correlation, unused), _or(product, unused), _or(bias, unused), lora_B, norm, scale,
             _or(grad_magnitude, unused), _or(grad_B, unused), _or(grad_bias, unused),
             scaling, N, R, config.chunks, product.shape[0] if needs_product else 0,
-            *lora_B.stride(),
-            TRITON_DTYPES[dtype], from_base, needs_magnitude, needs_B, needs_bias, block_n, config.block_r,
+            TRITON_DTYPES[dtype], from_base, needs_magnitude, needs_B, needs_bias, block_n, dot.block_r,
             num_warps=4, **ALL_REGISTERS,
         )  # fmt: skip
     return grad_magnitude, grad_B, grad_bias, grad_base

@@ -8,9 +8,10 @@ import triton.language as tl
 
 from ..base_weights import Nf4Weight
 from ..gpus import Gpu, gpu_of
-from .base_weight import adapted_tile, straddles_of, weight_arguments
-from .blocks import offsets_2d, rank_block_of
-from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, precision_of, rank_block, signed32
+from ..types import NEAREST, NormScale, Rounding
+from .base_weight import WeightMemory, adapted_block, weight_arguments
+from .blocks import Matrix, addresses, rank_block
+from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, dot_of, rank_block_size, signed32
 from .rounding import round_to
 
 # Squares of fp32 numbers leave fp32's range below 1e-19 and above 1e19: two more sums of squares, scaled by powers of
@@ -29,15 +30,10 @@ class WeightNormConfig(NamedTuple):
 
     block_n: int
     block_k: int
-    block_r: int
     splits: int
     num_warps: int
     num_stages: int
-
-    def pipeline(self, rank: int) -> tuple[bool, int | None]:
-        """Whether one block holds the whole rank, and then how many blocks of K are in flight."""
-        in_flight = 4 if self.num_warps == 4 else 3 if self.block_k == 128 else 1
-        return (True, in_flight) if rank <= self.block_r else (False, None)
+    in_flight: int | None  # blocks of K that are loaded ahead; None: as the compiler does by `num_stages`
 
 
 def weight_norm_config(
@@ -60,29 +56,26 @@ def weight_norm_config(
     # A split of fewer than four blocks of K would be all launch overhead.
     wanted, most = triton.cdiv(gpu.multiprocessors, max(1, programs)), max(1, in_features // (4 * block_k))
     splits = 1 if programs >= gpu.multiprocessors else min(wanted, most, 16)
-    return WeightNormConfig(block_n, block_k, rank_block(rank, itemsize), splits, num_warps, num_stages=2)
+    in_flight = None
+    if rank <= rank_block_size(rank, itemsize):
+        in_flight = 4 if num_warps == 4 else 3 if block_k == 128 else 1
+    return WeightNormConfig(block_n, block_k, splits, num_warps, num_stages=2, in_flight=in_flight)
 
 
 @triton.jit
 def sums_of_squares(
-    w, a_ptr, b_ptr, scaling, offs_n, k_start, k_end, N, K, R,
-    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-    NF4_BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, WEIGHT_DTYPE: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Over k_start … k_end: Σ v², Σ (v 2⁻⁸⁰)², Σ (v 2⁸⁰)², each [BLOCK_N]."""
+    w, a, b, scaling, offs_n, k_start, k_end, N, K, R, FORMAT: tl.constexpr, DOT: tl.constexpr, CONFIG: tl.constexpr
+):
+    """Over k_start … k_end: Σ v², Σ (v 2⁻⁸⁰)², Σ (v 2⁸⁰)², each [block_n]."""
+    BLOCK_N: tl.constexpr = CONFIG.block_n
+    BLOCK_K: tl.constexpr = CONFIG.block_k
+    ACC: tl.constexpr = DOT.acc
     plain = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     large = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     small = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
-    first = rank_block_of(b_ptr, offs_n, offs_n < N, 0, R, stride_bn, stride_br, BLOCK_R)
-    for start in tl.range(k_start, k_end, BLOCK_K, num_stages=STAGES):
-        v = adapted_tile(
-            w, a_ptr, b_ptr, first, scaling, offs_n, start, N, K, R,
-            stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-            NF4_BLOCK, NESTED_BLOCK, WHOLE_BLOCKS, WEIGHT_DTYPE,
-            ACC, DOT, INPUT_PRECISION, ONE_BLOCK, BLOCK_N, BLOCK_K, BLOCK_R,
-        )  # fmt: skip
+    b_block = rank_block(b, offs_n, offs_n < N, 0, R, DOT)
+    for start in tl.range(k_start, k_end, BLOCK_K, num_stages=CONFIG.in_flight):
+        v = adapted_block(w, a, b, b_block, scaling, offs_n, start, N, K, R, FORMAT, DOT, BLOCK_K)
         plain += v * v
         if ACC == tl.float32:
             down, up = v * SCALE_DOWN, v * SCALE_UP
@@ -123,51 +116,47 @@ def sum_splits(partial_ptr, offs_n, mask_n, N, ACC: tl.constexpr, SPLITS: tl.con
 
 
 @triton.jit
-def cast_strips(
-    a_ptr, cast_ptr, K, R, salt, stride_ar, stride_ak,
-    ACC: tl.constexpr, DITHERED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """A [R, K] rounded into contiguous memory, its columns dealt out over the programs of axis 0."""
+def cast_strips(a, cast, K, R, salt, BLOCK_K: tl.constexpr, DOT: tl.constexpr, DITHERED: tl.constexpr):
+    """A [R, K] rounded into `cast`, its columns dealt out over the programs of axis 0."""
+    DTYPE: tl.constexpr = cast.ptr.dtype.element_ty
     for start in range(tl.program_id(0) * BLOCK_K, K, tl.num_programs(0) * BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
-        for start_r in range(0, R, BLOCK_R):
-            offs_r = start_r + tl.arange(0, BLOCK_R)
+        for start_r in range(0, R, DOT.block_r):
+            offs_r = start_r + tl.arange(0, DOT.block_r)
             mask = (offs_r < R)[:, None] & (offs_k < K)[None, :]
-            factor = tl.load(a_ptr + offsets_2d(offs_r, offs_k, stride_ar, stride_ak), mask=mask, other=0.0).to(ACC)
-            cast = round_to(factor, offs_r, offs_k, salt, cast_ptr.dtype.element_ty, DITHERED)
-            tl.store(cast_ptr + offsets_2d(offs_r, offs_k, K, 1), cast, mask=mask)
+            factor = tl.load(addresses(a, offs_r, offs_k), mask=mask, other=0.0).to(DOT.acc)
+            rounded = round_to(factor, offs_r, offs_k, salt, DTYPE, DITHERED)
+            tl.store(addresses(cast, offs_r, offs_k), rounded, mask=mask)
 
 
 @triton.jit(do_not_specialize=["salt"])
 def _weight_norm_kernel(
-    # pointers
-    w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr,
+    # pointers and strides
+    w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, stride_wn, stride_wk,
     a_ptr, b_ptr, m_ptr, norm_ptr, scale_ptr, partial_ptr, cast_ptr,
     # sizes
     scaling: tl.float64, N, K, R, k_per_split, salt,
-    # strides
-    stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_m,
     # constexpr
-    NF4_BLOCK: tl.constexpr, NESTED_BLOCK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, WEIGHT_DTYPE: tl.constexpr,
-    ACC: tl.constexpr, DOT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    HAS_CAST: tl.constexpr, DITHERED: tl.constexpr, SPLITS: tl.constexpr, ONE_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    CAST_MODE: tl.constexpr, FORMAT: tl.constexpr, DOT: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
-    w = (w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr)
+    w = WeightMemory(w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, stride_wn, stride_wk)
+    a, b = Matrix(a_ptr, K, 1), Matrix(b_ptr, R, 1)
+    BLOCK_N: tl.constexpr = CONFIG.block_n
+    BLOCK_K: tl.constexpr = CONFIG.block_k
+    SPLITS: tl.constexpr = CONFIG.splits
+    ACC: tl.constexpr = DOT.acc
     scaling = tl.cast(scaling, ACC)
     split = tl.program_id(1)
-    if HAS_CAST and split == 0:
-        cast_strips(a_ptr, cast_ptr, K, R, salt, stride_ar, stride_ak, ACC, DITHERED, BLOCK_K, BLOCK_R)
+    if CAST_MODE is not None and split == 0:
+        cast_strips(a, Matrix(cast_ptr, K, 1), K, R, salt, BLOCK_K, DOT, CAST_MODE == "dithered")
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
+    k_end = tl.minimum((split + 1) * k_per_split, K)
     plain, large, small = sums_of_squares(
-        w, a_ptr, b_ptr, scaling, offs_n, split * k_per_split, tl.minimum((split + 1) * k_per_split, K), N, K, R,
-        stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br,
-        NF4_BLOCK, NESTED_BLOCK, WHOLE_BLOCKS, WEIGHT_DTYPE,
-        ACC, DOT, INPUT_PRECISION, ONE_BLOCK, STAGES, BLOCK_N, BLOCK_K, BLOCK_R,
-    )  # fmt: skip
+        w, a, b, scaling, offs_n, split * k_per_split, k_end, N, K, R, FORMAT, DOT, CONFIG
+    )
     if SPLITS == 1:
-        magnitude = tl.load(m_ptr + offs_n * stride_m, mask=mask_n, other=0.0).to(ACC)
+        magnitude = tl.load(m_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
         norm, scale = norm_and_scale(plain, large, small, magnitude, ACC)
         tl.store(norm_ptr + offs_n, norm, mask=mask_n)
         tl.store(scale_ptr + offs_n, scale, mask=mask_n)
@@ -183,15 +172,13 @@ def _weight_norm_finish_kernel(
     partial_ptr, m_ptr, norm_ptr, scale_ptr,
     # sizes
     N,
-    # strides
-    stride_m,
     # constexpr
     ACC: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     plain, large, small = sum_splits(partial_ptr, offs_n, mask_n, N, ACC, SPLITS, BLOCK_N)
-    magnitude = tl.load(m_ptr + offs_n * stride_m, mask=mask_n, other=0.0).to(ACC)
+    magnitude = tl.load(m_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
     norm, scale = norm_and_scale(plain, large, small, magnitude, ACC)
     tl.store(norm_ptr + offs_n, norm, mask=mask_n)
     tl.store(scale_ptr + offs_n, scale, mask=mask_n)
@@ -203,30 +190,43 @@ def launch_weight_norm(
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
     scaling: float,
-    norm: torch.Tensor,
-    scale: torch.Tensor,
+    norm_scale: NormScale,
     cast_A: torch.Tensor | None,
-    rounding: str,
-    salt: int,
+    rounding: Rounding,
 ) -> tuple[torch.Tensor | None, int]:
-    """Fills `norm` and `scale`, or returns partial sums [3 · splits, N] that are still to be added, and `splits`."""
-    (N, K), R = weight.shape, lora_A.shape[0]
-    pointers, strides, formats = weight_arguments(weight)
-    config = weight_norm_config(N, K, R, norm.element_size(), gpu_of(weight), straddles_of(weight))
+    """Fills `norm_scale`, or returns partial sums [3 · splits, N] that are still to be added, and `splits`.
+
+    The factors are contiguous.
+    """
+    (N, K), R, (norm, scale) = weight.shape, lora_A.shape[0], norm_scale
+    w, weight_format = weight_arguments(weight)
+    config = weight_norm_config(N, K, R, norm.element_size(), gpu_of(weight), weight_format.straddles)
     splits = config.splits
     partial = torch.empty(3 * splits, N, dtype=norm.dtype, device=weight.device) if splits > 1 else None
     k_per_split = triton.cdiv(triton.cdiv(K, config.block_k), splits) * config.block_k
     _weight_norm_kernel[(triton.cdiv(N, config.block_n), splits)](
-        *pointers, lora_A, lora_B, magnitude, norm, scale,
+        *w, lora_A, lora_B, magnitude, norm, scale,
         norm if partial is None else partial, lora_A if cast_A is None else cast_A,
-        scaling, N, K, R, k_per_split, signed32(salt),
-        *strides, *lora_A.stride(), *lora_B.stride(), magnitude.stride(0),
-        *formats, *precision_of(lora_A.dtype, lora_B.dtype, acc=norm.dtype),
-        cast_A is not None, rounding == "dithered", splits, *config.pipeline(R),
-        config.block_n, config.block_k, config.block_r,
+        scaling, N, K, R, k_per_split, signed32(rounding.salt),
+        None if cast_A is None else rounding.mode,
+        weight_format, dot_of(R, lora_A.dtype, lora_B.dtype, acc=norm.dtype), config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
     )  # fmt: skip
     return partial, splits
+
+
+def empty_results(
+    weight: torch.Tensor | Nf4Weight,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    A_dtype: torch.dtype | None,
+) -> tuple[NormScale, torch.Tensor | None]:
+    """Memory for n and g, and for A in `A_dtype`."""
+    acc = acc_dtype(weight.dtype, lora_A.dtype, lora_B.dtype, magnitude.dtype)
+    norm = torch.empty(weight.shape[0], dtype=acc, device=weight.device)
+    cast_A = None if A_dtype is None else torch.empty(lora_A.shape, dtype=A_dtype, device=lora_A.device)
+    return NormScale(norm, torch.empty_like(norm)), cast_A
 
 
 def weight_norm(
@@ -236,26 +236,18 @@ def weight_norm(
     magnitude: torch.Tensor,
     scaling: float,
     *,
-    cast_A: torch.Tensor | None = None,
-    rounding: str = "nearest",
-    salt: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """n and g of W [N, K], A [R, K], B [N, R], m [N]: two [N] tensors, fp32 (fp64 where an input is fp64).
-
-    `cast_A` [R, K], contiguous, receives A rounded to its dtype: the norm reads A anyway.
-    """
-    N = weight.shape[0]
-    dtype = acc_dtype(weight.dtype, lora_A.dtype, lora_B.dtype, magnitude.dtype)
-    norm = torch.empty(N, dtype=dtype, device=weight.device)
-    scale = torch.empty_like(norm)
+    A_dtype: torch.dtype | None = None,
+    rounding: Rounding = NEAREST,
+) -> tuple[NormScale, torch.Tensor | None]:
+    """Twin of `reference.weight_norm`."""
+    N, lora_A, lora_B, magnitude = weight.shape[0], contiguous(lora_A), contiguous(lora_B), contiguous(magnitude)
+    norm_scale, cast_A = empty_results(weight, lora_A, lora_B, magnitude, A_dtype)
     if N == 0:
-        return norm, scale
-    partial, splits = launch_weight_norm(
-        weight, lora_A, lora_B, magnitude, scaling, norm, scale, cast_A, rounding, salt
-    )
+        return norm_scale, cast_A
+    partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale, cast_A, rounding)
     if partial is not None:
         block_n = 128
         _weight_norm_finish_kernel[(triton.cdiv(N, block_n),)](
-            partial, magnitude, norm, scale, N, magnitude.stride(0), TRITON_DTYPES[dtype], splits, block_n, num_warps=4
+            partial, magnitude, *norm_scale, N, TRITON_DTYPES[partial.dtype], splits, block_n, num_warps=4
         )
-    return norm, scale
+    return norm_scale, cast_A

@@ -1,4 +1,4 @@
-"""Reading rows of the frozen weight, whether it is a matrix or packed in NF4 (`quantized.Nf4Weight`)."""
+"""Rows of the frozen weight W [N, K]: a matrix, or `Nf4Weight`, decoded as it is read."""
 
 import torch
 

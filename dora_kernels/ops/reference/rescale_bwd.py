@@ -3,6 +3,7 @@
 import torch
 
 from ..chunked import row_chunks
+from ..types import NormScale, Rounding
 from .rounding import round_to
 
 
@@ -11,8 +12,7 @@ def rescale_bwd(
     saved: torch.Tensor | None,
     h: torch.Tensor | None,
     lora_B: torch.Tensor,
-    weight_norm: torch.Tensor,
-    mag_norm_scale: torch.Tensor,
+    norm_scale: NormScale,
     scaling: float,
     *,
     saved_is: str,
@@ -22,8 +22,7 @@ def rescale_bwd(
     bias_dtype: torch.dtype | None,
     needs_base: bool,
     scale_shift: float = 0.0,
-    rounding: str,
-    salt: int,
+    rounding: Rounding,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """dm [N], dB [N, R] and db [N], each in the dtype asked for, and dZ [M, N] in `grad_y`'s; None where none is asked.
 
@@ -31,7 +30,8 @@ def rescale_bwd(
     dm = (Σ dy ⊙ z + s rowsum(B ⊙ dyᵀh)) / n), to which `base_bias` [N] was added where it is given.
     dZ = dy ⊙ (g − `scale_shift`), the shift being 1 under PEFT's dropout.
     """
-    acc_dtype = mag_norm_scale.dtype
+    norm, scale = norm_scale
+    acc_dtype = scale.dtype
     needs_magnitude, needs_B, needs_bias = (dtype is not None for dtype in (magnitude_dtype, B_dtype, bias_dtype))
     shape, columns = grad_y.shape, grad_y.shape[1]
     grad_base = torch.empty(shape, dtype=grad_y.dtype, device=grad_y.device) if needs_base else None
@@ -40,7 +40,7 @@ def rescale_bwd(
     product = torch.zeros(lora_B.shape[1], columns, **options) if needs_B or from_base else None
     correlation = torch.zeros(columns, **options) if needs_magnitude else None
     grad_bias = torch.zeros(columns, **options) if needs_bias else None
-    base_scale = mag_norm_scale - scale_shift
+    base_scale = scale - scale_shift
     for rows in row_chunks(*shape):
         grad = grad_y[rows].to(acc_dtype)
         if product is not None:
@@ -54,17 +54,17 @@ def rescale_bwd(
             grad_bias += grad.sum(0)
         if needs_base:
             # Unnamed: a chunk that outlives its turn makes the next one allocate fresh pages.
-            grad_base[rows] = round_to(grad * base_scale, grad_base.dtype, rounding, salt, rows.start)
+            grad_base[rows] = round_to(grad * base_scale, grad_base.dtype, rounding, rows.start)
     grad_magnitude = grad_B = None
     if needs_magnitude:
         if from_base:
             correlation += scaling * (lora_B.T.to(acc_dtype) * product).sum(0)
-        divisor = weight_norm if from_base else mag_norm_scale * weight_norm
+        divisor = norm if from_base else scale * norm
         # V is zero there: the same rule as in forward, no gradient passes.
-        zero = weight_norm < torch.finfo(acc_dtype).tiny
+        zero = norm < torch.finfo(acc_dtype).tiny
         grad_magnitude = torch.where(zero, torch.zeros_like(correlation), correlation / divisor).to(magnitude_dtype)
     if needs_B:
-        grad_B = (product * (scaling * mag_norm_scale)).T.to(B_dtype, memory_format=torch.contiguous_format)
+        grad_B = (product * (scaling * scale)).T.to(B_dtype, memory_format=torch.contiguous_format)
     if needs_bias:
         grad_bias = grad_bias.to(bias_dtype)
     return grad_magnitude, grad_B, grad_bias, grad_base

@@ -3,6 +3,7 @@
 import torch
 
 from ..chunked import row_chunks
+from ..types import Rounding
 from .rounding import round_to
 
 
@@ -17,8 +18,7 @@ def rescale_fwd(
     base_bias: torch.Tensor | None = None,
     undropped: torch.Tensor | None = None,
     in_place: bool,
-    rounding: str,
-    salt: int,
+    rounding: Rounding,
 ) -> torch.Tensor:
     """y [M, N] in `base_out`'s dtype from z = `base_out` [M, N], h [M, R], B [N, R], g [N], b [N].
 
@@ -42,7 +42,7 @@ def rescale_fwd(
             product += base if undropped is None else undropped[rows].to(acc_dtype)
         if bias is not None:
             product += bias.to(acc_dtype)
-        rounded = round_to(product, out.dtype, rounding, salt, rows.start)
+        rounded = round_to(product, out.dtype, rounding, rows.start)
         # Else y stands in z's memory already.
         if rounded is not base:
             out[rows] = rounded

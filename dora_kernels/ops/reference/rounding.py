@@ -7,6 +7,8 @@ elements like stochastic rounding, so that updates below half an ulp survive in 
 
 import torch
 
+from ..types import Rounding
+
 _LOW32 = 0xFFFFFFFF
 
 
@@ -22,16 +24,16 @@ def dither_hash(rows: torch.Tensor, columns: torch.Tensor, salt: int) -> torch.T
     return _fmix32((_fmix32((rows & _LOW32) ^ (salt & _LOW32))[:, None] + columns[None, :]) & _LOW32)
 
 
-def round_to(x: torch.Tensor, dtype: torch.dtype, rounding: str, salt: int, first_row: int = 0) -> torch.Tensor:
+def round_to(x: torch.Tensor, dtype: torch.dtype, rounding: Rounding, first_row: int = 0) -> torch.Tensor:
     """`x` [rows, columns] as `dtype`; `first_row` is the index of its first row in the whole tensor.
 
     Only fp32 to bf16 or fp16 can be dithered; any other cast is exact or to nearest. Representable values, zeros,
     infinities and NaN are never moved.
     """
-    if rounding == "nearest" or x.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
+    if rounding.mode == "nearest" or x.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
         return x.to(dtype)
     rows = torch.arange(first_row, first_row + x.shape[0], device=x.device)
-    noise = dither_hash(rows, torch.arange(x.shape[1], device=x.device), salt)
+    noise = dither_hash(rows, torch.arange(x.shape[1], device=x.device), rounding.salt)
     if dtype == torch.bfloat16:
         bits = x.view(torch.int32) + (noise & 0xFFFF).to(torch.int32)
         dithered = (bits & ~0xFFFF).view(torch.float32)

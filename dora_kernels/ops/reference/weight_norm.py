@@ -4,11 +4,12 @@ import torch
 
 from ..base_weights import Nf4Weight
 from ..chunked import chunk_buffer, row_chunks
+from ..types import NEAREST, NormScale, Rounding
 from .base_weight import weight_rows
 from .rounding import round_to
 
 MIN_RATIO = 2.0**-40
-"""|m| / n is held at or above this, so that m can be trained away from 0: see `norm_scale`."""
+"""|m| / n is held at or above this, so that m can be trained away from 0: see `scale_of`."""
 
 
 def accumulate_dtype(*tensors: torch.Tensor | Nf4Weight) -> torch.dtype:
@@ -16,17 +17,17 @@ def accumulate_dtype(*tensors: torch.Tensor | Nf4Weight) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def norm_scale(magnitude: torch.Tensor, weight_norm: torch.Tensor) -> torch.Tensor:
+def scale_of(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     """g [N] = sign(m) · max(|m| / n, 2⁻⁴⁰) with sign(0) = +1; 0 where n is below the smallest normal number.
 
     The floor keeps y = g ⊙ (…) invertible, so that dm can be read off y at m = 0 too. Where V is zero the output
     feature is its bias alone and no gradient passes; a NaN norm stays NaN.
     """
-    magnitude = magnitude.to(weight_norm.dtype)
+    magnitude = magnitude.to(norm.dtype)
     # clamp_min keeps a NaN ratio NaN.
-    ratio = (magnitude.abs() / weight_norm).clamp_min(MIN_RATIO)
+    ratio = (magnitude.abs() / norm).clamp_min(MIN_RATIO)
     signed = torch.where(magnitude < 0, -ratio, ratio)
-    return torch.where(weight_norm < torch.finfo(weight_norm.dtype).tiny, torch.zeros_like(signed), signed)
+    return torch.where(norm < torch.finfo(norm.dtype).tiny, torch.zeros_like(signed), signed)
 
 
 def adapted_rows(
@@ -55,19 +56,17 @@ def weight_norm(
     magnitude: torch.Tensor,
     scaling: float,
     *,
-    cast_A: torch.Tensor | None = None,
-    rounding: str = "nearest",
-    salt: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """n and g of W [N, K], A [R, K], B [N, R], m [N]: two [N] tensors, fp32 (fp64 where an input is fp64).
+    A_dtype: torch.dtype | None = None,
+    rounding: Rounding = NEAREST,
+) -> tuple[NormScale, torch.Tensor | None]:
+    """n and g of W [N, K], A [R, K], B [N, R], m [N]; and A [R, K] in `A_dtype`, None where none is asked.
 
-    `cast_A` [R, K], contiguous, receives A rounded to its dtype: the norm reads A anyway.
+    The norm reads A anyway: its copy costs one store. `rounding` is the copy's.
     """
     dtype = accumulate_dtype(weight, lora_A, lora_B, magnitude)
     norm = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
     buffer, wide = (chunk_buffer(*weight.shape, each, weight.device) for each in (dtype, torch.float64))
     for rows in row_chunks(*weight.shape):
         norm[rows] = row_norm(adapted_rows(weight, lora_A, lora_B, scaling, rows, buffer), wide)
-    if cast_A is not None:
-        cast_A.copy_(round_to(lora_A.to(dtype), cast_A.dtype, rounding, salt))
-    return norm, norm_scale(magnitude, norm)
+    cast_A = None if A_dtype is None else round_to(lora_A.to(dtype), A_dtype, rounding)
+    return NormScale(norm, scale_of(magnitude, norm)), cast_A
