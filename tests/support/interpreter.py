@@ -38,6 +38,8 @@ from triton.runtime.interpreter import (
 )
 from triton.runtime.jit import _normalize_ty
 
+from tests.support import interpreter_types
+
 SCALAR_TYPES = {"fp16": tl.float16, "bf16": tl.bfloat16, "fp32": tl.float32, "fp64": tl.float64}
 
 
@@ -205,6 +207,7 @@ REPLACEMENTS = {
     (ReduceOps, "sum"): _sum,
     (GridExecutor, "_init_args_hst"): _init_args_hst,
     (triton_interpreter, "_patch_lang_tensor"): _patch_lang_tensor,
+    **interpreter_types.REPLACEMENTS,
 }
 STOCK = {(owner, name): owner.__dict__.get(name) for owner, name in REPLACEMENTS}
 STOCK_OPTIONS = triton_interpreter.interpreter_builder.options
