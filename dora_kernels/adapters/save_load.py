@@ -14,7 +14,7 @@ from ..config import DoraConfig
 from ..layers.linear import DoraLinear
 from ..models.apply import apply_dora, check_targets
 from ..models.merge import check_finite
-from ..models.modules import check_model, check_whole, dora_layers
+from ..models.modules import check_model, check_not_sharded, dora_layers
 from ..models.targets import find_saved, rank_and_alpha
 from ..ops.base_weights import weight_of
 from .atomic import move_files
@@ -50,7 +50,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
             "merge_dora (or after unmerge_dora)"
         )
     # The frozen base may well be sharded: its weights are not written.
-    check_whole(_adapter_tensors(model).items())
+    check_not_sharded(_adapter_tensors(model).items())
     check_finite(dora_layers(model))
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in _adapter_tensors(model).items()}
     spelled = {PREFIX + stored_key(key, compat): tensor for key, tensor in tensors.items()}
@@ -86,7 +86,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         RuntimeError: inside `frozen_adapters`.
     """
     check_model(model)
-    check_whole(_adapter_tensors(model).items())
+    check_not_sharded(_adapter_tensors(model).items())
     if any(layer.frozen_scale is not None for layer in dora_layers(model).values()):
         raise RuntimeError(
             "cannot load an adapter inside frozen_adapters: its norms would go stale; leave the scope first"

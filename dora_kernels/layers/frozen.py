@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .support import refuse_absent
+from .support import check_weights_loaded
 
 
 class Freezable(nn.Module):
@@ -22,7 +22,7 @@ class Freezable(nn.Module):
 
     def freeze(self) -> None:
         """Computes n and g and keeps them. Raises ValueError where the weights are not there."""
-        refuse_absent(self, "freeze an adapter")
+        check_weights_loaded(self, "freeze an adapter")
         self.frozen_scale = self.weight_norm()
 
     def thaw(self) -> None:

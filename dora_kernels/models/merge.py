@@ -8,7 +8,7 @@ from torch import nn
 from ..layers.linear import DoraLinear
 from ..ops.chunked import row_chunks
 from .merge_quantized import check_base, dense_dtype, dense_linear, mark, quantized_layers, unmark
-from .modules import check_model, check_whole, dora_layers, replace_module
+from .modules import check_model, check_not_sharded, dora_layers, replace_module
 from .tied_weights import broken_ties, check_can_untie, retie, untie
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = Fals
     check_model(model)
     for layer in dora_layers(model).values():
         layer.refuse_if_frozen("merge")
-    check_whole(model.named_parameters())
+    check_not_sharded(model.named_parameters())
     layers = dora_layers(model)
     if not layers:
         hint = "unmerge_dora takes the merge back" if hasattr(model, "dora_unmerged") else "call apply_dora first"

@@ -39,8 +39,8 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"{name} is on the meta device, without values; load the model's weights first")
 
 
-def check_whole(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuses, by name, what this process holds a part of."""
+def check_not_sharded(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raises ValueError, with its name, for a tensor of which this process holds a part."""
     for name, tensor in tensors:
         if sharding := sharding_of(tensor):
             raise ValueError(f"{name} is {sharding}")

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..layers.frozen import Freezable
-from ..layers.support import refuse_absent
+from ..layers.support import check_weights_loaded, why_not
 from ..ops import dispatch
 from ..ops.base_weights import Nf4Weight, Weight, description, is_quantized, readable, weight_of
 from ..ops.dora_linear import dora_linear
@@ -77,7 +77,7 @@ class FusedForward(Freezable):
         variants = (self.lora_variant.get(adapter) for adapter in self.active_adapters)
         if x.is_meta or self.disable_adapters or self.merged or not any(variants):
             return
-        refuse_absent(self, "run DoRA, PEFT's or fused")
+        check_weights_loaded(self, "run DoRA, PEFT's or fused")
 
     def weight_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
         """n and g of the active adapter, as forward computes them."""
@@ -170,6 +170,18 @@ def active_adapters(layer: nn.Module) -> list[str]:
 
 def why_left_to_peft(layer: nn.Module) -> str | None:
     """Why a call goes to PEFT in the layer's present state, or None if it is fused."""
+    return why_not_base(layer) or why_not_active(layer)
+
+
+def why_not_base(layer: nn.Module) -> str | None:
+    """Why no adapter of this layer can be fused, because of the layer below it; None if one can."""
+    base = layer.base_layer
+    reason = why_not(base, classes=(Conv1D if layer.fan_in_fan_out else nn.Linear,), kept=True)
+    return reason and f"its base layer ({type(base).__name__}) {reason}"
+
+
+def why_not_active(layer: nn.Module) -> str | None:
+    """Why the adapters that are active now cannot be fused, or None; its base layer is not looked at."""
     if layer.disable_adapters:
         return "its adapters are disabled"
     if layer.merged:
@@ -177,7 +189,7 @@ def why_left_to_peft(layer: nn.Module) -> str | None:
     active = active_adapters(layer)
     if len(active) != 1:
         return f"it has {len(active)} active adapters; fused is exactly one"
-    return why_not_base(layer) or _why_not_adapter(layer, active[0])
+    return _why_not_adapter(layer, active[0])
 
 
 def _why_not_adapter(layer: nn.Module, adapter: str) -> str | None:
@@ -203,39 +215,6 @@ def _why_not_adapter(layer: nn.Module, adapter: str) -> str | None:
     return None
 
 
-def why_not_base(layer: nn.Module) -> str | None:
-    """Why no adapter of this layer can be fused, or None."""
-    base, kind = layer.base_layer, Conv1D if layer.fan_in_fan_out else nn.Linear
-    if is_quantized(base):
-        try:
-            weight_of(base)
-        except ValueError as error:
-            return f"its base weight cannot be read: {error}"
-        return _why_wrapped(base, type(base))
-    if type(base).forward is not kind.forward:
-        return f"its base layer is a {type(base).__name__}; fused are torch.nn.Linear and transformers' Conv1D"
-    # The replicas of nn.DataParallel hold theirs as a plain attribute.
-    weight = base._parameters.get("weight", vars(base).get("weight"))
-    if weight is None:
-        return "its base layer computes its weight (a parametrization)"
-    # A plain tensor is a dense weight too: FSDP puts views of its flat parameter there.
-    if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
-        return f"its base weight is a {type(weight).__name__} of {weight.dtype}: sharded, or of an unknown format"
-    if weight.is_meta:
-        return "its base weight is on the meta device or offloaded: load it to run fused"
-    if weight.ndim != 2 or weight.numel() == 0:
-        return f"its base weight has shape {list(weight.shape)}: a sharded weight must be gathered to run fused"
-    if weight.requires_grad:
-        return "its base weight is trained"
-    return _why_wrapped(base, kind)
-
-
-def _why_wrapped(base: nn.Module, kind: type[nn.Module]) -> str | None:
-    if not _plain(base, kind) and not _only_moves_inputs(base):
-        return "its base layer has hooks, or its forward was replaced"
-    return None
-
-
 def _takes(layer: nn.Module, x: torch.Tensor) -> bool:
     """Whether the engine has PEFT's meaning for this input; PEFT answers the rest, or raises its own error."""
     weight = weight_of(layer.base_layer)
@@ -258,11 +237,3 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
     )
-
-
-def _only_moves_inputs(base: nn.Module) -> bool:
-    """Whether all that wraps the layer is accelerate's hook of a `device_map` without offloading."""
-    hook = base.__dict__.get("_hf_hook")
-    parts = getattr(hook, "hooks", (hook,))
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return not hooked and not any(getattr(part, "offload", True) for part in parts)

@@ -12,7 +12,7 @@ from transformers import JambaConfig, WavLMConfig, WavLMModel
 from transformers.models.llama import modeling_llama
 
 import dora_kernels as dk
-from dora_kernels.layers.support import why_read_past
+from dora_kernels.layers.support import why_not_called
 from tests.support.tiny_models import llama
 
 needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
@@ -21,7 +21,7 @@ needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="lige
 def test_fused_inference_of_an_encoder_layer():
     """Its fast path reads `linear1.weight`: in eval the adapter would vanish."""
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-    with pytest.raises(ValueError, match=r"0.linear1 \(Linear\) is read past its forward by TransformerEncoderLayer"):
+    with pytest.raises(ValueError, match=r"0.linear1 \(Linear\) is not always called: TransformerEncoderLayer"):
         dk.apply_dora(model, dk.DoraConfig(r=2, target_modules=["linear1", "linear2"]))
 
 
@@ -31,17 +31,17 @@ def test_attention_that_takes_weights():
         conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
     )  # fmt: skip
     model = WavLMModel(config)
-    with pytest.raises(ValueError, match=r"attention.q_proj \(Linear\) is read by wavlm's"):
+    with pytest.raises(ValueError, match=r"attention.q_proj \(Linear\) is not called: wavlm's"):
         dk.apply_dora(model, dk.DoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
     dk.apply_dora(model, dk.DoraConfig(r=2, target_modules=["intermediate_dense"]))
 
 
-def test_only_the_layers_that_are_read_past():
+def test_only_the_layers_that_are_not_called():
     """Jamba reads dt_proj's weight alone."""
     model = nn.Module()
     model.config, model.mixer = JambaConfig(), nn.Module()
-    assert "jamba" in why_read_past(model, "mixer.dt_proj")
-    assert why_read_past(model, "mixer.out_proj") is None and why_read_past(model, "mixer.x_proj") is None
+    assert "jamba" in why_not_called(model, "mixer.dt_proj")
+    assert why_not_called(model, "mixer.out_proj") is None and why_not_called(model, "mixer.x_proj") is None
 
 
 def with_liger_mlp(model):
