@@ -15,7 +15,7 @@ FLOORS = [{"versions", "config"}, {"ops"}, {"layers"}, {"models", "peft"}, {"ada
 OPS_FLOORS = [
     {"__init__", "base_weights", "chunked", "gpus", "types"},
     {"checks", "kernels", "reference"},
-    {"dispatch"},
+    {"dispatch", "forms"},
     {"dora_linear"},
 ]
 # Device functions and launch data of the kernels need no reference.

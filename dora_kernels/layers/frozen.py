@@ -6,9 +6,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
+from ..ops.types import NormScale
 from .support import check_weights_loaded
 
 
@@ -18,7 +18,7 @@ class Freezable(nn.Module):
     A subclass has `weight_norm()`, which computes them, and reads `frozen_scale` in its forward.
     """
 
-    frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None
+    frozen_scale: NormScale | None = None
 
     def freeze(self) -> None:
         """Computes n and g and keeps them. Raises ValueError where the weights are not there."""

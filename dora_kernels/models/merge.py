@@ -7,7 +7,7 @@ from torch import nn
 
 from ..layers.linear import DoraLinear
 from ..ops.chunked import row_chunks
-from .merge_quantized import check_base, dense_dtype, dense_linear, mark, quantized_layers, unmark
+from .merge_quantized import check_base, dense_dtype, dense_linear, quantized_layers, remove_marks, restore_marks
 from .modules import check_model, check_not_sharded, dora_layers, replace_module
 from .tied_weights import broken_ties, check_can_untie, retie, untie
 
@@ -92,7 +92,7 @@ def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = Fals
             if keep_base:
                 unmerged["layers"][path] = layer
             replace_module(model, path, dense_linear(layer, source, dense_dtype(model)))
-        unmerged["quantized"] = unmark(model)
+        unmerged["quantized"] = remove_marks(model)
     if broken:
         unmerged["ties"] = untie(model)
     if hasattr(model, "dora_config"):
@@ -114,7 +114,7 @@ def unmerge_dora(model: nn.Module) -> nn.Module:
         # The model may have been moved, or switched to eval, while it was merged.
         replace_module(model, path, layer.to(merged.weight.device).train(merged.training))
     if unmerged["quantized"] is not None:
-        mark(model, **unmerged["quantized"])
+        restore_marks(model, **unmerged["quantized"])
     if unmerged["ties"] is not None:
         retie(model, **unmerged["ties"])
     model.dora_config = unmerged["config"]

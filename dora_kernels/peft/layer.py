@@ -16,8 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from ..layers.frozen import Freezable
 from ..layers.support import check_weights_loaded, why_not
 from ..ops import dispatch
-from ..ops.base_weights import Nf4Weight, Weight, description, is_quantized, readable, weight_of
+from ..ops.base_weights import Weight, is_quantized, weight_of
 from ..ops.dora_linear import dora_linear
+from ..ops.types import NormScale
 
 
 @dataclass
@@ -79,7 +80,7 @@ class FusedForward(Freezable):
             return
         check_weights_loaded(self, "run DoRA, PEFT's or fused")
 
-    def weight_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def weight_norm(self) -> NormScale:
         """n and g of the active adapter, as forward computes them."""
         return norm_and_scale(*self._factors(), self.dora_fusion.options["impl"])
 
@@ -115,26 +116,19 @@ class FusedForward(Freezable):
         if reason is not None:
             return dispatch.Plan("token", "peft", f"left to PEFT: {reason}")
         (adapter,) = active_adapters(self)
-        dropout, weight = self.lora_dropout[adapter], base_weight(self)
-        magnitude = self.lora_magnitude_vector[adapter].weight
-        plan = dispatch.choose(
+        weight = base_weight(self)
+        problem = dispatch.problem_of(
+            weight,
+            self.lora_A[adapter].weight,
+            self.lora_magnitude_vector[adapter].weight,
+            self.base_layer.bias,
             tokens=tokens,
-            out_features=self.out_features,
-            in_features=self.in_features,
             dtype=weight.dtype,
-            device=weight.device,
-            rank=self.rank,
-            adapter_dtype=self.lora_A[adapter].weight.dtype,
-            has_bias=self.base_layer.bias is not None,
-            dropout="peft" if self.training and _rate(dropout) > 0 else None,
+            dropout="peft" if self.training and _rate(self.lora_dropout[adapter]) > 0 else None,
             trains=self.training and any(parameter.requires_grad for parameter in self.parameters()),
-            trains_magnitude=self.training and magnitude.requires_grad,
-            space=self.dora_fusion.options["space"],
-            impl=self.dora_fusion.options["impl"],
-            nf4=isinstance(weight, Nf4Weight),
         )
-        read = description(weight)
-        return plan if read is None else plan._replace(reason=f"{plan.reason}; {read}")
+        options = self.dora_fusion.options
+        return dispatch.explained(dispatch.choose(problem, options["space"], options["impl"]), weight)
 
     @property
     def rank(self) -> int:
@@ -154,13 +148,10 @@ def base_weight(layer: nn.Module) -> Weight:
     return weight.T if layer.fan_in_fan_out else weight
 
 
-@torch.no_grad()
-def norm_and_scale(weight, lora_A, lora_B, magnitude, scaling, impl) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_and_scale(weight, lora_A, lora_B, magnitude, scaling, impl) -> NormScale:
     """n and g [out_features] of W [out_features, in_features], as forward computes them."""
-    operations = dispatch.implementation(dispatch.choose_impl(weight.device, impl)[0])
-    weight = readable(weight)
-    with dispatch.on_device_of(weight):
-        return operations.weight_norm(weight, lora_A, lora_B, magnitude, scaling)[0]
+    with dispatch.operations_for(weight, impl) as (ops, base):
+        return ops.weight_norm(base, lora_A, lora_B, magnitude, scaling)[0]
 
 
 def active_adapters(layer: nn.Module) -> list[str]:
