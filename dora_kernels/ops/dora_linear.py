@@ -29,7 +29,17 @@ import torch.nn.functional as F
 from . import dispatch
 from .base_weights import Weight, of_params4bit
 from .checks import check_arguments
-from .forms import Call, Gradients, Inputs, Saved, token_backward, token_forward, weight_backward, weight_forward
+from .forms import (
+    NO_GRADIENTS,
+    Call,
+    Gradients,
+    Inputs,
+    Saved,
+    token_backward,
+    token_forward,
+    weight_backward,
+    weight_forward,
+)
 from .types import Rounding
 
 
@@ -43,7 +53,7 @@ class DoraLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, x_dropped, lora_A, lora_B, magnitude, bias, weight, frozen_scale, call):
         inputs = Inputs(x, x_dropped, lora_A, lora_B, magnitude, bias, weight, frozen_scale)
-        needs = Gradients(*(call.trains and needed for needed in ctx.needs_input_grad[:6]))
+        needs = Gradients(*ctx.needs_input_grad[:6]) if call.trains else NO_GRADIENTS
         form = token_forward if call.space == "token" else weight_forward
         with dispatch.on_device_of(x), torch.autocast(x.device.type, enabled=False):
             y, saved = form(dispatch.implementation(call.impl), call, inputs, needs)

@@ -46,6 +46,9 @@ class Gradients(NamedTuple):
     bias: torch.Tensor | torch.dtype | bool | None
 
 
+NO_GRADIENTS = Gradients(*(False,) * 6)
+
+
 class Saved(NamedTuple):
     """What the backward reads.
 

@@ -66,7 +66,7 @@ def patch_peft(
     """
     options = checked_options(space, impl, rounding, nf4_parity)
     check_peft()
-    from .layer import why_not_active
+    from .eligibility import why_not_active
 
     found = survey(model)
     _check_has_dora(model, found)
@@ -105,7 +105,7 @@ class Surveyed(NamedTuple):
 
 def survey(model: nn.Module) -> dict[str, Surveyed]:
     """Each LoRA layer of the model by path, asked once."""
-    from .layer import why_not_base
+    from .eligibility import why_not_base
 
     found = {}
     for path, layer in _lora_layers(model).items():
@@ -144,7 +144,7 @@ def unfuse_layer(layer: nn.Module) -> None:
         layer.refuse_if_frozen("unpatch")
         restore_fresh(layer)
         del layer.dora_fusion
-        layer.__class__ = layer.stock
+        layer.__class__ = layer.peft_class
 
 
 def checked_options(
