@@ -13,7 +13,7 @@ from .support import check_weights_loaded
 
 
 class Freezable(nn.Module):
-    """A module that may hold n and g, as `dora_linear` takes them; train, load, move or convert it then, and it raises.
+    """A module that may hold n and g, as `dora_linear` takes them. Training, loading or moving it raises meanwhile.
 
     A subclass has `weight_norm()`, which computes them, and reads `frozen_scale` in its forward.
     """

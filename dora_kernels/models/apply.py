@@ -17,7 +17,7 @@ from ..config import DoraConfig
 from ..layers.linear import DoraLinear
 from ..layers.support import why_not, why_not_called, why_overwritten
 from ..ops.base_weights import keep_packing
-from .modules import check_model, check_not_sharded, dora_layers, replace_module, some
+from .modules import check_model, check_not_sharded, dora_layers, listed, replace_module
 from .targets import find_saved, find_targets, rank_and_alpha
 
 
@@ -68,7 +68,9 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
     check_model(model)
     check_not_sharded(model.named_parameters())
     if layers := dora_layers(model):
-        raise ValueError(f"The model has DoRA layers already ({some(layers)}); merge_dora it, or load the base afresh")
+        raise ValueError(
+            f"The model has DoRA layers already ({listed(layers)}); merge_dora it, or load the base afresh"
+        )
     if hasattr(model, "dora_unmerged"):
         raise ValueError("The model was merged with keep_base=True; unmerge_dora it, or load the base afresh")
     targets = find_targets(model, config)
@@ -80,9 +82,11 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
         elif reason := why_not(module) or why_not_called(model, path) or why_overwritten(model, path):
             reasons[path] = reason
     if reasons:
-        listed = some({f"{path} ({type(targets[path]).__name__}) {reason}" for path, reason in reasons.items()}, "; ")
+        refused = listed(
+            {f"{path} ({type(targets[path]).__name__}) {reason}" for path, reason in reasons.items()}, "; "
+        )
         raise ValueError(
-            f"Target modules that cannot be adapted: {listed}. DoRA layers replace torch.nn.Linear and transformers' "
+            f"Target modules that cannot be adapted: {refused}. DoRA layers replace torch.nn.Linear and transformers' "
             "Conv1D; narrow `target_modules` or list these in `exclude_modules`"
         )
     _check_saved(find_saved(model, config), targets, config)

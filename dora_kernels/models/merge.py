@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = False) -> nn.Module:
     """Replaces every DoRA layer by a plain one with W' = g ⊙ (W + s B A), in place. Returns the model.
 
-    W' is computed in fp32 and rounded once to the weight's dtype; the log says what that costs, per layer (level INFO),
-    and warns where it drowns the update. Where a merged weight was tied (an adapted lm_head),
-    its partner keeps its values and the model's config says from then on that they are not tied.
+    W' is computed in fp32 and rounded once to the weight's dtype. The log has the cost of rounding for each layer (at
+    level INFO), and a warning where it exceeds the update. Where a merged weight was tied (an adapted lm_head), the
+    other one keeps its values, and the model's config says from then on that they are not tied.
 
     Args:
         base: for a quantised base, of which the merged model keeps nothing, and required there: "dequantized" merges
@@ -32,8 +32,8 @@ def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = Fals
             weights or none with quantised ones, or tied weights in a model whose config cannot describe them untied.
         RuntimeError: inside `frozen_adapters`. The model is then unchanged.
 
-    Where memory runs out half way with `keep_base`, the layers that were merged are put back; without it they stay
-    merged, and the same call merges the rest.
+    If memory runs out half way, `keep_base` puts the merged layers back. Without it they stay merged, and the same call
+    merges the rest.
     """
     check_model(model)
     for layer in dora_layers(model).values():

@@ -1,4 +1,4 @@
-"""Merging into a quantised base: where dense weights come from, and the model's own word that it is quantised."""
+"""Merging into a quantised base: where dense weights come from, and what marks the model as quantised."""
 
 import torch
 from torch import nn
@@ -84,7 +84,7 @@ def dense_linear(layer: nn.Module, original: nn.Module | None, dtype: torch.dtyp
 
 
 def remove_marks(model: nn.Module) -> dict:
-    """Takes from the model and its config what says that it is quantised. Returns what `restore_marks` needs."""
+    """Removes what marks the model and its config as quantised. Returns the arguments of `restore_marks`."""
     marks = {name: model.__dict__.pop(name) for name in MODEL_MARKS if name in model.__dict__}
     config = getattr(model, "config", None)
     quantization = config.__dict__.pop("quantization_config", None) if config is not None else None

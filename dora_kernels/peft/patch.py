@@ -22,7 +22,7 @@ TESTED = "0.21"
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch_peft` did. `layers` holds by path why a layer is left to PEFT, or None if it is fused."""
+    """What `patch_peft` did. `layers` maps a path to the reason why the layer is left to PEFT, None if it is fused."""
 
     layers: dict[str, str | None]
 
