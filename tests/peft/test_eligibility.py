@@ -124,6 +124,8 @@ def _no_casts(model):
 
 NOT_FUSED_AFTER = dict(_hooks()) | {
     "disable_adapters": lambda model: model.base_model.disable_adapter_layers(),
+    # Without the requires_grad that PEFT sets with it.
+    "disabled_alone": lambda model: setattr(layer_of(model), "_disable_adapters", True),
     "merge": lambda model: model.merge_adapter(),
     "two_active": lambda model: model.base_model.set_adapter(["default", "other"]),
     "replaced_forward-base": _replace_forward("base_layer"),
