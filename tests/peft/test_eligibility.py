@@ -95,6 +95,15 @@ def _new_class(model):
     layer_of(model).base_layer.__class__ = DoubledLinear
 
 
+class UnknownParameter(nn.Parameter):
+    """A format that the engine does not know, by its class alone."""
+
+
+def _new_weight_class(model):
+    base = layer_of(model).base_layer
+    base.weight = UnknownParameter(base.weight.data, requires_grad=False)
+
+
 def _tensor_scaling(model):
     layer_of(model).scaling["default"] = torch.tensor(3.0, dtype=torch.float64)
 
@@ -137,6 +146,7 @@ NOT_FUSED_AFTER = dict(_hooks()) | {
         layer_of(model).base_layer, "weight", Doubled()
     ),
     "class": _new_class,
+    "weight_class": _new_weight_class,
     "base_layer": _new_base,
     "trained_base": lambda model: layer_of(model).base_layer.weight.requires_grad_(True),
     "scaling": _tensor_scaling,
