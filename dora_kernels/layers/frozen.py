@@ -58,9 +58,9 @@ def frozen_adapters(model: nn.Module) -> Iterator[nn.Module]:
 
     The model must be in eval mode, and forward must run without gradients: `model.train()`, loading weights, merging,
     unpatching and a forward that autograd would record raise inside the scope. Weights changed in place by other means
-    are not seen. A patched PEFT layer keeps them for the adapter that is active on entering; any other is computed as
-    ever, and what is left to PEFT stays so. Outputs are the same to the last bit, but for weight space in Triton: there
-    another kernel computes W', and may add B A's fp32 products in another order.
+    are not seen. A patched PEFT layer keeps n and g of the adapter that is active on entering; any other adapter's are
+    computed at each call, and a layer that is left to PEFT stays so. Outputs are the same to the last bit, except in
+    weight space in Triton: there another kernel computes W', and may add B A's fp32 products in another order.
 
     Raises:
         ValueError: no such layer in the model, or weights that are offloaded or sharded. RuntimeError: the model is in

@@ -12,8 +12,8 @@ symbols:
     W, b          `weight` [N, K], frozen; `bias` [N]
     A, B, m       `lora_A` [R, K], `lora_B` [N, R], `magnitude` [N], trained
     s             `scaling`, lora_alpha / r
-    n             `weight_norm` [N]: ‖W + s B A‖₂ per output feature, detached (the paper's §4.3)
-    g             `mag_norm_scale` [N]: m / n
+    n             `norm`, `weight_norm` [N]: ‖W + s B A‖₂ per output feature, detached (the paper's §4.3)
+    g             `scale`, `mag_norm_scale` [N]: m / n
     z, h          `base_out` [M, N], `h` [M, R]
     V, W'         W + s B A; `merged` [N, K]: g ⊙ V
     dT, dZ        the gradient of the loss by T, `grad_T`; `grad_base` [M, N]: that by z

@@ -128,16 +128,7 @@ def token_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sav
     if asked.lora_A is not None:
         grad_A = _grad_A(grad_h, saved.lora_x, asked.lora_A)
     if needs_input:
-        # The small product comes first: its rounding is small beside the sum's.
-        lora_grad, base_weight = grad_h @ saved.lora_A, dense(saved.weight, grad_y.dtype, ops)
-        if call.dropout is None:
-            grad_x = lora_grad.addmm_(grad_base, base_weight)
-        elif peft_dropout:
-            grad_x = grad_y @ base_weight if asked.x is not None else None
-            grad_dropped = lora_grad.addmm_(grad_base, base_weight) if asked.x_dropped is not None else None
-        else:
-            grad_x = grad_base @ base_weight if asked.x is not None else None
-            grad_dropped = lora_grad if asked.x_dropped is not None else None
+        grad_x, grad_dropped = _input_gradients(ops, call, grad_y, grad_base, grad_h, saved, asked)
     return Gradients(grad_x, grad_dropped, grad_A, grad_B, grad_magnitude, grad_bias)
 
 
@@ -191,6 +182,20 @@ def _norm_and_cast(ops, call, inputs, weight):
         norm_scale = NormScale(*frozen_scale)
         A_cast = None if A_dtype is None else ops.scaled_cast(lora_A, A_dtype, rounding=call.rounding)
     return norm_scale, lora_A if A_cast is None else A_cast
+
+
+def _input_gradients(ops, call, grad_y, grad_base, grad_h, saved, asked):
+    """The gradients of x and, under dropout, of x_dropped, in token space."""
+    # The small product comes first: its rounding is small beside the sum's.
+    lora_grad, base_weight = grad_h @ saved.lora_A, dense(saved.weight, grad_y.dtype, ops)
+    if call.dropout is None:
+        return lora_grad.addmm_(grad_base, base_weight), None
+    grad_x = grad_dropped = None
+    if asked.x is not None:
+        grad_x = (grad_y if call.dropout == "peft" else grad_base) @ base_weight
+    if asked.x_dropped is not None:
+        grad_dropped = lora_grad.addmm_(grad_base, base_weight) if call.dropout == "peft" else lora_grad
+    return grad_x, grad_dropped
 
 
 def _rescale_bwd(ops, call, grad_y, saved, asked, needs_base=False, scale_shift=0.0):

@@ -38,9 +38,9 @@ class Fusion:
 class FusedForward(Freezable):
     """Mixed into a LoRA layer of PEFT's (`peft_class`), whose calls it fuses unless `why_left_to_peft` has a reason.
 
-    An instance becomes one by assigning its `__class__`, which leaves parameters, keys and isinstance as they are and
-    survives deepcopy and pickle; a `forward` put on the instance would be lost by pickle. Whether a call is fused is
-    decided at the call: adapters may be added, chosen, disabled, merged and deleted in between, as ever.
+    An instance becomes one by assigning its `__class__`. Parameters, keys and isinstance stay as they are, and deepcopy
+    and pickle keep it; a `forward` put on the instance would be lost by pickle. Whether a call is fused is decided at
+    each call, as adapters may be added, chosen, disabled, merged and deleted in between.
     """
 
     peft_class: type[nn.Module]
