@@ -223,7 +223,7 @@ class _Layer:
         """W', or a dequantised W, in weight space; dZ in token space; nothing for a plain frozen linear."""
         if not self._is_adapted(linear):
             return linear.weight.numel() * BF16 if self.planned.quantize else 0
-        plan = dispatch.choose(
+        problem = dispatch.Problem(
             tokens=self.tokens,
             out_features=linear.out_features,
             in_features=linear.in_features,
@@ -231,8 +231,9 @@ class _Layer:
             device=linear.weight.device,
             rank=self.planned.rank,
             has_bias=linear.bias is not None,
-            nf4=self.planned.quantize,
+            is_packed=self.planned.quantize,
         )
+        plan = dispatch.choose(problem)
         return (linear.weight.numel() if plan.space == "weight" else self.tokens * linear.out_features) * BF16
 
     def _is_adapted(self, linear: nn.Module) -> bool:

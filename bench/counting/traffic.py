@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from dora_kernels.ops import dispatch, dora_linear
+from dora_kernels.ops import dispatch, forms
 from dora_kernels.ops import gpus as launch_data
 
 from . import accounting
@@ -134,7 +134,7 @@ def counting(capability: tuple[int, int] = (9, 0)) -> Iterator[Counter]:
         stack.enter_context(
             mock.patch.object(launch_data, "DEFAULT_GPU", launch_data.GPUS.get(capability, launch_data.DEFAULT_GPU))
         )
-        stack.enter_context(mock.patch.object(dora_linear, "mm_fp32", mm_fp32))
+        stack.enter_context(mock.patch.object(forms, "mm_fp32", mm_fp32))
         # By name: the package has a function of the module's name.
         backward = importlib.import_module("dora_kernels.ops.kernels.rescale_bwd")
         stack.enter_context(mock.patch.object(backward, "mm_fp32", mm_fp32))

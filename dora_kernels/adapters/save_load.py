@@ -14,7 +14,7 @@ from ..config import DoraConfig
 from ..layers.linear import DoraLinear
 from ..models.apply import apply_dora, check_targets
 from ..models.merge import check_finite
-from ..models.modules import check_model, check_whole, dora_layers
+from ..models.modules import check_model, check_not_sharded, dora_layers
 from ..models.targets import find_saved, rank_and_alpha
 from ..ops.base_weights import weight_of
 from .atomic import move_files
@@ -29,9 +29,9 @@ MAGNITUDE = "lora_magnitude_vector"
 def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "peft") -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, as PEFT does, making `directory` if need be.
 
-    Each file is complete under its name or absent from it, whenever the process dies. A save that fails leaves the
-    adapter that was there; one killed between the two files leaves it too, unless the configs differ, which loading
-    then sees.
+    Atomic: after a crash each file is the old or the new one. A save that fails leaves the adapter that was there. A
+    crash between the two files leaves the old weights beside the new config; loading refuses them if the configs
+    differ.
 
     Args:
         compat: "peft" writes the magnitude's key as PEFT does; transformers' own `load_adapter` silently drops it.
@@ -50,7 +50,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
             "merge_dora (or after unmerge_dora)"
         )
     # The frozen base may well be sharded: its weights are not written.
-    check_whole(_adapter_tensors(model).items())
+    check_not_sharded(_adapter_tensors(model).items())
     check_finite(dora_layers(model))
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in _adapter_tensors(model).items()}
     spelled = {PREFIX + stored_key(key, compat): tensor for key, tensor in tensors.items()}
@@ -76,8 +76,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     """Loads an adapter that PEFT or `save_adapter` wrote. Returns the model, adapters trainable.
 
     A plain model gets its DoRA layers from the file's config. A model that has them (`apply_dora` with the `impl`,
-    `space` or `dropout_mode` of your choice) must match the file and keeps its own settings. Whatever is stored is
-    copied into the layers' fp32 parameters on their own device. Everything is read and checked first.
+    `space` or `dropout_mode` of your choice) must match the file and keeps its own settings. What is stored
+    is copied into the layers' fp32 parameters on their own device. Everything is read and checked first.
 
     Raises:
         FileNotFoundError: no such directory, or a file is missing from it.
@@ -86,7 +86,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         RuntimeError: inside `frozen_adapters`.
     """
     check_model(model)
-    check_whole(_adapter_tensors(model).items())
+    check_not_sharded(_adapter_tensors(model).items())
     if any(layer.frozen_scale is not None for layer in dora_layers(model).values()):
         raise RuntimeError(
             "cannot load an adapter inside frozen_adapters: its norms would go stale; leave the scope first"
@@ -198,11 +198,11 @@ def _check_tensors(
 ) -> None:
     missing, unexpected = ([k for k in a if k not in b] for a, b in ((expected, tensors), (tensors, expected)))
     if missing and not unexpected and all(key.endswith(MAGNITUDE) for key in missing):
-        raise ValueError(f"{path} lacks magnitudes: {_some(missing)}. Without them this is another model")
+        raise ValueError(f"{path} lacks magnitudes: {_listed(missing)}. Without them this is another model")
     if missing or unexpected:
         raise ValueError(
-            f"{path} does not fit the model and {CONFIG_NAME}: missing keys: {_some(missing)}; unexpected keys: "
-            f"{_some(unexpected)}. Is this the base model, and the model class, that it was trained with?"
+            f"{path} does not fit the model and {CONFIG_NAME}: missing keys: {_listed(missing)}; unexpected keys: "
+            f"{_listed(unexpected)}. Is this the base model, and the model class, that it was trained with?"
         )
     for key, tensor in tensors.items():
         got, (shape, dtype) = list(tensor.shape), expected[key]
@@ -228,6 +228,6 @@ def _check_scaling(layers: dict[str, DoraLinear], config: DoraConfig) -> None:
             )
 
 
-def _some(names: list[str], most: int = 3) -> str:
+def _listed(names: list[str], most: int = 3) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more if names else "none"

@@ -6,23 +6,23 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
-from .support import refuse_absent
+from ..ops.types import NormScale
+from .support import check_weights_loaded
 
 
 class Freezable(nn.Module):
-    """A module that may hold n and g, as `dora_linear` takes them; train, load, move or convert it then, and it raises.
+    """A module that may hold n and g, as `dora_linear` takes them. Training, loading or moving it raises meanwhile.
 
     A subclass has `weight_norm()`, which computes them, and reads `frozen_scale` in its forward.
     """
 
-    frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None
+    frozen_scale: NormScale | None = None
 
     def freeze(self) -> None:
         """Computes n and g and keeps them. Raises ValueError where the weights are not there."""
-        refuse_absent(self, "freeze an adapter")
+        check_weights_loaded(self, "freeze an adapter")
         self.frozen_scale = self.weight_norm()
 
     def thaw(self) -> None:
@@ -58,9 +58,9 @@ def frozen_adapters(model: nn.Module) -> Iterator[nn.Module]:
 
     The model must be in eval mode, and forward must run without gradients: `model.train()`, loading weights, merging,
     unpatching and a forward that autograd would record raise inside the scope. Weights changed in place by other means
-    are not seen. A patched PEFT layer keeps them for the adapter that is active on entering; any other is computed as
-    ever, and what is left to PEFT stays so. Outputs are the same to the last bit, but for weight space in Triton: there
-    another kernel computes W', and may add B A's fp32 products in another order.
+    are not seen. A patched PEFT layer keeps n and g of the adapter that is active on entering; any other adapter's are
+    computed at each call, and a layer that is left to PEFT stays so. Outputs are the same to the last bit, except in
+    weight space in Triton: there another kernel computes W', and may add B A's fp32 products in another order.
 
     Raises:
         ValueError: no such layer in the model, or weights that are offloaded or sharded. RuntimeError: the model is in

@@ -1,18 +1,17 @@
 """`DoraLinear`: a linear layer with a frozen base weight and a trained DoRA adapter."""
 
 import math
-from types import ModuleType
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import dispatch
-from ..ops.base_weights import Nf4Weight, Weight, description, needs_its_layer, readable, weight_of
+from ..ops.base_weights import Weight, needs_its_layer, weight_of
 from ..ops.dora_linear import dora_linear
-from ..ops.types import Rounding
+from ..ops.types import NormScale, Rounding
 from .frozen import Freezable
-from .support import REMEDY, is_offloaded
+from .support import LINEAR_CLASSES, REMEDY, is_offloaded
 
 
 class DoraLinear(Freezable):
@@ -104,61 +103,42 @@ class DoraLinear(Freezable):
 
     def plan(self, tokens: int) -> dispatch.Plan:
         """What a call with `tokens` rows would run in the layer's present mode, and why."""
-        base = self.base_weight
-        plan = dispatch.choose(
+        weight = self.base_weight
+        problem = dispatch.problem_of(
+            weight,
+            self.lora_A,
+            self.magnitude,
+            self.bias,
             tokens=tokens,
-            out_features=self.out_features,
-            in_features=self.in_features,
-            dtype=self.compute_dtype or base.dtype,
-            device=base.device,
-            rank=self.r,
-            adapter_dtype=self.lora_A.dtype,
-            has_bias=self.bias is not None,
+            dtype=self.compute_dtype or weight.dtype,
             dropout=self.dropout_mode if self.training and self.lora_dropout > 0 else None,
             trains=self.training and any(parameter.requires_grad for parameter in self.parameters()),
-            trains_magnitude=self.training and self.magnitude.requires_grad,
-            nf4=isinstance(base, Nf4Weight),
-            space=self.space,
-            impl=self.impl,
         )
-        read = description(base)
-        return plan if read is None else plan._replace(reason=f"{plan.reason}; {read}")
+        return dispatch.explained(dispatch.choose(problem, self.space, self.impl), weight)
 
     @property
     def rank(self) -> int:
         """`r`, under the name that patched PEFT layers have too."""
         return self.r
 
-    @torch.no_grad()
-    def weight_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def weight_norm(self) -> NormScale:
         """n = ‖W + s B A‖ and g = m / n, both [out_features], fp32 (fp64 for an fp64 layer)."""
-        base = readable(self.base_weight)
-        with dispatch.on_device_of(base):
-            return self._operations().weight_norm(base, *self._factors(), self.scaling)[0]
+        with dispatch.operations_for(self.base_weight, self.impl) as (ops, base):
+            return ops.weight_norm(base, self.lora_A, self.lora_B, self.magnitude, self.scaling)[0]
 
-    @torch.no_grad()
     def dense_base(self, dtype: torch.dtype) -> torch.Tensor:
         """W [out_features, in_features] as a matrix in `dtype`: a quantised weight decoded."""
-        base = readable(self.base_weight)
-        with dispatch.on_device_of(base):
-            return self._operations().decode(base, dtype) if isinstance(base, Nf4Weight) else base.to(dtype)
+        return dispatch.dense_weight(self.base_weight, dtype, self.impl)
 
-    @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None, base: torch.Tensor | None = None) -> torch.Tensor:
         """W' = g ⊙ (W + s B A) [out_features, in_features], in fp32, rounded once to `dtype`, or to the weight's;
         `base` [out_features, in_features] takes the place of W."""
-        base = readable(self.base_weight if base is None else base.to(self.lora_A.device))
-        rounding = Rounding(self.rounding, self.salt)
-        with dispatch.on_device_of(base):
-            return self._operations().merge(
-                base, *self._factors(), self.scaling, dtype=dtype or base.dtype, rounding=rounding
-            )[0]
-
-    def _factors(self) -> tuple[torch.Tensor, ...]:
-        return self.lora_A, self.lora_B, self.magnitude
-
-    def _operations(self) -> ModuleType:
-        return dispatch.implementation(dispatch.choose_impl(self.lora_A.device, self.impl)[0])
+        weight = self.base_weight if base is None else base.to(self.lora_A.device)
+        with dispatch.operations_for(weight, self.impl) as (ops, base):
+            return ops.merge(
+                base, self.lora_A, self.lora_B, self.magnitude, self.scaling,
+                dtype=dtype or base.dtype, rounding=Rounding(self.rounding, self.salt),
+            )[0]  # fmt: skip
 
     @classmethod
     def from_linear(cls, linear: nn.Linear | Conv1D, *, r: int, lora_alpha: float, **options) -> "DoraLinear":
@@ -167,10 +147,11 @@ class DoraLinear(Freezable):
         Raises:
             TypeError: `linear` is neither an `nn.Linear` nor a `transformers` `Conv1D`.
         """
-        if not isinstance(linear, (nn.Linear, Conv1D)) and not needs_its_layer(linear):
+        below = needs_its_layer(linear)
+        if not isinstance(linear, LINEAR_CLASSES) and not below:
             raise TypeError(f"from_linear takes an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
         options |= {"r": r, "lora_alpha": lora_alpha, "fan_in_fan_out": isinstance(linear, Conv1D)}
-        if needs_its_layer(linear):
+        if below:
             layer = cls(None, linear.bias, base_layer=linear, **options)
         else:
             # bitsandbytes' 4-bit layers compute in a dtype of their own where the user set one.

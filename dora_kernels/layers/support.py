@@ -1,27 +1,92 @@
-"""Layers that must not be adapted: their weight is offloaded, the model reads it directly, or Liger's kernels overwrite
-their output."""
+"""Why a linear layer cannot be adapted: what its weight is, what wraps its forward, or what the model does with it."""
 
 import sys
 
+import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from ..ops.base_weights import is_quantized, sharding_of, weight_of
+
+LINEAR_CLASSES = (nn.Linear, Conv1D)
 REMEDY = "load the model without cpu or disk in its device_map"
+
+
+def why_not(module: nn.Module, *, classes: tuple[type, ...] = LINEAR_CLASSES, kept: bool = False) -> str | None:
+    """Why the engine cannot compute in the layer's place, as what follows "the layer …"; None if it can.
+
+    Args:
+        classes: the classes whose forward the engine computes. A layer quantised by a known library always qualifies.
+        kept: the layer stays, below PEFT's, and its forward runs whenever a call is not fused. Else a `DoraLinear`
+            takes its place, its parameters and accelerate's hook, and freezes its weight.
+    """
+    if is_quantized(module):
+        try:
+            weight_of(module)
+        except ValueError as error:
+            return f"cannot be read: {error}"
+        return _why_wrapped(module, kept)
+    if not isinstance(module, classes):
+        return "is not a linear layer"
+    own_forward = all(type(module).forward is not cls.forward for cls in classes)
+    if own_forward or type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return "has a forward of its own, or its weight is read without calling it"
+    return _why_not_weight(module, kept) or _why_wrapped(module, kept)
+
+
+def _why_not_weight(module: nn.Module, kept: bool) -> str | None:
+    # The replicas of nn.DataParallel hold theirs as a plain attribute.
+    weight = module._parameters.get("weight", vars(module).get("weight") if kept else None)
+    if weight is None:
+        return "computes its weight (a parametrization)"
+    if sharding := sharding_of(weight):
+        return f"has a weight that is {sharding}"
+    # FSDP puts views of its flat parameter, plain tensors, in the weights' place.
+    if type(weight) is not nn.Parameter and not (kept and type(weight) is torch.Tensor):
+        return f"has a weight of type {type(weight).__name__}: sharded weights and unknown formats are not supported"
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"has a weight of dtype {weight.dtype}, of no quantisation known here"
+    if weight.is_meta:
+        return "has its weight on the meta device or offloaded: load it first"
+    if weight.ndim != 2 or weight.numel() == 0:
+        return f"has a weight of shape {list(weight.shape)}: gather a sharded weight first"
+    if kept and weight.requires_grad:
+        return "has a weight that is trained"
+    return None
+
+
+def _why_wrapped(module: nn.Module, kept: bool) -> str | None:
+    """Why calling the layer does more than its class's forward, or None."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "has hooks" if kept else "has hooks, which would be lost: register them after apply_dora"
+    if "forward" in vars(module) and not (_only_moves_inputs(module) if kept else hasattr(module, "_hf_hook")):
+        return "had its forward replaced"
+    return None
+
+
+def _only_moves_inputs(module: nn.Module) -> bool:
+    """Whether the layer's forward is wrapped by accelerate's hook of a `device_map` without offloading."""
+    return not any(getattr(part, "offload", True) for part in _hooks_of_accelerate(module))
 
 
 def is_offloaded(module: nn.Module) -> bool:
     """Whether a hook of accelerate's brings the module's weights for each forward and takes them away again."""
+    return any(getattr(part, "offload", False) for part in _hooks_of_accelerate(module))
+
+
+def _hooks_of_accelerate(module: nn.Module) -> tuple:
     hook = getattr(module, "_hf_hook", None)
-    return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
+    return getattr(hook, "hooks", (hook,))
 
 
-def refuse_absent(module: nn.Module, act: str) -> None:
-    """Raises ValueError if a weight of the module is not there."""
+def check_weights_loaded(module: nn.Module, act: str) -> None:
+    """Raises ValueError if a weight of the module is on the meta device: offloaded, or never loaded."""
     if any(parameter.is_meta for parameter in module.parameters()):
         raise ValueError(f"cannot {act}: weights of a DoRA layer are offloaded or on the meta device; {REMEDY}")
 
 
 _MAMBA = frozenset({"falcon_mamba", "mamba"})
-_READ_PAST_FORWARD = {
+_NOT_CALLED = {
     "dt_proj": _MAMBA | {"jamba"},
     "out_proj": _MAMBA | {"bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "wavlm", "zamba2"},
     "x_proj": _MAMBA,
@@ -37,21 +102,21 @@ _SWIGLU, _ROPE = (
 )
 
 
-def why_read_past(model: nn.Module, path: str) -> str | None:
-    """Why an adapter at `path` would do nothing, as its layer is not always called, or None."""
+def why_not_called(model: nn.Module, path: str) -> str | None:
+    """Why an adapter at `path` would do nothing: the model reads the layer's weight without calling it. Else None."""
     parent, name = _split(model, path)
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind in _READ_PAST_FORWARD.get(name, ()):
-        return f"is read by {kind}'s attention or Mamba kernels, past its forward"
+    if kind in _NOT_CALLED.get(name, ()):
+        return f"is not called: {kind}'s attention or Mamba kernels read its weight"
     if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
-        return f"is read past its forward by {type(parent).__name__}'s fused inference"
+        return f"is not always called: {type(parent).__name__}'s fused inference reads its weight"
     return None
 
 
 def why_overwritten(model: nn.Module, path: str) -> str | None:
-    """Why the magnitude's gradient at `path` would be wrong, as Liger's kernels write over the layer's output, or None.
+    """Why the magnitude's gradient at `path` would be wrong: Liger's kernels overwrite the layer's output. Else None.
 
-    They write through raw pointers, past autograd's check of versions.
+    They write through raw pointers, which autograd's version check does not see.
     """
     parent, name = _split(model, path)
     forward = vars(parent).get("forward", type(parent).forward)

@@ -15,10 +15,10 @@ from torch import nn
 
 from ..config import DoraConfig
 from ..layers.linear import DoraLinear
-from ..layers.support import why_overwritten, why_read_past
-from ..ops.base_weights import is_quantized, keep_packing, weight_of
-from .modules import check_model, check_whole, dora_layers, replace_module, some
-from .targets import LINEAR_CLASSES, find_saved, find_targets, rank_and_alpha
+from ..layers.support import why_not, why_not_called, why_overwritten
+from ..ops.base_weights import keep_packing
+from .modules import check_model, check_not_sharded, dora_layers, listed, replace_module
+from .targets import find_saved, find_targets, rank_and_alpha
 
 
 def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
@@ -66,9 +66,11 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
         raise TypeError(f"config should be a DoraConfig, got {type(config).__name__}")
     config = replace(config)  # validated again: a field may have been set since
     check_model(model)
-    check_whole(model.named_parameters())
+    check_not_sharded(model.named_parameters())
     if layers := dora_layers(model):
-        raise ValueError(f"The model has DoRA layers already ({some(layers)}); merge_dora it, or load the base afresh")
+        raise ValueError(
+            f"The model has DoRA layers already ({listed(layers)}); merge_dora it, or load the base afresh"
+        )
     if hasattr(model, "dora_unmerged"):
         raise ValueError("The model was merged with keep_base=True; unmerge_dora it, or load the base afresh")
     targets = find_targets(model, config)
@@ -77,12 +79,14 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
     for path, module in targets.items():
         if paths[id(module)] > 1:
             reasons[path] = "is used in several places under several names"
-        elif reason := _why_unsupported(module) or why_read_past(model, path) or why_overwritten(model, path):
+        elif reason := why_not(module) or why_not_called(model, path) or why_overwritten(model, path):
             reasons[path] = reason
     if reasons:
-        listed = some({f"{path} ({type(targets[path]).__name__}) {reason}" for path, reason in reasons.items()}, "; ")
+        refused = listed(
+            {f"{path} ({type(targets[path]).__name__}) {reason}" for path, reason in reasons.items()}, "; "
+        )
         raise ValueError(
-            f"Target modules that cannot be adapted: {listed}. DoRA layers replace torch.nn.Linear and transformers' "
+            f"Target modules that cannot be adapted: {refused}. DoRA layers replace torch.nn.Linear and transformers' "
             "Conv1D; narrow `target_modules` or list these in `exclude_modules`"
         )
     _check_saved(find_saved(model, config), targets, config)
@@ -105,41 +109,6 @@ def _dora_layer(path: str, linear: nn.Module, config: DoraConfig) -> DoraLinear:
         # Layers of equal shape must not share a rounding pattern; the path is the same in every run and process.
         salt=zlib.crc32(path.encode()),
     )
-
-
-def _why_unsupported(module: nn.Module) -> str | None:
-    """Why a target cannot become a `DoraLinear`, or None."""
-    if is_quantized(module):
-        try:
-            weight_of(module)
-        except ValueError as error:
-            return f"cannot be read: {error}"
-        return _why_wrapped(module)
-    base = next((cls for cls in LINEAR_CLASSES if isinstance(module, cls)), None)
-    if base is None:
-        return "is not a linear layer"
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return "computes its weight (a parametrization)"
-    if type(weight) is not nn.Parameter:
-        return f"has a weight of type {type(weight).__name__}: sharded weights and unknown formats are not supported"
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        return f"has a weight of dtype {weight.dtype}, of no quantisation known here"
-    if weight.ndim != 2 or weight.numel() == 0:
-        return f"has a weight of shape {list(weight.shape)}: gather a sharded weight first"
-    if type(module).forward is not base.forward or type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return "has a forward of its own, or is read past it"
-    return _why_wrapped(module)
-
-
-def _why_wrapped(module: nn.Module) -> str | None:
-    """Why a layer's forward is more than its class's, or None."""
-    if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
-        return "had its forward replaced"
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, name, None) for name in hooks):
-        return "has hooks, which would be lost: register them after apply_dora"
-    return None
 
 
 def _check_saved(saved: dict[str, nn.Module], targets: dict[str, nn.Module], config: DoraConfig) -> None:

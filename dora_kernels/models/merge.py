@@ -7,8 +7,8 @@ from torch import nn
 
 from ..layers.linear import DoraLinear
 from ..ops.chunked import row_chunks
-from .merge_quantized import check_base, dense_dtype, dense_linear, mark, quantized_layers, unmark
-from .modules import check_model, check_whole, dora_layers, replace_module
+from .merge_quantized import check_base, dense_dtype, dense_linear, quantized_layers, remove_marks, restore_marks
+from .modules import check_model, check_not_sharded, dora_layers, replace_module
 from .tied_weights import broken_ties, check_can_untie, retie, untie
 
 logger = logging.getLogger(__name__)
@@ -17,9 +17,9 @@ logger = logging.getLogger(__name__)
 def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = False) -> nn.Module:
     """Replaces every DoRA layer by a plain one with W' = g ⊙ (W + s B A), in place. Returns the model.
 
-    W' is computed in fp32 and rounded once to the weight's dtype; the log says what that costs, per layer (level INFO),
-    and warns where it drowns the update. Where a merged weight was tied (an adapted lm_head),
-    its partner keeps its values and the model's config says from then on that they are not tied.
+    W' is computed in fp32 and rounded once to the weight's dtype. The log has the cost of rounding for each layer (at
+    level INFO), and a warning where it exceeds the update. Where a merged weight was tied (an adapted lm_head), the
+    other one keeps its values, and the model's config says from then on that they are not tied.
 
     Args:
         base: for a quantised base, of which the merged model keeps nothing, and required there: "dequantized" merges
@@ -32,13 +32,13 @@ def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = Fals
             weights or none with quantised ones, or tied weights in a model whose config cannot describe them untied.
         RuntimeError: inside `frozen_adapters`. The model is then unchanged.
 
-    Where memory runs out half way with `keep_base`, the layers that were merged are put back; without it they stay
-    merged, and the same call merges the rest.
+    If memory runs out half way, `keep_base` puts the merged layers back. Without it they stay merged, and the same call
+    merges the rest.
     """
     check_model(model)
     for layer in dora_layers(model).values():
         layer.refuse_if_frozen("merge")
-    check_whole(model.named_parameters())
+    check_not_sharded(model.named_parameters())
     layers = dora_layers(model)
     if not layers:
         hint = "unmerge_dora takes the merge back" if hasattr(model, "dora_unmerged") else "call apply_dora first"
@@ -92,7 +92,7 @@ def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = Fals
             if keep_base:
                 unmerged["layers"][path] = layer
             replace_module(model, path, dense_linear(layer, source, dense_dtype(model)))
-        unmerged["quantized"] = unmark(model)
+        unmerged["quantized"] = remove_marks(model)
     if broken:
         unmerged["ties"] = untie(model)
     if hasattr(model, "dora_config"):
@@ -114,7 +114,7 @@ def unmerge_dora(model: nn.Module) -> nn.Module:
         # The model may have been moved, or switched to eval, while it was merged.
         replace_module(model, path, layer.to(merged.weight.device).train(merged.training))
     if unmerged["quantized"] is not None:
-        mark(model, **unmerged["quantized"])
+        restore_marks(model, **unmerged["quantized"])
     if unmerged["ties"] is not None:
         retie(model, **unmerged["ties"])
     model.dora_config = unmerged["config"]

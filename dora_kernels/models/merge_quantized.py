@@ -1,11 +1,11 @@
-"""Merging into a quantised base: where dense weights come from, and the model's own word that it is quantised."""
+"""Merging into a quantised base: where dense weights come from, and what marks the model as quantised."""
 
 import torch
 from torch import nn
 
 from ..layers.linear import DoraLinear
 from ..ops import dispatch
-from ..ops.base_weights import Nf4Weight, is_quantized, readable, weight_of
+from ..ops.base_weights import is_quantized, weight_of
 
 MODEL_MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
 
@@ -68,7 +68,6 @@ def dense_dtype(model: nn.Module) -> torch.dtype | None:
     return getattr(getattr(model, "config", None), "dtype", None)
 
 
-@torch.no_grad()
 def dense_linear(layer: nn.Module, original: nn.Module | None, dtype: torch.dtype | None) -> nn.Linear:
     """A quantised layer without an adapter as an `nn.Linear` in `dtype`, or in what its weight was quantised from:
     dequantised, or with the weight of `original`."""
@@ -76,27 +75,24 @@ def dense_linear(layer: nn.Module, original: nn.Module | None, dtype: torch.dtyp
     dtype = dtype or weight.dtype
     if original is not None:
         dense = original.weight.to(weight.device, dtype)
-    elif isinstance(weight, Nf4Weight):
-        with dispatch.on_device_of(weight):
-            dense = dispatch.implementation(dispatch.choose_impl(weight.device)[0]).decode(weight, dtype)
     else:
-        dense = readable(weight).to(dtype)
+        dense = dispatch.dense_weight(weight, dtype)
     with torch.device("meta"):
         linear = nn.Linear(*reversed(dense.shape))
     linear.weight, linear.bias = nn.Parameter(dense, requires_grad=False), layer.bias
     return linear.train(layer.training)
 
 
-def unmark(model: nn.Module) -> dict:
-    """Takes from the model and its config what says that it is quantised. Returns what `mark` needs."""
+def remove_marks(model: nn.Module) -> dict:
+    """Removes what marks the model and its config as quantised. Returns the arguments of `restore_marks`."""
     marks = {name: model.__dict__.pop(name) for name in MODEL_MARKS if name in model.__dict__}
     config = getattr(model, "config", None)
     quantization = config.__dict__.pop("quantization_config", None) if config is not None else None
     return {"marks": marks, "quantization_config": quantization}
 
 
-def mark(model: nn.Module, marks: dict, quantization_config) -> None:
-    """Undoes `unmark`."""
+def restore_marks(model: nn.Module, marks: dict, quantization_config) -> None:
+    """Undoes `remove_marks`."""
     model.__dict__.update(marks)
     if quantization_config is not None:
         model.config.quantization_config = quantization_config

@@ -17,7 +17,7 @@ def dora_layers(model: nn.Module) -> dict[str, DoraLinear]:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuses what cannot be patched, merged or saved: a compiled or PEFT model, weights that are not here."""
+    """Raises for a model that cannot be patched, merged or saved: compiled, PEFT's, or with weights not loaded."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model should be a torch.nn.Module, got {type(model).__name__}")
     if hasattr(model, "_orig_mod"):
@@ -39,8 +39,8 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(f"{name} is on the meta device, without values; load the model's weights first")
 
 
-def check_whole(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Refuses, by name, what this process holds a part of."""
+def check_not_sharded(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Raises ValueError, with its name, for a tensor of which this process holds a part."""
     for name, tensor in tensors:
         if sharding := sharding_of(tensor):
             raise ValueError(f"{name} is {sharding}")
@@ -59,7 +59,8 @@ def replace_module(model: nn.Module, path: str, module: nn.Module) -> None:
     model.set_submodule(path, module)
 
 
-def some(names, separator: str = ", ", most: int = 5) -> str:
+def listed(names: Iterable[str], separator: str = ", ", most: int = 5) -> str:
+    """The first names in alphabetical order, and how many more there are."""
     names = sorted(names)
     more = f"{separator}and {len(names) - most} more" if len(names) > most else ""
     return separator.join(names[:most]) + more

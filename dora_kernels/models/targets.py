@@ -3,11 +3,9 @@
 import re
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..config import DoraConfig
-
-LINEAR_CLASSES = (nn.Linear, Conv1D)
+from ..layers.support import LINEAR_CLASSES
 
 
 def find_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:

@@ -33,7 +33,7 @@ def check_can_untie(model: nn.Module) -> None:
 
 
 def untie(model: nn.Module) -> dict:
-    """Gives each tied parameter a copy of its own and says so in the model's config. Returns what `retie` needs."""
+    """Gives each tied parameter a copy of its own, and the config says so. Returns the arguments of `retie`."""
     configs, ties, copied = _tied_configs(model), model.all_tied_weights_keys, []
     for target, source in ties.items():
         parameter = _parameter(model, target)
@@ -51,7 +51,7 @@ def untie(model: nn.Module) -> dict:
 
 
 def retie(model: nn.Module, configs: list, ties: dict[str, str], copied: list[str]) -> None:
-    """Undoes `untie`, once the unmerged layers, and their weights with them, are back."""
+    """Undoes `untie`. The unmerged layers, with their weights, must be back."""
     for target in copied:
         _set_parameter(model, target, _parameter(model, ties[target]))
     for config in configs:

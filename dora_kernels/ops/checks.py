@@ -1,4 +1,4 @@
-"""What `dora_linear` refuses before any work."""
+"""Checks of `dora_linear`'s arguments, before any work."""
 
 import torch
 

@@ -4,7 +4,8 @@
 the product s·B·A where that takes longer, times a measured correction per GPU architecture.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import NamedTuple
 
@@ -12,7 +13,8 @@ import torch
 
 from ..versions import require
 from . import reference
-from .gpus import MIN_CAPABILITY, RANK_PER_BYTE, SHORTEST_LAUNCH, WEIGHT_SPACE_FACTOR
+from .base_weights import Nf4Weight, Weight, dense, is_packed, note_of, readable
+from .gpus import HALF_PRODUCT_SPEEDUP, MIN_CAPABILITY, RANK_PER_BYTE, SHORTEST_LAUNCH, WEIGHT_SPACE_FACTOR
 
 try:
     require("triton>=3.6")
@@ -39,35 +41,63 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-def choose(
+class Problem(NamedTuple):
+    """What `choose` decides by: a call's sizes and dtypes, and what it computes beside the plain output."""
+
+    tokens: int
+    out_features: int
+    in_features: int
+    rank: int
+    dtype: torch.dtype
+    device: torch.device
+    adapter_dtype: torch.dtype = torch.float32
+    has_bias: bool = False
+    dropout: str | None = None  # the mode, where dropout is active
+    trains: bool = True
+    trains_magnitude: bool = True
+    is_packed: bool = False  # the weight is quantised, and the operations decode it
+
+
+def problem_of(
+    weight: Weight,
+    lora_A: torch.Tensor,
+    magnitude: torch.Tensor,
+    bias: torch.Tensor | None,
     *,
     tokens: int,
-    out_features: int,
-    in_features: int,
     dtype: torch.dtype,
-    device: torch.device,
-    rank: int,
-    adapter_dtype: torch.dtype = torch.float32,
-    has_bias: bool = False,
-    dropout: str | None = None,
-    trains_magnitude: bool = True,
-    trains: bool = True,
-    nf4: bool = False,
-    space: str = "auto",
-    impl: str = "auto",
-) -> Plan:
-    """Chooses for a call with `tokens` rows; `dropout` is the active dropout's mode or None, `nf4` a packed weight.
+    dropout: str | None,
+    trains: bool,
+) -> Problem:
+    """The problem of a call with these tensors, computed in `dtype`."""
+    return Problem(
+        tokens,
+        *weight.shape,
+        rank=lora_A.shape[0],
+        dtype=dtype,
+        device=weight.device,
+        adapter_dtype=lora_A.dtype,
+        has_bias=bias is not None,
+        dropout=dropout,
+        trains=trains,
+        trains_magnitude=trains and magnitude.requires_grad,
+        is_packed=is_packed(weight),
+    )
+
+
+def choose(problem: Problem, space: str = "auto", impl: str = "auto") -> Plan:
+    """What runs, where `space` and `impl` are asked for.
 
     Raises:
-        ValueError: a `space` or `impl` was asked for that does not exist, or cannot run this call.
+        ValueError: a `space` or `impl` that does not exist, or cannot run this call.
     """
-    impl, impl_reason = choose_impl(device, impl)
+    impl, impl_reason = choose_impl(problem.device, impl)
     if space not in ("auto", "token", "weight"):
         raise ValueError(f'space must be "auto", "token" or "weight", got {space!r}')
     only_token = None
-    if dropout is not None:
+    if problem.dropout is not None:
         only_token = "dropout needs x Wᵀ and x Aᵀ apart"
-    elif dtype == torch.float16 and trains_magnitude:
+    elif problem.dtype == torch.float16 and problem.trains_magnitude:
         only_token = "in fp16 the gradient of the magnitude underflows unless x Wᵀ is kept"
     if space == "weight" and only_token:
         raise ValueError(f'space="weight" cannot run this call: {only_token}; use space="token" or "auto"')
@@ -75,19 +105,19 @@ def choose(
         return Plan(space, impl, f"{space} space: asked for; {impl_reason}")
     if only_token:
         return Plan("token", impl, f"token space: {only_token}; {impl_reason}")
-    if nf4:
+    if problem.is_packed:
         return Plan("weight", impl, f"weight space: a 4-bit weight is written out once in either form; {impl_reason}")
-    capability = _capability(device)
-    fast = 6 if adapter_dtype.itemsize == 2 else 1
+    capability = _capability(problem.device)
+    rank_per_byte = RANK_PER_BYTE * (HALF_PRODUCT_SPEEDUP if problem.adapter_dtype.itemsize == 2 else 1)
     token, weight = (
         overhead_elements(
             form,
-            tokens,
-            out_features,
-            in_features,
-            trains=trains,
-            keeps_product=has_bias and trains_magnitude,
-            product=rank / (fast * RANK_PER_BYTE * dtype.itemsize),
+            problem.tokens,
+            problem.out_features,
+            problem.in_features,
+            trains=problem.trains,
+            keeps_product=problem.has_bias and problem.trains_magnitude,
+            product=problem.rank / (rank_per_byte * problem.dtype.itemsize),
             shortest=SHORTEST_LAUNCH if capability else 0,
         )
         for form in ("token", "weight")
@@ -95,6 +125,27 @@ def choose(
     weight *= WEIGHT_SPACE_FACTOR.get(capability, 1.0)
     space = "weight" if weight < token else "token"
     return Plan(space, impl, f"{space} space: predicted to take less time at this size and rank; {impl_reason}")
+
+
+def explained(plan: Plan, weight: Weight) -> Plan:
+    """The plan, its reason extended by what a reader should know of the weight."""
+    note = note_of(weight)
+    return plan if note is None else plan._replace(reason=f"{plan.reason}; {note}")
+
+
+@contextmanager
+def operations_for(weight: Weight, impl: str = "auto") -> Iterator[tuple[ModuleType, torch.Tensor | Nf4Weight]]:
+    """Inside, without gradients and on the weight's GPU: the operations, and the weight as they read it."""
+    ops = implementation(choose_impl(weight.device, impl)[0])
+    base = readable(weight)
+    with torch.no_grad(), on_device_of(base):
+        yield ops, base
+
+
+def dense_weight(weight: Weight, dtype: torch.dtype, impl: str = "auto") -> torch.Tensor:
+    """W [N, K] as a matrix in `dtype`: a quantised weight decoded."""
+    with operations_for(weight, impl) as (ops, base):
+        return dense(base, dtype, ops)
 
 
 def choose_impl(device: torch.device, impl: str = "auto") -> tuple[str, str]:

@@ -29,16 +29,16 @@ def make_fresh_exact(layer: Linear, impl: str) -> None:
             continue
         norm, _ = norm_and_scale(*tensors, layer.scaling[adapter], impl)
         fresh = torch.zeros_like(magnitude, dtype=torch.bool)
-        for start in _starts(layer, weight, norm):
-            fresh |= magnitude == start.to(magnitude.dtype)
+        for initial in _initial_norms(layer, weight, norm):
+            fresh |= magnitude == initial.to(magnitude.dtype)
         exact = torch.where(fresh, norm.to(magnitude.dtype), magnitude)
         if not torch.equal(exact, magnitude):
             layer.dora_fusion.exact_magnitudes[adapter] = magnitude.clone(), exact
             magnitude.copy_(exact)
 
 
-def _starts(layer, weight, norm) -> list[torch.Tensor]:
-    """What PEFT may have started the magnitude from: the norm as it computes it, or ours, rounded as it rounds."""
+def _initial_norms(layer, weight, norm) -> list[torch.Tensor]:
+    """The norms that PEFT may have put into the magnitude: computed as it does, or ours, each rounded as it rounds."""
     if isinstance(weight, torch.Tensor):
         return [n.to(weight.dtype) for n in (torch.linalg.norm(weight, dim=1), norm)]
     # A quantised weight is dequantised, and promoted by the fp32 product of the adapter before the norm is taken.

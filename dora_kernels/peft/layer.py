@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer with a fused forward, and the reasons for which a call is left to PEFT.
+"""PEFT's LoRA layer with a fused forward.
 
 Imports PEFT, which is optional: imported only once a PEFT model is at hand.
 """
@@ -7,17 +7,16 @@ from dataclasses import dataclass, field
 from operator import is_
 
 import torch
-from peft.tuners.lora import dora
 from peft.tuners.lora.layer import Linear
-from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..layers.frozen import Freezable
-from ..layers.support import refuse_absent
+from ..layers.support import check_weights_loaded
 from ..ops import dispatch
-from ..ops.base_weights import Nf4Weight, Weight, description, is_quantized, readable, weight_of
+from ..ops.base_weights import Weight, weight_of
 from ..ops.dora_linear import dora_linear
+from ..ops.types import NormScale
+from .eligibility import active_adapters, fused_adapter, why_left_to_peft
 
 
 @dataclass
@@ -29,57 +28,63 @@ class Fusion:
     exact_magnitudes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     # Inside `frozen_adapters`: A, B, m and s, of which the layer keeps the norm.
     frozen_factors: tuple | None = None
+    # The state in which the layer was last found to be fused, and its adapter: see `fused_adapter`.
+    remembered: tuple[list, str] | None = None
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"remembered": None}
 
 
 class FusedForward(Freezable):
-    """Mixed into a LoRA layer of PEFT's (`stock`): its calls are fused where nothing in `why_left_to_peft` or `_takes`
-    is against it.
+    """Mixed into a LoRA layer of PEFT's (`peft_class`), whose calls it fuses unless `why_left_to_peft` has a reason.
 
-    An instance becomes one by assigning its `__class__`, which leaves parameters, keys and isinstance as they are and
-    survives deepcopy and pickle; a `forward` put on the instance would be lost by pickle. Whether a call is fused is
-    decided at the call: adapters may be added, chosen, disabled, merged and deleted in between, as ever.
+    An instance becomes one by assigning its `__class__`. Parameters, keys and isinstance stay as they are, and deepcopy
+    and pickle keep it; a `forward` put on the instance would be lost by pickle. Whether a call is fused is decided at
+    each call, as adapters may be added, chosen, disabled, merged and deleted in between.
     """
 
-    stock: type[nn.Module]
+    peft_class: type[nn.Module]
     dora_fusion: Fusion
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         # A wrapper made while the layer was patched may call this after it was unpatched.
         if not isinstance(self, FusedForward):
             return type(self).forward(self, x, *args, **kwargs)
-        if args or kwargs or why_left_to_peft(self) or not _takes(self, x):
-            self._refuse_offloaded(x)
-            return self.stock.forward(self, x, *args, **kwargs)
-        (adapter,) = active_adapters(self)
-        magnitude, dropout = self.lora_magnitude_vector[adapter], self.lora_dropout[adapter]
+        adapter = None if args or kwargs else fused_adapter(self)
+        weight = None if adapter is None else _readable_base(self)
+        if weight is None or not _accepts(self, x, weight):
+            self._check_loaded(x)
+            return self.peft_class.forward(self, x, *args, **kwargs)
+        magnitude, scaling = self.lora_magnitude_vector[adapter], self.scaling[adapter]
         if magnitude._dora_cache:
             # PEFT clears it on each call outside `DoraCaching`.
             magnitude._cache_clear()
-        weight, *factors, scaling = self._factors()
+        factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight, magnitude.weight
+        dense = isinstance(weight, torch.Tensor)
         # bitsandbytes' 4-bit layers compute in a dtype of their own where the user set one, and answer in x's.
-        compute_dtype = getattr(self.base_layer, "compute_dtype", None) if is_quantized(self.base_layer) else None
+        compute_dtype = None if dense else getattr(self.base_layer, "compute_dtype", None)
         y = dora_linear(
             x if compute_dtype is None else x.to(compute_dtype),
             weight,
             *factors,
             scaling=scaling,
             bias=self.base_layer.bias,
-            lora_dropout=_rate(dropout),
+            lora_dropout=_dropout_rate(self.lora_dropout[adapter]),
             dropout_mode="peft",
             training=self.training,
             frozen_scale=self.frozen_scale if self._is_frozen_for(*factors, scaling) else None,
             **self.dora_fusion.options,
         )
-        return y.to(x.dtype) if is_quantized(self.base_layer) else y
+        return y if dense else y.to(x.dtype)
 
-    def _refuse_offloaded(self, x: torch.Tensor) -> None:
+    def _check_loaded(self, x: torch.Tensor) -> None:
         """PEFT's DoRA would read weights that are not there, and say only that they are on the meta device."""
         variants = (self.lora_variant.get(adapter) for adapter in self.active_adapters)
         if x.is_meta or self.disable_adapters or self.merged or not any(variants):
             return
-        refuse_absent(self, "run DoRA, PEFT's or fused")
+        check_weights_loaded(self, "run DoRA, PEFT's or fused")
 
-    def weight_norm(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def weight_norm(self) -> NormScale:
         """n and g of the active adapter, as forward computes them."""
         return norm_and_scale(*self._factors(), self.dora_fusion.options["impl"])
 
@@ -115,26 +120,19 @@ class FusedForward(Freezable):
         if reason is not None:
             return dispatch.Plan("token", "peft", f"left to PEFT: {reason}")
         (adapter,) = active_adapters(self)
-        dropout, weight = self.lora_dropout[adapter], base_weight(self)
-        magnitude = self.lora_magnitude_vector[adapter].weight
-        plan = dispatch.choose(
+        weight = base_weight(self)
+        problem = dispatch.problem_of(
+            weight,
+            self.lora_A[adapter].weight,
+            self.lora_magnitude_vector[adapter].weight,
+            self.base_layer.bias,
             tokens=tokens,
-            out_features=self.out_features,
-            in_features=self.in_features,
             dtype=weight.dtype,
-            device=weight.device,
-            rank=self.rank,
-            adapter_dtype=self.lora_A[adapter].weight.dtype,
-            has_bias=self.base_layer.bias is not None,
-            dropout="peft" if self.training and _rate(dropout) > 0 else None,
+            dropout="peft" if self.training and _dropout_rate(self.lora_dropout[adapter]) > 0 else None,
             trains=self.training and any(parameter.requires_grad for parameter in self.parameters()),
-            trains_magnitude=self.training and magnitude.requires_grad,
-            space=self.dora_fusion.options["space"],
-            impl=self.dora_fusion.options["impl"],
-            nf4=isinstance(weight, Nf4Weight),
         )
-        read = description(weight)
-        return plan if read is None else plan._replace(reason=f"{plan.reason}; {read}")
+        options = self.dora_fusion.options
+        return dispatch.explained(dispatch.choose(problem, options["space"], options["impl"]), weight)
 
     @property
     def rank(self) -> int:
@@ -145,7 +143,15 @@ class FusedForward(Freezable):
 class FusedLinear(FusedForward, Linear):
     """PEFT's `lora.Linear`, on a dense base layer."""
 
-    stock = Linear
+    peft_class = Linear
+
+
+def _readable_base(layer: nn.Module) -> Weight | None:
+    """`base_weight`, or None where a quantised weight cannot be read: its library changed it since the last call."""
+    try:
+        return base_weight(layer)
+    except ValueError:
+        return None
 
 
 def base_weight(layer: nn.Module) -> Weight:
@@ -154,91 +160,14 @@ def base_weight(layer: nn.Module) -> Weight:
     return weight.T if layer.fan_in_fan_out else weight
 
 
-@torch.no_grad()
-def norm_and_scale(weight, lora_A, lora_B, magnitude, scaling, impl) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_and_scale(weight, lora_A, lora_B, magnitude, scaling, impl) -> NormScale:
     """n and g [out_features] of W [out_features, in_features], as forward computes them."""
-    operations = dispatch.implementation(dispatch.choose_impl(weight.device, impl)[0])
-    weight = readable(weight)
-    with dispatch.on_device_of(weight):
-        return operations.weight_norm(weight, lora_A, lora_B, magnitude, scaling)[0]
+    with dispatch.operations_for(weight, impl) as (ops, base):
+        return ops.weight_norm(base, lora_A, lora_B, magnitude, scaling)[0]
 
 
-def active_adapters(layer: nn.Module) -> list[str]:
-    """The active adapters that this layer has."""
-    return [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
-
-
-def why_left_to_peft(layer: nn.Module) -> str | None:
-    """Why a call goes to PEFT in the layer's present state, or None if it is fused."""
-    if layer.disable_adapters:
-        return "its adapters are disabled"
-    if layer.merged:
-        return "its adapters are merged into its weight"
-    active = active_adapters(layer)
-    if len(active) != 1:
-        return f"it has {len(active)} active adapters; fused is exactly one"
-    return why_not_base(layer) or _why_not_adapter(layer, active[0])
-
-
-def _why_not_adapter(layer: nn.Module, adapter: str) -> str | None:
-    if type(layer.lora_variant.get(adapter)) is not DoraLinearVariant:
-        return f"its adapter {adapter!r} is not DoRA"
-    lora_A, lora_B = layer.lora_A[adapter], layer.lora_B[adapter]
-    magnitude, dropout = layer.lora_magnitude_vector[adapter], layer.lora_dropout[adapter]
-    if not (_plain(lora_A, nn.Linear) and _plain(lora_B, nn.Linear) and _plain(magnitude, dora.DoraLinearLayer)):
-        return f"its adapter {adapter!r} has hooks, or forwards that are not PEFT's"
-    if lora_B.bias is not None:
-        return f"its adapter {adapter!r} has a bias"
-    if not (_plain(dropout, nn.Identity) or (_plain(dropout, nn.Dropout) and dropout.p < 1)):
-        return f"its adapter {adapter!r} has a dropout of its own"
-    if dora.ENABLE_DORA_CACHING and not magnitude.training:
-        return "PEFT's DoraCaching is on"
-    if not isinstance(layer.scaling[adapter], (int, float)):
-        return "its scaling is a tensor (prepare_model_for_compiled_hotswap), which the kernels take as a number"
-    if not layer.cast_input_dtype_enabled:
-        return "PEFT's casting of inputs is off"
-    device = weight_of(layer.base_layer).device
-    if not (lora_A.weight.device == lora_B.weight.device == magnitude.weight.device == device):
-        return f"its adapter {adapter!r} and its base layer are on several devices"
-    return None
-
-
-def why_not_base(layer: nn.Module) -> str | None:
-    """Why no adapter of this layer can be fused, or None."""
-    base, kind = layer.base_layer, Conv1D if layer.fan_in_fan_out else nn.Linear
-    if is_quantized(base):
-        try:
-            weight_of(base)
-        except ValueError as error:
-            return f"its base weight cannot be read: {error}"
-        return _why_wrapped(base, type(base))
-    if type(base).forward is not kind.forward:
-        return f"its base layer is a {type(base).__name__}; fused are torch.nn.Linear and transformers' Conv1D"
-    # The replicas of nn.DataParallel hold theirs as a plain attribute.
-    weight = base._parameters.get("weight", vars(base).get("weight"))
-    if weight is None:
-        return "its base layer computes its weight (a parametrization)"
-    # A plain tensor is a dense weight too: FSDP puts views of its flat parameter there.
-    if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point() or weight.element_size() < 2:
-        return f"its base weight is a {type(weight).__name__} of {weight.dtype}: sharded, or of an unknown format"
-    if weight.is_meta:
-        return "its base weight is on the meta device or offloaded: load it to run fused"
-    if weight.ndim != 2 or weight.numel() == 0:
-        return f"its base weight has shape {list(weight.shape)}: a sharded weight must be gathered to run fused"
-    if weight.requires_grad:
-        return "its base weight is trained"
-    return _why_wrapped(base, kind)
-
-
-def _why_wrapped(base: nn.Module, kind: type[nn.Module]) -> str | None:
-    if not _plain(base, kind) and not _only_moves_inputs(base):
-        return "its base layer has hooks, or its forward was replaced"
-    return None
-
-
-def _takes(layer: nn.Module, x: torch.Tensor) -> bool:
+def _accepts(layer: nn.Module, x: torch.Tensor, weight: Weight) -> bool:
     """Whether the engine has PEFT's meaning for this input; PEFT answers the rest, or raises its own error."""
-    weight = weight_of(layer.base_layer)
     if x.ndim < 2 or x.shape[-1] != layer.in_features or x.device != weight.device:
         return False
     if x.dtype == weight.dtype or not isinstance(weight, torch.Tensor):
@@ -246,7 +175,7 @@ def _takes(layer: nn.Module, x: torch.Tensor) -> bool:
     return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
 
 
-def _rate(dropout: nn.Module) -> float:
+def _dropout_rate(dropout: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
@@ -258,11 +187,3 @@ def _plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
     )
-
-
-def _only_moves_inputs(base: nn.Module) -> bool:
-    """Whether all that wraps the layer is accelerate's hook of a `device_map` without offloading."""
-    hook = base.__dict__.get("_hf_hook")
-    parts = getattr(hook, "hooks", (hook,))
-    hooked = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-    return not hooked and not any(getattr(part, "offload", True) for part in parts)

@@ -7,6 +7,7 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import NamedTuple
 
 from torch import nn
 
@@ -21,7 +22,7 @@ TESTED = "0.21"
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch_peft` did. `layers` holds by path why a layer is left to PEFT, or None if it is fused."""
+    """What `patch_peft` did. `layers` maps a path to the reason why the layer is left to PEFT, None if it is fused."""
 
     layers: dict[str, str | None]
 
@@ -65,21 +66,19 @@ def patch_peft(
     """
     options = checked_options(space, impl, rounding, nf4_parity)
     check_peft()
-    from .layer import why_left_to_peft, why_not_base
+    from .eligibility import why_not_active
 
-    layers = _lora_layers(model)
-    _check_has_dora(model, layers)
-    overwritten = {path: why_overwritten(model, path) for path in layers}
-    fusable = {path: layer for path, layer in fusable_layers(model).items() if overwritten[path] is None}
-    for layer in fusable.values():
-        if why_not_base(layer) is None:
-            dispatch.choose_impl(weight_of(layer.base_layer).device, impl)
+    found = survey(model)
+    _check_has_dora(model, found)
+    for each in found.values():
+        if each.unfusable is None and each.base is None:
+            dispatch.choose_impl(weight_of(each.layer.base_layer).device, impl)
     keep_packing(model)
-    fuse_layers(fusable, options)
+    fuse_layers(found, options)
     report = PatchReport(
-        {path: overwritten[path] or _why_not_class(layer) or why_left_to_peft(layer) for path, layer in layers.items()}
+        {path: each.unfusable or each.base or why_not_active(each.layer) for path, each in found.items()}
     )
-    _warn_of_magnitudes(layers)
+    _warn_of_magnitudes(found)
     if not report.fused:
         warnings.warn(f"patch_peft fuses no layer of this model as it is now:\n{report}", stacklevel=2)
     return report
@@ -93,13 +92,38 @@ def unpatch_peft(model: nn.Module) -> nn.Module:
     return model
 
 
-def fuse_layers(layers: dict[str, nn.Module], options: dict) -> None:
-    """Makes each layer its fused class, by path, with these options."""
+class Surveyed(NamedTuple):
+    """A LoRA layer of PEFT's, and what stands against fusing it.
+
+    `unfusable` holds for its class and its place in the model; `base` as long as its base layer is as it is.
+    """
+
+    layer: nn.Module
+    unfusable: str | None
+    base: str | None
+
+
+def survey(model: nn.Module) -> dict[str, Surveyed]:
+    """Each LoRA layer of the model by path, asked once."""
+    from .eligibility import why_not_base
+
+    found = {}
+    for path, layer in _lora_layers(model).items():
+        overwritten = why_overwritten(model, path)
+        unfusable = f"it {overwritten}" if overwritten else _why_not_class(layer)
+        found[path] = Surveyed(layer, unfusable, None if unfusable else why_not_base(layer))
+    return found
+
+
+def fuse_layers(found: dict[str, Surveyed], options: dict) -> None:
+    """Makes each layer that can be fused its fused class, with these options."""
     from .fresh import make_fresh_exact
-    from .layer import FusedForward, Fusion, why_not_base
+    from .layer import FusedForward, Fusion
     from .quantized import FUSED
 
-    for path, layer in layers.items():
+    for path, (layer, unfusable, base) in found.items():
+        if unfusable is not None:
+            continue
         # Layers of equal shape must not share a rounding pattern; the path is the same in every run and process.
         salted = options | {"salt": zlib.crc32(path.removeprefix("base_model.model.").encode())}
         if isinstance(layer, FusedForward):
@@ -107,7 +131,7 @@ def fuse_layers(layers: dict[str, nn.Module], options: dict) -> None:
         else:
             layer.dora_fusion = Fusion(salted)
             layer.__class__ = FUSED[type(layer)]
-        if not layer.merged and why_not_base(layer) is None:
+        if not layer.merged and base is None:
             make_fresh_exact(layer, options["impl"])
 
 
@@ -120,7 +144,7 @@ def unfuse_layer(layer: nn.Module) -> None:
         layer.refuse_if_frozen("unpatch")
         restore_fresh(layer)
         del layer.dora_fusion
-        layer.__class__ = layer.stock
+        layer.__class__ = layer.peft_class
 
 
 def checked_options(
@@ -152,18 +176,13 @@ def _lora_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def fusable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that are fused or can be, by path."""
-    return {path: layer for path, layer in _lora_layers(model).items() if _why_not_class(layer) is None}
-
-
-def _check_has_dora(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    if not layers:
+def _check_has_dora(model: nn.Module, found: dict[str, Surveyed]) -> None:
+    if not found:
         raise ValueError(
             f"patch_peft found no LoRA layer of PEFT in this {type(model).__name__}: make it a PEFT model with "
             "peft.get_peft_model(model, LoraConfig(use_dora=True)), or use apply_dora, which needs no patching"
         )
-    if not any(layer.lora_magnitude_vector for layer in layers.values()):
+    if not any(each.layer.lora_magnitude_vector for each in found.values()):
         raise ValueError(
             "patch_peft found LoRA adapters without DoRA: there is no magnitude to fuse; build the adapter with "
             "LoraConfig(use_dora=True)"
@@ -190,10 +209,10 @@ def _why_not_class(layer: nn.Module) -> str | None:
     return None
 
 
-def _warn_of_magnitudes(layers: dict[str, nn.Module]) -> None:
+def _warn_of_magnitudes(found: dict[str, Surveyed]) -> None:
     """Warns of magnitudes that do not train beside an A or B that does, and of those that 16 bits hold badly."""
     frozen, rounded = [], []
-    for path, layer in layers.items():
+    for path, (layer, _, _) in found.items():
         for adapter, magnitude in layer.lora_magnitude_vector.items():
             name = f"{path}.lora_magnitude_vector.{adapter}"
             if magnitude.weight.requires_grad and magnitude.weight.element_size() < 4:

@@ -13,7 +13,7 @@ from .layer import FusedForward, FusedLinear
 class FusedTorchaoLoraLinear(FusedForward, TorchaoLoraLinear):
     """On a weight that torchao dequantises."""
 
-    stock = TorchaoLoraLinear
+    peft_class = TorchaoLoraLinear
 
 
 FUSED = {Linear: FusedLinear, TorchaoLoraLinear: FusedTorchaoLoraLinear}
@@ -24,7 +24,7 @@ if hasattr(bnb, "Linear4bit"):
     class FusedLinear4bit(FusedForward, bnb.Linear4bit):
         """On bitsandbytes' 4 bits: NF4 is decoded inside the kernels, FP4 by bitsandbytes."""
 
-        stock = bnb.Linear4bit
+        peft_class = bnb.Linear4bit
 
     FUSED[bnb.Linear4bit] = FusedLinear4bit
 
@@ -33,7 +33,7 @@ if hasattr(bnb, "Linear8bitLt"):
     class FusedLinear8bitLt(FusedForward, bnb.Linear8bitLt):
         """On bitsandbytes' 8 bits, dequantised by it."""
 
-        stock = bnb.Linear8bitLt
+        peft_class = bnb.Linear8bitLt
 
     FUSED[bnb.Linear8bitLt] = FusedLinear8bitLt
 
@@ -42,6 +42,6 @@ if hasattr(hqq, "HqqLoraLinear"):
     class FusedHqqLoraLinear(FusedForward, hqq.HqqLoraLinear):
         """On a layer that HQQ dequantises."""
 
-        stock = hqq.HqqLoraLinear
+        peft_class = hqq.HqqLoraLinear
 
     FUSED[hqq.HqqLoraLinear] = FusedHqqLoraLinear

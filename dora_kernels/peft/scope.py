@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 from ..ops.base_weights import keep_packing
-from .patch import check_peft, checked_options, fusable_layers, fuse_layers, unfuse_layer
+from .patch import check_peft, checked_options, fuse_layers, survey, unfuse_layer
 
 
 @contextmanager
@@ -38,11 +38,12 @@ def patched_peft(
         @functools.wraps(method)
         def wrapper(tuner, *args, **kwargs):
             result = method(tuner, *args, **kwargs)
-            layers = fusable_layers(tuner.model)
-            for layer in layers.values():
-                patched.setdefault(layer, layer.dora_fusion.options if hasattr(layer, "dora_fusion") else None)
+            found = survey(tuner.model)
+            for layer, unfusable, _ in found.values():
+                if unfusable is None:
+                    patched.setdefault(layer, layer.dora_fusion.options if hasattr(layer, "dora_fusion") else None)
             keep_packing(tuner.model)
-            fuse_layers(layers, options)
+            fuse_layers(found, options)
             return result
 
         return wrapper

@@ -12,7 +12,7 @@ from bench.contestants.layer import contestants
 from bench.counting.traffic import counting
 from bench.measuring.shapes import layer_shapes
 from bench.predict import count
-from dora_kernels.ops.dispatch import choose, overhead_elements
+from dora_kernels.ops.dispatch import Problem, choose, overhead_elements
 from tests.support.buffers import count_launches
 from tests.support.oracle import make_problem, solve
 
@@ -103,7 +103,8 @@ def test_dispatch_chooses_what_is_predicted_to_be_faster():
                 times[space] = sum(predict.seconds(o, predict.ROOFS["h200"]) for o in counter.take())
             N, K = SHAPES[shape][1:3]
             sizes = {"tokens": tokens, "out_features": N, "in_features": K, "rank": rank}
-            plan = choose(**sizes, dtype=BF16, device=torch.device("cpu"), trains=trains, impl="triton")
+            problem = Problem(**sizes, dtype=BF16, device=torch.device("cpu"), trains=trains)
+            plan = choose(problem, impl="triton")
             lost[shape, tokens, rank, trains] = times[plan.space] / min(times.values())
             chosen.add(plan.space)
     assert chosen == {"token", "weight"}

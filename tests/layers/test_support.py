@@ -2,6 +2,7 @@
 
 import sys
 from importlib.util import find_spec
+from unittest.mock import patch
 
 import peft
 import pytest
@@ -12,7 +13,9 @@ from transformers import JambaConfig, WavLMConfig, WavLMModel
 from transformers.models.llama import modeling_llama
 
 import dora_kernels as dk
-from dora_kernels.layers.support import why_read_past
+from dora_kernels.layers.support import why_not, why_not_called
+from dora_kernels.models import apply
+from dora_kernels.peft import eligibility
 from tests.support.tiny_models import llama
 
 needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
@@ -21,7 +24,7 @@ needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="lige
 def test_fused_inference_of_an_encoder_layer():
     """Its fast path reads `linear1.weight`: in eval the adapter would vanish."""
     model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True))
-    with pytest.raises(ValueError, match=r"0.linear1 \(Linear\) is read past its forward by TransformerEncoderLayer"):
+    with pytest.raises(ValueError, match=r"0.linear1 \(Linear\) is not always called: TransformerEncoderLayer"):
         dk.apply_dora(model, dk.DoraConfig(r=2, target_modules=["linear1", "linear2"]))
 
 
@@ -31,17 +34,17 @@ def test_attention_that_takes_weights():
         conv_stride=(5, 2), conv_kernel=(10, 3), num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
     )  # fmt: skip
     model = WavLMModel(config)
-    with pytest.raises(ValueError, match=r"attention.q_proj \(Linear\) is read by wavlm's"):
+    with pytest.raises(ValueError, match=r"attention.q_proj \(Linear\) is not called: wavlm's"):
         dk.apply_dora(model, dk.DoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
     dk.apply_dora(model, dk.DoraConfig(r=2, target_modules=["intermediate_dense"]))
 
 
-def test_only_the_layers_that_are_read_past():
+def test_only_the_layers_that_are_not_called():
     """Jamba reads dt_proj's weight alone."""
     model = nn.Module()
     model.config, model.mixer = JambaConfig(), nn.Module()
-    assert "jamba" in why_read_past(model, "mixer.dt_proj")
-    assert why_read_past(model, "mixer.out_proj") is None and why_read_past(model, "mixer.x_proj") is None
+    assert "jamba" in why_not_called(model, "mixer.dt_proj")
+    assert why_not_called(model, "mixer.out_proj") is None and why_not_called(model, "mixer.x_proj") is None
 
 
 def with_liger_mlp(model):
@@ -88,3 +91,69 @@ def test_a_scaling_that_is_a_tensor_is_left_to_peft():
     assert all("scaling is a tensor" in reason for reason in report.skipped.values())
     ids = torch.arange(6)[None]
     assert model(input_ids=ids).logits.isfinite().all()
+
+
+def _with_hook(linear):
+    linear.register_forward_hook(lambda *_: None)
+
+
+def _with_integers(linear):
+    linear.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+
+
+def _with_forward(linear):
+    linear.forward = lambda x: x
+
+
+def _on_meta(linear):
+    linear.to("meta")
+
+
+# What a layer that is kept below PEFT's and one that is replaced have in common.
+REASONS = {
+    "hook": (_with_hook, "has hooks"),
+    "integers": (_with_integers, "dtype torch.int8, of no quantisation known here"),
+    "forward": (_with_forward, "had its forward replaced"),
+    "meta": (_on_meta, "on the meta device or offloaded: load it first"),
+    "parametrization": (torch.nn.utils.parametrizations.weight_norm, "computes its weight"),
+}
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["replaced", "kept"])
+@pytest.mark.parametrize(("change", "reason"), REASONS.values(), ids=REASONS)
+def test_a_reason_holds_for_our_layers_and_pefts(change, reason, kept):
+    linear = nn.Linear(4, 4).requires_grad_(False)
+    assert why_not(linear, kept=kept) is None
+    change(linear)
+    assert reason in why_not(linear, kept=kept)
+
+
+def test_what_only_a_kept_layer_may_and_may_not():
+    trained, view = nn.Linear(4, 4), nn.Linear(4, 4)
+    assert why_not(trained) is None and "is trained" in why_not(trained, kept=True)
+    # FSDP's view of its flat parameter.
+    view._parameters["weight"] = torch.zeros(4, 4)
+    assert "type Tensor" in why_not(view) and why_not(view, kept=True) is None
+
+
+def test_each_layer_is_asked_once():
+    with patch.object(apply, "why_not", wraps=why_not) as asked:
+        dk.apply_dora(llama(), dk.DoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
+    assert asked.call_count == 4
+    model = peft.get_peft_model(llama(), peft.LoraConfig(use_dora=True, r=2, target_modules=["q_proj", "up_proj"]))
+    with patch.object(eligibility, "why_not", wraps=why_not) as asked:
+        dk.patch_peft(model)
+    assert asked.call_count == 4
+
+
+def test_a_scope_leaves_overwritten_layers_to_peft():
+    """By a stand-in of Liger's MLP, which is known by its module."""
+    model = llama()
+    for layer in model.model.layers:
+        layer.mlp.forward = lambda x, forward=layer.mlp.forward: forward(x)
+        layer.mlp.forward.__module__ = "liger_kernel.stand_in"
+    config = peft.LoraConfig(use_dora=True, r=2, target_modules=["gate_proj", "down_proj"])
+    with dk.patched_peft():
+        model = peft.get_peft_model(model, config)
+        fused = [path.rpartition(".")[2] for path, module in model.named_modules() if hasattr(module, "dora_fusion")]
+    assert fused == ["down_proj"] * 2

@@ -10,8 +10,22 @@ import torch
 from torch import nn
 
 import dora_kernels as dk
-from dora_kernels.ops.base_weights import LibraryWeight, Nf4Weight, is_quantized, keep_packing, weight_of
-from tests.support.nf4 import linear_4bit
+from dora_kernels.ops import reference
+from dora_kernels.ops.base_weights import (
+    FORMATS,
+    LibraryWeight,
+    Nf4Weight,
+    dense,
+    is_packed,
+    is_quantized,
+    keep_packing,
+    needs_its_layer,
+    note_of,
+    readable,
+    stored_rounding,
+    weight_of,
+)
+from tests.support.nf4 import decoded, linear_4bit
 from tests.support.oracle import relative_error
 from tests.tolerances import ORACLE_FP32
 
@@ -94,6 +108,47 @@ def test_nothing_dense_is_kept_for_the_backward(name):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         layer(torch.randn(5, 64, requires_grad=True))
     assert torch.Size((48, 64)) not in kept and torch.Size((4, 64)) in kept
+
+
+def test_each_format_recognises_its_own_layers_alone():
+    torch.manual_seed(0)
+    layers = {name: make(torch.randn(48, 64)) for name, make in LIBRARIES.items() if name != "bitsandbytes (fp4)"}
+    layers["nf4"] = linear_4bit(torch.randn(48, 64))
+    found = {name: [each for each in FORMATS if each.recognises(layer)] for name, layer in layers.items()}
+    assert [len(formats) for formats in found.values()] == [1] * len(FORMATS)
+    assert {formats[0] for formats in found.values()} == set(FORMATS)
+    assert {name for name, layer in layers.items() if needs_its_layer(layer)} == {"bitsandbytes (int8)", "HQQ"}
+    assert not any(each.recognises(nn.Linear(8, 4)) for each in FORMATS)
+
+
+@pytest.mark.parametrize("parity", [False, True], ids=["default", "parity"])
+def test_what_nf4_answers(parity):
+    torch.manual_seed(0)
+    linear = linear_4bit(torch.randn(48, 64).bfloat16())
+    weight = weight_of(linear, nf4_parity=parity)
+    expected = decoded(linear.weight).float()
+    expected = expected.bfloat16().float() if parity else expected
+    assert readable(weight) is weight and is_packed(weight)
+    assert torch.equal(dense(weight, torch.float32, reference), expected)
+    assert stored_rounding(weight, "dithered") == ("dithered" if parity else "nearest")
+    assert ("rounded first as PEFT does" in note_of(weight)) == parity
+
+
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_what_a_librarys_weight_answers(name):
+    torch.manual_seed(0)
+    layer = LIBRARIES[name](torch.randn(48, 64))
+    weight = weight_of(layer)
+    assert not is_packed(weight) and stored_rounding(weight, "dithered") == "dithered" and name in note_of(weight)
+    assert torch.equal(readable(weight), weight.dequantize())
+    assert torch.equal(dense(weight, torch.bfloat16, reference), weight.dequantize().to(torch.bfloat16))
+
+
+def test_what_a_matrix_answers():
+    weight = torch.randn(4, 8)
+    assert readable(weight) is weight and dense(weight, torch.float32, None) is weight
+    assert torch.equal(dense(weight, torch.bfloat16, None), weight.bfloat16())
+    assert stored_rounding(weight, "dithered") == "dithered" and note_of(weight) is None and not is_packed(weight)
 
 
 def test_a_matrix_is_itself():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import dora_kernels as dk
+from dora_kernels.models.modules import dora_layers
 from dora_kernels.peft import patch_peft, patched_peft, unpatch_peft
 from tests.support.peft_models import assert_close, count_fused, dora_config, infer, step, trained, twins
 from tests.support.tiny_models import llama, logits
@@ -94,7 +95,7 @@ def test_an_unpatched_model_that_was_extended_inside_is_given_back():
 def test_what_transformers_loads_is_fused(compat, tmp_path):
     ours = dk.apply_dora(llama(), dk.DoraConfig(r=4, lora_alpha=8))
     with torch.no_grad():
-        for layer in dk.patch.dora_layers(ours).values():
+        for layer in dora_layers(ours).values():
             layer.lora_B.normal_(std=0.1)
             layer.magnitude.mul_(1.2)
     dk.save_adapter(ours, tmp_path, compat=compat)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dora_kernels as dk
+from dora_kernels.models.modules import dora_layers
 from dora_kernels.peft import patch_peft
 from tests.support.peft_models import assert_close, count_fused, infer, peft_model, trained, twins
 from tests.support.tiny_models import llama, logits
@@ -80,7 +81,7 @@ def test_transformers_from_pretrained_on_an_adapter_folder(tmp_path):
     base.save_pretrained(tmp_path / "base")
     model = dk.apply_dora(llama(), dk.DoraConfig(r=4, lora_alpha=8))
     with torch.no_grad():
-        for layer in dk.patch.dora_layers(model).values():
+        for layer in dora_layers(model).values():
             layer.lora_B.normal_(std=0.1)
             layer.magnitude.mul_(1.2)
     errors = {}

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import dora_kernels as dk
+from dora_kernels.ops import dispatch
 from dora_kernels.peft import patch_peft, patched_peft, unpatch_peft
 from tests.support.peft_models import count_fused, dora_config, infer, peft_model, step
 from tests.support.tiny_models import llama
@@ -39,8 +39,8 @@ LEFT = {
     "embedding": "an embedding",
     "convolution": "a convolution",
     "hooked": "has hooks",
-    "replaced": "its forward was replaced",
-    "scaled": "its base layer is a Scaled",
+    "replaced": "had its forward replaced",
+    "scaled": "its base layer (Scaled) has a forward of its own",
     "special": "computes its weight",
 }
 
@@ -106,10 +106,10 @@ def _moved(layer):
 
 
 STATES = {
-    "trained_base": (_trained_base, "its base weight is trained"),
-    "meta": (_meta, "on the meta device or offloaded: load it"),
-    "quantised": (_quantised, "sharded, or of an unknown format"),
-    "sharded": (_sharded, "a sharded weight must be gathered"),
+    "trained_base": (_trained_base, "its base layer (Linear) has a weight that is trained"),
+    "meta": (_meta, "its weight on the meta device or offloaded: load it"),
+    "quantised": (_quantised, "dtype torch.uint8, of no quantisation known here"),
+    "sharded": (_sharded, "shape [0]: gather a sharded weight first"),
     "hooked_adapter": (_hooked, "has hooks"),
     "wrapped_layer": (_replaced, "its own forward was replaced"),
     "odd_dropout": (_dropout, "a dropout of its own"),
@@ -194,7 +194,7 @@ def test_options_are_checked_before_anything_changes(option):
 
 def test_a_forced_implementation_that_is_absent_is_refused_before_anything_changes():
     model = peft_model()
-    absent = patch.object(dk.dispatch, "_why_no_triton", lambda device: "there is none")
+    absent = patch.object(dispatch, "_why_no_triton", lambda device: "there is none")
     with absent, pytest.raises(ValueError, match="not available: there is none"):
         patch_peft(model, impl="triton")
     assert not any(type(m).__name__ == "FusedLinear" for m in model.modules())

@@ -68,7 +68,7 @@ class LiveBytes(TorchDispatchMode):
 
         with (
             patch.object(InterpretedFunction, "run", lambda self, *args, **kwargs: None),
-            patch("dora_kernels.ops.dora_linear.mm_fp32", mm_fp32),
+            patch("dora_kernels.ops.forms.mm_fp32", mm_fp32),
         ):
             yield
 

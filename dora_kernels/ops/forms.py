@@ -1,0 +1,222 @@
+"""The two forms of the operation, each as a forward and a backward. `dora_linear` has the equations and the symbols."""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .base_weights import Weight, dense, readable
+from .chunked import mm_fp32
+from .types import NormScale, Rounding
+
+
+class Call(NamedTuple):
+    """The constants of one call: what `dispatch` chose and the caller asked for."""
+
+    space: str
+    impl: str
+    scaling: float
+    rounding: Rounding
+    dropout: str | None  # the mode, where dropout is active
+    trains: bool
+
+
+class Inputs(NamedTuple):
+    """The tensors of one call, its tokens flattened."""
+
+    x: torch.Tensor  # [M, K]
+    x_dropped: torch.Tensor | None  # [M, K], where dropout is active
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    magnitude: torch.Tensor
+    bias: torch.Tensor | None
+    weight: Weight
+    frozen_scale: tuple[torch.Tensor, torch.Tensor] | None  # n and g, where they are given
+
+
+class Gradients(NamedTuple):
+    """One entry for each differentiable input: its gradient, the dtype that is asked for, or whether one is."""
+
+    x: torch.Tensor | torch.dtype | bool | None
+    x_dropped: torch.Tensor | torch.dtype | bool | None
+    lora_A: torch.Tensor | torch.dtype | bool | None
+    lora_B: torch.Tensor | torch.dtype | bool | None
+    magnitude: torch.Tensor | torch.dtype | bool | None
+    bias: torch.Tensor | torch.dtype | bool | None
+
+
+NO_GRADIENTS = Gradients(*(False,) * 6)
+
+
+class Saved(NamedTuple):
+    """What the backward reads.
+
+    dm comes from `base_out` or from `output`: at most one tensor of the output's size is kept.
+    """
+
+    lora_x: torch.Tensor | None  # [M, K], what A multiplied
+    h: torch.Tensor | None  # [M, R]
+    base_out: torch.Tensor | None  # [M, N] z, plus `base_bias` where there is one
+    output: torch.Tensor | None  # [M, N] y without its bias
+    base_bias: torch.Tensor | None  # [N]
+    lora_A: torch.Tensor  # in token space in x's dtype
+    lora_B: torch.Tensor
+    weight_norm: torch.Tensor
+    mag_norm_scale: torch.Tensor
+    weight: Weight
+
+    @property
+    def norm_scale(self) -> NormScale:
+        return NormScale(self.weight_norm, self.mag_norm_scale)
+
+    def for_backward(self, needs: Gradients) -> "Saved":
+        """Without what no gradient needs."""
+        return self._replace(
+            lora_x=self.lora_x if needs.lora_A else None,
+            h=self.h if needs.lora_B or needs.magnitude else None,
+            base_out=self.base_out if needs.magnitude else None,
+            output=self.output if needs.magnitude else None,
+            base_bias=self.base_bias if needs.magnitude else None,
+        )
+
+
+def token_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients) -> tuple[torch.Tensor, Saved]:
+    """z = x Wᵀ [M, N], h = x Aᵀ [M, R], then y = g ⊙ (z + s h Bᵀ) + b in one pass.
+
+    With PEFT's dropout y = x Wᵀ + b + (g − 1) ⊙ x_dropped Wᵀ + g ⊙ s h Bᵀ, of two base GEMMs.
+    """
+    x, x_dropped, _, lora_B, _, bias, weight, _ = inputs
+    weight = readable(weight)
+    norm_scale, A_cast = _norm_and_cast(ops, call, inputs, weight)
+    lora_x = x if x_dropped is None else x_dropped
+    h = lora_x @ A_cast.T
+    base_weight = dense(weight, x.dtype, ops)
+    # A GEMM may start its sums from the bias: only with the base layer's own product a fresh adapter equals that layer
+    # to the last bit. In 16 bits what dm needs would not survive taking the bias off again.
+    gemm_bias = bias.to(x.dtype) if bias is not None and x.element_size() >= 4 else None
+    base_out, undropped, base_bias = F.linear(x, base_weight, gemm_bias), None, gemm_bias
+    if call.dropout == "peft":
+        base_out, undropped, base_bias = x_dropped @ base_weight.T, base_out, None
+    # dm can be read off y only without a bias, above fp16 and without PEFT's dropout; otherwise z is kept.
+    keeps_base = needs.magnitude and (bias is not None or undropped is not None or x.dtype == torch.float16)
+    y = ops.rescale_fwd(
+        base_out, h, lora_B, norm_scale.scale, bias if gemm_bias is None else None, call.scaling,
+        base_bias=base_bias, undropped=undropped, in_place=not keeps_base, rounding=call.rounding,
+    )  # fmt: skip
+    base_out, output = (base_out, None) if keeps_base else (None, y)
+    return y, Saved(lora_x, h, base_out, output, base_bias, A_cast, lora_B, *norm_scale, inputs.weight)
+
+
+def token_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Saved, asked: Gradients) -> Gradients:
+    """dZ = dy ⊙ g [M, N] beside dm, dB and db in one pass; dh = dy (s g ⊙ B) [M, R]; dx = dh A + dZ W [M, K].
+
+    Under dropout dh A is the gradient of x_dropped alone. With PEFT's dZ = dy ⊙ (g − 1), x_dropped gets dZ W too, and
+    dx = dy W.
+    """
+    peft_dropout = call.dropout == "peft"
+    # s g ⊙ B is small and rounded once; in fp16 it may underflow while B is young, so there g comes in through dZ.
+    through_base = not peft_dropout and grad_y.dtype == torch.float16
+    needs_input = asked.x is not None or asked.x_dropped is not None
+    needs_base = asked.x_dropped is not None if peft_dropout else asked.x is not None or through_base
+    grad_magnitude, grad_B, grad_bias, grad_base = _rescale_bwd(
+        ops, call, grad_y, saved, asked, needs_base=needs_base, scale_shift=1.0 if peft_dropout else 0.0
+    )
+    grad_x = grad_dropped = grad_A = None
+    if asked.lora_A is not None or needs_input:
+        grad_h = (grad_base if through_base else grad_y) @ _scaled_B(ops, call, grad_y, saved, with_g=not through_base)
+    if asked.lora_A is not None:
+        grad_A = _grad_A(grad_h, saved.lora_x, asked.lora_A)
+    if needs_input:
+        grad_x, grad_dropped = _input_gradients(ops, call, grad_y, grad_base, grad_h, saved, asked)
+    return Gradients(grad_x, grad_dropped, grad_A, grad_B, grad_magnitude, grad_bias)
+
+
+def weight_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients) -> tuple[torch.Tensor, Saved]:
+    """W' = g ⊙ (W + s B A) [N, K], then y = x W'ᵀ + b; h = x Aᵀ [M, R] for dB alone."""
+    x, _, lora_A, lora_B, magnitude, bias, weight, frozen_scale = inputs
+    given = None if frozen_scale is None else NormScale(*frozen_scale)
+    A_dtype = x.dtype if needs.lora_B and lora_A.dtype != x.dtype else None
+    merged, norm_scale, A_cast = ops.merge(
+        readable(weight), lora_A, lora_B, magnitude, call.scaling,
+        dtype=x.dtype, rounding=call.rounding, norm_scale=given, A_dtype=A_dtype,
+    )  # fmt: skip
+    h = x @ (lora_A if A_cast is None else A_cast).T if needs.lora_B else None
+    bias = None if bias is None else bias.to(x.dtype)
+    if needs.magnitude and bias is not None:
+        output = x @ merged.T
+        y = output + bias
+    else:
+        output = y = F.linear(x, merged, bias)
+    return y, Saved(x, h, None, output, None, lora_A, lora_B, *norm_scale, weight)
+
+
+def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Saved, asked: Gradients) -> Gradients:
+    """dm, dB and db in one pass; dh = dy (s g ⊙ B) [M, R] for dA alone; dx = dy W' [M, K].
+
+    W' is merged again with the saved n and g: nothing of its size was kept.
+    """
+    grad_magnitude, grad_B, grad_bias, _ = _rescale_bwd(ops, call, grad_y, saved, asked)
+    grad_x = grad_A = None
+    if asked.lora_A is not None:
+        grad_h = grad_y @ _scaled_B(ops, call, grad_y, saved)
+        grad_A = _grad_A(grad_h, saved.lora_x, asked.lora_A)
+    if asked.x is not None:
+        merged, _, _ = ops.merge(
+            readable(saved.weight), saved.lora_A, saved.lora_B, None, call.scaling, dtype=grad_y.dtype,
+            rounding=call.rounding, norm_scale=saved.norm_scale,
+        )  # fmt: skip
+        grad_x = grad_y @ merged
+    return Gradients(grad_x, None, grad_A, grad_B, grad_magnitude, grad_bias)
+
+
+def _norm_and_cast(ops, call, inputs, weight):
+    """n and g, and A in x's dtype, which the norm's pass over A writes beside."""
+    x, _, lora_A, lora_B, magnitude, _, _, frozen_scale = inputs
+    A_dtype = None if lora_A.dtype == x.dtype else x.dtype
+    if frozen_scale is None:
+        norm_scale, A_cast = ops.weight_norm(
+            weight, lora_A, lora_B, magnitude, call.scaling, A_dtype=A_dtype, rounding=call.rounding
+        )
+    else:
+        norm_scale = NormScale(*frozen_scale)
+        A_cast = None if A_dtype is None else ops.scaled_cast(lora_A, A_dtype, rounding=call.rounding)
+    return norm_scale, lora_A if A_cast is None else A_cast
+
+
+def _input_gradients(ops, call, grad_y, grad_base, grad_h, saved, asked):
+    """The gradients of x and, under dropout, of x_dropped, in token space."""
+    # The small product comes first: its rounding is small beside the sum's.
+    lora_grad, base_weight = grad_h @ saved.lora_A, dense(saved.weight, grad_y.dtype, ops)
+    if call.dropout is None:
+        return lora_grad.addmm_(grad_base, base_weight), None
+    grad_x = grad_dropped = None
+    if asked.x is not None:
+        grad_x = (grad_y if call.dropout == "peft" else grad_base) @ base_weight
+    if asked.x_dropped is not None:
+        grad_dropped = lora_grad.addmm_(grad_base, base_weight) if call.dropout == "peft" else lora_grad
+    return grad_x, grad_dropped
+
+
+def _rescale_bwd(ops, call, grad_y, saved, asked, needs_base=False, scale_shift=0.0):
+    """dm, dB, db and dZ of one pass over dy, None where one is not asked for."""
+    from_base = saved.base_out is not None
+    return ops.rescale_bwd(
+        grad_y, saved.base_out if from_base else saved.output, saved.h, saved.lora_B,
+        saved.norm_scale, call.scaling,
+        saved_is="base" if from_base else "output",
+        base_bias=saved.base_bias,
+        magnitude_dtype=asked.magnitude, B_dtype=asked.lora_B, bias_dtype=asked.bias,
+        needs_base=needs_base, scale_shift=scale_shift, rounding=call.rounding,
+    )  # fmt: skip
+
+
+def _scaled_B(ops, call, grad_y, saved, with_g=True):
+    """s g ⊙ B [N, R], or s B, in dy's dtype."""
+    scale = saved.mag_norm_scale if with_g else None
+    return ops.scaled_cast(saved.lora_B, grad_y.dtype, scale=scale, scaling=call.scaling, rounding=call.rounding)
+
+
+def _grad_A(grad_h, lora_x, dtype):
+    """dA = dhᵀ x [R, K], summed in fp32 for fp32 adapters."""
+    return grad_h.T @ lora_x if dtype == lora_x.dtype else mm_fp32(grad_h.T, lora_x).to(dtype)
