@@ -269,3 +269,16 @@ def test_the_backward_merges_to_the_bits_of_the_forward(rounding, impl):
     solution = solve(p, space="weight", impl=impl, rounding=rounding, salt=salt)
     assert torch.equal(solution["y"], p.x @ merged.T)
     assert torch.equal(solution["dx"], p.grad_y @ merged)
+
+
+@IMPLS
+def test_an_overflow_in_fp16_reaches_the_gradients(impl):
+    """A loss scale too large gives infinity, on which a GradScaler skips the step, and no large number in its place."""
+    p = problem(torch.float16, bias=False)
+    p.weight.mul_(1e-3)  # so small that no sum overflows by itself
+    p.lora_B.zero_()
+    p.magnitude = 4 * p.weight.float().norm(dim=1)
+    tensors = tensors_of(p)
+    y = forward(p, tensors, impl=impl)  # g is 4, and dZ = dy ⊙ g beyond 65,504
+    y.backward(torch.full_like(y, 3e4))
+    assert not tensors["x"].grad.isfinite().all()

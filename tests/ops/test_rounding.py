@@ -50,6 +50,7 @@ SPECIAL = [
     -3.4e38,
     65504.0,
     65519.0,
+    -65520.0,
     7e4,
     -1e5,
     6e-8,
@@ -96,8 +97,6 @@ def test_kernel_equals_its_twin(dtype, rounding, device):
 @pytest.mark.parametrize("dtype", HALF_TYPES, ids=str)
 def test_special_and_representable_values_do_not_move(dtype):
     values = _values(64, 64)
-    # fp16's dithered rounding clamps at the largest number instead of overflowing.
-    values = torch.where(values.isfinite(), values.clamp(-65504, 65504) if dtype == torch.float16 else values, values)
     representable = values.to(dtype).float()
     rounded = round_to(representable, dtype, Rounding("dithered", 5)).float()
     assert torch.equal(rounded.nan_to_num(1.25e4), representable.nan_to_num(1.25e4))
@@ -105,9 +104,16 @@ def test_special_and_representable_values_do_not_move(dtype):
     assert rounded.isnan().sum() == values.isnan().sum() == 2
 
 
-def test_fp16_clamps_and_bf16_overflows_to_infinity():
-    values = torch.full((64, 64), 7e4)
-    assert round_to(values, torch.float16, Rounding("dithered", 0)).eq(65504).all()
+def test_fp16_overflows_where_nearest_does():
+    """A GradScaler skips the step on infinity: the largest number in its place would pass for a gradient."""
+    values = torch.tensor([65504.0, 65505.0, 65519.99, 65520.0, 7e4, 3e38, float("inf"), float("nan")]).repeat(64, 8)
+    for signed in (values, -values):
+        rounded = round_to(signed, torch.float16, Rounding("dithered", 3))
+        nearest = round_to(signed, torch.float16, Rounding("nearest", 3))
+        assert torch.equal(rounded.nan_to_num(nan=1.0, posinf=2.0, neginf=3.0), nearest.nan_to_num(1.0, 2.0, 3.0))
+
+
+def test_bf16_overflows_to_infinity():
     largest = torch.full((64, 64), torch.finfo(torch.float32).max)
     assert round_to(largest, torch.bfloat16, Rounding("dithered", 0)).isinf().any()
 

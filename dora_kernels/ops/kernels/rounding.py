@@ -27,6 +27,8 @@ def round_to(x, rows, columns, salt, DTYPE: tl.constexpr, DITHERED: tl.constexpr
         bits = x.to(tl.uint32, bitcast=True)
         if DTYPE == tl.bfloat16:
             dithered = ((bits + (noise & 0xFFFF)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+            # Infinities and NaN as they are: a NaN's pattern plus a hash may wrap to zero.
+            moves = (bits & 0x7F800000) != 0x7F800000
         else:
             # fp16's subnormals are normal fp32 numbers: the step is fp16's ulp, or 2⁻²⁴ where that is larger.
             step = (bits & 0x7F800000).to(tl.float32, bitcast=True) * 0.0009765625
@@ -36,6 +38,7 @@ def round_to(x, rows, columns, salt, DTYPE: tl.constexpr, DITHERED: tl.constexpr
             steps = tl.floor(tl.abs(x) * reciprocal + (noise & 0x1FFF).to(tl.float32) * 0.0001220703125)
             magnitude = tl.minimum(steps * step, 65504.0).to(tl.uint32, bitcast=True)
             dithered = (magnitude | (bits & 0x80000000)).to(tl.float32, bitcast=True)
-        # Infinities and NaN as they are: a NaN's pattern plus a hash may wrap to zero.
-        x = tl.where((bits & 0x7F800000) == 0x7F800000, x, dithered)
+            # What nearest rounds to infinity becomes it: a GradScaler must see the overflow. NaN compares false.
+            moves = tl.abs(x) < 65520.0
+        x = tl.where(moves, dithered, x)
     return x.to(DTYPE)

@@ -28,7 +28,7 @@ def round_to(x: torch.Tensor, dtype: torch.dtype, rounding: Rounding, first_row:
     """`x` [rows, columns] as `dtype`; `first_row` is the index of its first row in the whole tensor.
 
     Only fp32 to bf16 or fp16 can be dithered; any other cast is exact or to nearest. Representable values, zeros,
-    infinities and NaN are never moved.
+    infinities and NaN are never moved. In fp16 a value becomes infinity exactly where nearest makes it one.
     """
     if rounding.mode == "nearest" or x.dtype != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
         return x.to(dtype)
@@ -37,6 +37,8 @@ def round_to(x: torch.Tensor, dtype: torch.dtype, rounding: Rounding, first_row:
     if dtype == torch.bfloat16:
         bits = x.view(torch.int32) + (noise & 0xFFFF).to(torch.int32)
         dithered = (bits & ~0xFFFF).view(torch.float32)
+        # The largest NaN pattern plus a hash would wrap to zero, and an infinity would become NaN.
+        moves = torch.isfinite(x)
     else:
         # fp16 has subnormals inside fp32's normal range: the step is its ulp, or 2⁻²⁴ where that is larger.
         binade = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
@@ -44,5 +46,6 @@ def round_to(x: torch.Tensor, dtype: torch.dtype, rounding: Rounding, first_row:
         # 13 random bits, as many as an fp32 mantissa has beyond fp16's: the sum below is exact.
         steps = torch.floor(x.abs() / step + (noise & 0x1FFF).to(torch.float32) * 2.0**-13)
         dithered = torch.copysign((steps * step).clamp_max(65504.0), x)
-    # The largest NaN pattern plus a hash would wrap to zero, and an infinity would become NaN.
-    return torch.where(torch.isfinite(x), dithered, x).to(dtype)
+        # From here on nearest gives infinity: a GradScaler must see the overflow. NaN compares false.
+        moves = x.abs() < 65520.0
+    return torch.where(moves, dithered, x).to(dtype)
