@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+from safetensors import safe_open
 from torch import nn
 
 from ..config import DoraConfig
@@ -11,6 +12,8 @@ from ..models.modules import dora_layers
 from ..models.targets import is_all_linear
 
 CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
 
 HONOURED = (
     "r",
@@ -43,6 +46,12 @@ IRRELEVANT = (
     "use_dora",
 )
 # The other initialisations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the base weights, before the adapter.
+# By task, the heads that PEFT trains in full although the config may not name them.
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -106,6 +115,7 @@ def read_config(directory: Path) -> DoraConfig:
             f"{path}: init_lora_weights={init!r} changed the base weights before training; convert the adapter with "
             "PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
+    fields = _completed(fields, directory)
     known = (*HONOURED, *IRRELEVANT, "bias", "init_lora_weights")
     # Fields of any PEFT version, later ones included, are off when null, false or empty.
     unsupported = {name: value for name, value in fields.items() if name not in known and value}
@@ -119,6 +129,43 @@ def read_config(directory: Path) -> DoraConfig:
         return DoraConfig.from_dict({name: fields[name] for name in HONOURED if fields.get(name) is not None})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _completed(fields: dict, directory: Path) -> dict:
+    """The fields with what only the file of weights says: the layers that `layers_to_transform` left, and heads."""
+    heads = HEADS.get(fields.get("task_type"), ())
+    if fields.get("layers_to_transform") is None and not heads:
+        return fields
+    keys = _stored_keys(directory)
+    completed = dict(fields)
+    if fields.get("layers_to_transform") is not None:
+        layers = sorted(key.partition(".lora_A.")[0].removeprefix(PREFIX) for key in keys if ".lora_A." in key)
+        _check_numbers(fields["layers_to_transform"], layers, directory)
+        completed |= {"target_modules": layers, "layers_to_transform": None, "layers_pattern": None}
+    stored = [head for head in heads if any(f".{head}." in key for key in keys)]
+    if stored:
+        completed["modules_to_save"] = list(dict.fromkeys([*(fields.get("modules_to_save") or ()), *stored]))
+    return completed
+
+
+def _check_numbers(numbers: int | list[int], layers: list[str], directory: Path) -> None:
+    """Raises ValueError for a stored layer that has none of the numbers of `layers_to_transform` in its path."""
+    wanted = {str(number) for number in (numbers if isinstance(numbers, list) else [numbers])}
+    for layer in layers:
+        if not wanted & set(layer.split(".")):
+            raise ValueError(
+                f"{directory / CONFIG_NAME}: layers_to_transform={numbers!r} leaves out {layer}, which "
+                f"{WEIGHTS_NAME} holds: the two files do not belong together"
+            )
+
+
+def _stored_keys(directory: Path) -> list[str]:
+    path = directory / WEIGHTS_NAME
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except Exception as error:  # The reader raises whatever the damage leads to.
+        raise ValueError(f"{path} is missing, truncated or corrupt: {error}") from error
 
 
 def without_absent_modules(config: DoraConfig, names: list[str]) -> DoraConfig:
@@ -137,6 +184,9 @@ def _task_type(model: nn.Module) -> str | None:
     """PEFT's task type where it changes nothing but the wrapper's class; its classification types would also train the
     classifier in full."""
     name, config = type(model).__name__, getattr(model, "config", None)
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        # The wrappers of these types pass `input_ids` on: a speech model would get it beside its features.
+        return None
     if getattr(config, "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM" if name.endswith("ForConditionalGeneration") else None
     return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None

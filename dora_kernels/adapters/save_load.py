@@ -13,16 +13,24 @@ from transformers.pytorch_utils import Conv1D
 from ..config import DoraConfig
 from ..layers.linear import DoraLinear
 from ..models.apply import apply_dora, check_targets
+from ..models.lost_state import warn_of_statistics
 from ..models.merge import check_finite
 from ..models.modules import check_model, check_not_sharded, dora_layers
 from ..models.targets import find_saved, rank_and_alpha
 from ..ops.base_weights import weight_of
 from .atomic import move_files
+from .base_tensors import check_base, copy_base, resized_embeddings, split_base
 from .integrity import check_digests, digests, save_with_header
-from .peft_config import CONFIG_NAME, adapter_fields, read_config, without_absent_modules, write_config
+from .peft_config import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    adapter_fields,
+    read_config,
+    without_absent_modules,
+    write_config,
+)
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 MAGNITUDE = "lora_magnitude_vector"
 
 
@@ -31,7 +39,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
 
     Atomic: after a crash each file is the old or the new one. A save that fails leaves the adapter that was there. A
     crash between the two files leaves the old weights beside the new config; loading refuses them if the configs
-    differ.
+    differ. Where the vocabulary was resized the embeddings are stored too, as PEFT stores them.
 
     Args:
         compat: "peft" writes the magnitude's key as PEFT does; transformers' own `load_adapter` silently drops it.
@@ -52,7 +60,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
     # The frozen base may well be sharded: its weights are not written.
     check_not_sharded(_adapter_tensors(model).items())
     check_finite(dora_layers(model))
-    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in _adapter_tensors(model).items()}
+    warn_of_statistics(model, find_saved(model, model.dora_config))
+    parameters = _adapter_tensors(model) | resized_embeddings(model)
+    tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in parameters.items()}
     spelled = {PREFIX + stored_key(key, compat): tensor for key, tensor in tensors.items()}
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
@@ -77,7 +87,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
 
     A plain model gets its DoRA layers from the file's config. A model that has them (`apply_dora` with the `impl`,
     `space` or `dropout_mode` of your choice) must match the file and keeps its own settings. What is stored
-    is copied into the layers' fp32 parameters on their own device. Everything is read and checked first.
+    is copied into the layers' fp32 parameters on their own device. What PEFT stored of the base model beside the
+    adapter (resized embeddings, the base layer of an adapted head) goes into the base. Everything is read and checked
+    first.
 
     Raises:
         FileNotFoundError: no such directory, or a file is missing from it.
@@ -98,7 +110,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
     else:
         fitting = without_absent_modules(config, [name for name, _ in model.named_modules() if name])
         expected = _planned(model, fitting)
-    _check_tensors(directory / WEIGHTS_NAME, tensors, expected)
+    adapter, base = split_base(model, tensors, expected)
+    _check_tensors(directory / WEIGHTS_NAME, adapter, expected)
+    check_base(directory / WEIGHTS_NAME, model, base)
     check_digests(directory / WEIGHTS_NAME, header, tensors, config)
     if patched:
         _check_scaling(dora_layers(model), config)
@@ -106,7 +120,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
         apply_dora(model, fitting)
     with torch.no_grad():
         for key, parameter in _adapter_tensors(model).items():
-            parameter.copy_(tensors[key])
+            parameter.copy_(adapter[key])
+    copy_base(model, base)
     return model
 
 

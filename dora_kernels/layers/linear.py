@@ -1,6 +1,7 @@
 """`DoraLinear`: a linear layer with a frozen base weight and a trained DoRA adapter."""
 
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -139,6 +140,25 @@ class DoraLinear(Freezable):
                 base, self.lora_A, self.lora_B, self.magnitude, self.scaling,
                 dtype=dtype or base.dtype, rounding=Rounding(self.rounding, self.salt),
             )[0]  # fmt: skip
+
+    def train(self, mode: bool = True) -> "DoraLinear":
+        if mode:
+            self._warn_of_16_bits()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs) -> "DoraLinear":
+        super()._apply(*args, **kwargs)
+        if self.training:
+            self._warn_of_16_bits()
+        return self
+
+    def _warn_of_16_bits(self) -> None:
+        if self.magnitude.requires_grad and self.magnitude.element_size() < 4:
+            warnings.warn(
+                "trained magnitudes are stored in 16 bits: their small updates round to none, and they stay where they "
+                "are; keep the adapter in fp32 by casting the base before apply_dora, not the model after it",
+                stacklevel=3,
+            )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear | Conv1D, *, r: int, lora_alpha: float, **options) -> "DoraLinear":

@@ -17,6 +17,7 @@ from ..config import DoraConfig
 from ..layers.linear import DoraLinear
 from ..layers.support import why_not, why_not_called, why_overwritten
 from ..ops.base_weights import keep_packing
+from .lost_state import batches_seen, warn_when_saved
 from .modules import check_model, check_not_sharded, dora_layers, listed, replace_module
 from .targets import find_saved, find_targets, rank_and_alpha
 
@@ -30,7 +31,8 @@ def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
 
     The adapters are fp32 and start as an exact no-op. `modules_to_save` become trainable as they are, in their own
     dtype as in PEFT (load them in fp32 to train them well); one that shares a weight with another module trains its own
-    copy of it. The config is remembered as `model.dora_config`.
+    copy of it. The config is remembered as `model.dora_config`. `model.save_pretrained` warns from then on: what it
+    writes loads as the base model.
 
     Raises:
         TypeError: not a module, or not a `DoraConfig`.
@@ -57,6 +59,9 @@ def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
     model.dora_config = config
+    if batches := batches_seen(model):
+        model.dora_batches = batches
+    warn_when_saved(model)
     return model
 
 

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..layers.linear import DoraLinear
 from ..ops.chunked import row_chunks
+from .lost_state import save_silently, warn_when_saved
 from .merge_quantized import check_base, dense_dtype, dense_linear, quantized_layers, remove_marks, restore_marks
 from .modules import check_model, check_not_sharded, dora_layers, replace_module
 from .tied_weights import broken_ties, check_can_untie, retie, untie
@@ -97,6 +98,7 @@ def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = Fals
         unmerged["ties"] = untie(model)
     if hasattr(model, "dora_config"):
         del model.dora_config
+    save_silently(model)
     return model
 
 
@@ -118,6 +120,7 @@ def unmerge_dora(model: nn.Module) -> nn.Module:
     if unmerged["ties"] is not None:
         retie(model, **unmerged["ties"])
     model.dora_config = unmerged["config"]
+    warn_when_saved(model)
     del model.dora_unmerged
     return model
 

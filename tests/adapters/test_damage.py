@@ -108,7 +108,7 @@ DAMAGE = {
     "bias all": (edit_config(bias="all"), ValueError, "bias='all' is not supported"),
     "bias lora_only": (edit_config(bias="lora_only"), ValueError, "bias='lora_only' is not supported"),
     "pissa": (edit_config(init_lora_weights="pissa_niter_4"), ValueError, "pissa_niter_4' changed the base weights"),
-    "layers_to_transform": (edit_config(layers_to_transform=[0]), ValueError, r"layers_to_transform=\[0\]"),
+    "layers_to_transform": (edit_config(layers_to_transform=[0]), ValueError, r"layers_to_transform=\[0\] leaves out"),
     "trainable tokens": (edit_config(trainable_token_indices=[1]), ValueError, "trainable_token_indices"),
     "target_parameters": (edit_config(target_parameters=["w"]), ValueError, "target_parameters"),
     "layer_replication": (edit_config(layer_replication=[[0, 1]]), ValueError, "layer_replication"),
@@ -151,10 +151,15 @@ DAMAGE = {
         ValueError,
         "lora_magnitude_vector twice",
     ),
-    "base embeddings too": (
-        edit_tensors(lambda t: t | {"base_model.model.model.embed_tokens.weight": torch.zeros(61, 32)}),
+    "embeddings of another vocabulary": (
+        edit_tensors(lambda t: t | {"base_model.model.model.embed_tokens.weight": torch.zeros(62, 32)}),
         ValueError,
-        "unexpected keys: model.embed_tokens.weight",
+        r"resize_token_embeddings\(62\) first",
+    ),
+    "a parameter of the base that is not there": (
+        edit_tensors(lambda t: t | {"base_model.model.model.norm.base_layer.bias": torch.zeros(32)}),
+        ValueError,
+        "norm.bias of the base model, and this model has no such",
     ),
     "another model class": (rename("model.model.model.", "model.model."), ValueError, "the model class"),
     "no prefix": (rename("base_model.model.", ""), ValueError, "expected keys that start with 'base_model.model.'"),
