@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..ops import dispatch
+from .support import fused_experts
 
 
 class Explanation(NamedTuple):
@@ -22,10 +23,16 @@ class Explanation(NamedTuple):
 
 
 class Explanations(tuple):
-    """The layers' explanations in order; `str()` is one line each."""
+    """The layers' explanations in order; `str()` is one line each, and one for each stack of experts.
+
+    `experts` holds by path how many parameters of fused experts stay frozen.
+    """
+
+    experts: dict[str, int] = {}  # noqa: RUF012 (replaced, never changed)
 
     def __str__(self) -> str:
-        return "\n".join(str(explanation) for explanation in self)
+        frozen = (f"{path}: {size} parameters of fused experts stay frozen" for path, size in self.experts.items())
+        return "\n".join([*(str(explanation) for explanation in self), *frozen])
 
 
 def explain(model: nn.Module, tokens: int) -> Explanations:
@@ -41,7 +48,9 @@ def explain(model: nn.Module, tokens: int) -> Explanations:
     layers = [(name, module) for name, module in model.named_modules() if hasattr(type(module), "plan")]
     if not layers:
         raise ValueError("explain found no DoraLinear in the model; call apply_dora, or patch_peft a PEFT model, first")
-    return Explanations(
+    explanations = Explanations(
         Explanation(name, layer.out_features, layer.in_features, layer.rank, layer.plan(tokens))
         for name, layer in layers
     )
+    explanations.experts = fused_experts(model)
+    return explanations

@@ -8,11 +8,11 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import dispatch
-from ..ops.base_weights import Weight, needs_its_layer, weight_of
+from ..ops.base_weights import Weight, is_quantized, needs_its_layer, weight_of
 from ..ops.dora_linear import dora_linear
 from ..ops.types import NormScale, Rounding
 from .frozen import Freezable
-from .support import LINEAR_CLASSES, REMEDY, is_offloaded
+from .support import LINEAR_CLASSES, REMEDY, is_offloaded, why_not_format
 
 
 class DoraLinear(Freezable):
@@ -166,10 +166,13 @@ class DoraLinear(Freezable):
 
         Raises:
             TypeError: `linear` is neither an `nn.Linear` nor a `transformers` `Conv1D`.
+            ValueError: its weight is computed, or of a type or dtype that is not known here.
         """
         below = needs_its_layer(linear)
         if not isinstance(linear, LINEAR_CLASSES) and not below:
             raise TypeError(f"from_linear takes an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
+        if not needs_its_layer(linear) and not is_quantized(linear) and (reason := why_not_format(linear)):
+            raise ValueError(f"from_linear cannot adapt a layer that {reason}")
         options |= {"r": r, "lora_alpha": lora_alpha, "fan_in_fan_out": isinstance(linear, Conv1D)}
         if below:
             layer = cls(None, linear.bias, base_layer=linear, **options)

@@ -1,8 +1,10 @@
 """Why a linear layer cannot be adapted: what its weight is, what wraps its forward, or what the model does with it."""
 
 import sys
+from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,15 +28,56 @@ def why_not(module: nn.Module, *, classes: tuple[type, ...] = LINEAR_CLASSES, ke
         except ValueError as error:
             return f"cannot be read: {error}"
         return _why_wrapped(module, kept)
+    return why_not_class(module, classes) or _why_not_weight(module, kept) or _why_wrapped(module, kept)
+
+
+def why_not_class(module: nn.Module, classes: tuple[type, ...] = LINEAR_CLASSES) -> str | None:
+    """Why a layer of this class computes something else than x Wᵀ + b, or the model may not call it; None if not."""
+    if is_quantized(module):
+        return None
     if not isinstance(module, classes):
         return "is not a linear layer"
-    own_forward = all(type(module).forward is not cls.forward for cls in classes)
-    if own_forward or type(module).__name__ == "NonDynamicallyQuantizableLinear":
-        return "has a forward of its own, or its weight is read without calling it"
-    return _why_not_weight(module, kept) or _why_wrapped(module, kept)
+    if type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return "is not always called: MultiheadAttention reads its weight"
+    inherited = any(type(module).forward is cls.forward for cls in classes)
+    if not inherited and not (isinstance(module, nn.Linear) and _computes_linear(type(module), *_settings(module))):
+        return "has a forward of its own"
+    return None
 
 
-def _why_not_weight(module: nn.Module, kept: bool) -> str | None:
+@cache
+def _computes_linear(cls: type[nn.Linear], *settings: tuple[str, object]) -> bool:
+    """Whether a small new layer of the class computes x Wᵀ + b in both modes, with the same settings as the layer."""
+    generator = torch.Generator().manual_seed(0)
+    try:
+        layer = cls(5, 3).float()
+        if _settings(layer) != settings:
+            return False
+        x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 4, 5), (3, 5), (3,)))
+        for with_bias in (True, False):
+            with torch.no_grad():
+                layer.weight.copy_(weight)
+                layer.bias = nn.Parameter(bias) if with_bias else None
+                expected = F.linear(x, weight, bias if with_bias else None)
+                # A rounding apart: the sum may start from the bias, or end with it.
+                if not all(torch.allclose(layer.train(mode)(x), expected, 1e-5, 1e-5) for mode in (True, False)):
+                    return False
+    except Exception:  # Its constructor asks for more, or its forward for another input.
+        return False
+    return True
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, object], ...]:
+    """What a layer carries beside its parameters and sizes."""
+    known = {*vars(nn.Linear(1, 1)), "_is_hf_initialized", "_hf_hook", "forward", "_old_forward"}
+    extra = {name: value for name, value in vars(module).items() if name not in known}
+    # Only plain values can be compared: an object of its own may change what forward computes.
+    plain = all(isinstance(value, (bool, int, float, str, type(None))) for value in extra.values())
+    return tuple(sorted(extra.items())) if plain else (("objects", True),)
+
+
+def why_not_format(module: nn.Module, kept: bool = False) -> str | None:
+    """Why the layer's weight is no matrix of numbers known here: computed, sharded, or of an unknown type or dtype."""
     # The replicas of nn.DataParallel hold theirs as a plain attribute.
     weight = module._parameters.get("weight", vars(module).get("weight") if kept else None)
     if weight is None:
@@ -46,6 +89,24 @@ def _why_not_weight(module: nn.Module, kept: bool) -> str | None:
         return f"has a weight of type {type(weight).__name__}: sharded weights and unknown formats are not supported"
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"has a weight of dtype {weight.dtype}, of no quantisation known here"
+    return None
+
+
+def fused_experts(model: nn.Module) -> dict[str, int]:
+    """The modules that hold experts as stacks in 3-D parameters, which no `DoraLinear` can take, and their elements."""
+    found = {}
+    for path, module in model.named_modules():
+        if "expert" in f"{path} {type(module).__name__}".lower():
+            stacks = [p.numel() for p in module._parameters.values() if p is not None and p.ndim == 3]
+            if stacks:
+                found[path] = sum(stacks)
+    return found
+
+
+def _why_not_weight(module: nn.Module, kept: bool) -> str | None:
+    if reason := why_not_format(module, kept):
+        return reason
+    weight = module.weight
     if weight.is_meta:
         return "has its weight on the meta device or offloaded: load it first"
     if weight.ndim != 2 or weight.numel() == 0:

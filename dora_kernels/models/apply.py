@@ -15,11 +15,11 @@ from torch import nn
 
 from ..config import DoraConfig
 from ..layers.linear import DoraLinear
-from ..layers.support import why_not, why_not_called, why_overwritten
+from ..layers.support import fused_experts, why_not, why_not_called, why_not_class, why_overwritten
 from ..ops.base_weights import keep_packing
 from .lost_state import batches_seen, warn_when_saved
 from .modules import check_model, check_not_sharded, dora_layers, listed, replace_module
-from .targets import find_saved, find_targets, rank_and_alpha
+from .targets import find_saved, find_targets, is_all_linear, rank_and_alpha
 
 
 def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
@@ -37,7 +37,8 @@ def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
     Raises:
         TypeError: not a module, or not a `DoraConfig`.
         ValueError: nothing matches, a target that cannot be adapted (each is named, with its type), or a model that is
-            patched already, a PEFT model, on the meta device, or offloaded. The model is then unchanged.
+            patched already, a PEFT model, on the meta device, or offloaded. The model is then unchanged. "all-linear"
+            leaves out, with a warning, layers whose class or model is the reason.
     """
     targets = check_targets(model, config)
     saved = find_saved(model, config)
@@ -80,12 +81,16 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
         raise ValueError("The model was merged with keep_base=True; unmerge_dora it, or load the base afresh")
     targets = find_targets(model, config)
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    reasons = {}
+    reasons, left_out = {}, {}
     for path, module in targets.items():
         if paths[id(module)] > 1:
             reasons[path] = "is used in several places under several names"
-        elif reason := why_not(module) or why_not_called(model, path) or why_overwritten(model, path):
+        elif reason := why_not_class(module) or why_not_called(model, path):
+            (left_out if is_all_linear(config.target_modules) else reasons)[path] = reason
+        elif reason := why_not(module) or why_overwritten(model, path):
             reasons[path] = reason
+    if left_out and len(left_out) == len(targets):
+        reasons = left_out
     if reasons:
         refused = listed(
             {f"{path} ({type(targets[path]).__name__}) {reason}" for path, reason in reasons.items()}, "; "
@@ -94,8 +99,26 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
             f"Target modules that cannot be adapted: {refused}. DoRA layers replace torch.nn.Linear and transformers' "
             "Conv1D; narrow `target_modules` or list these in `exclude_modules`"
         )
+    targets = {path: module for path, module in targets.items() if path not in left_out}
     _check_saved(find_saved(model, config), targets, config)
+    if is_all_linear(config.target_modules):
+        _warn_of_left_out(model, left_out)
     return targets
+
+
+def _warn_of_left_out(model: nn.Module, left_out: dict[str, str]) -> None:
+    if left_out:
+        reasons = listed({f"{path} {reason}" for path, reason in left_out.items()}, "; ")
+        warnings.warn(
+            f'"all-linear" leaves out {len(left_out)} layers: {reasons}. Name them in `exclude_modules` to say that',
+            stacklevel=4,
+        )
+    if experts := fused_experts(model):
+        warnings.warn(
+            f'"all-linear" adapts no expert: {sum(experts.values())} parameters of fused experts stay frozen '
+            f"({listed(experts, most=1)}); each stack is one 3-D parameter, for which there is no DoRA layer here",
+            stacklevel=4,
+        )
 
 
 def _dora_layer(path: str, linear: nn.Module, config: DoraConfig) -> DoraLinear:
