@@ -1,5 +1,6 @@
 """The frame of the smaller commands: flags from a dataclass, and bad input as one sentence."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -18,9 +19,14 @@ def command_line(flags: type, run: Callable, arguments: Sequence[str] | None, **
     parser = HfArgumentParser(flags, allow_abbrev=False, **described)
     transformers_logging.set_verbosity_error()
     try:
-        run(flags(**vars(parser.parse_args(arguments))))
+        run(flags(**expand_home(vars(parser.parse_args(arguments)))))
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
+
+
+def expand_home(values: dict) -> dict:
+    """The values with a leading `~` of a path replaced, which no shell does in a YAML file or behind `=`."""
+    return {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
 def module_names(text: str) -> list[str] | str:

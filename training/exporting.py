@@ -12,19 +12,20 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedModel
 
 import dora_kernels as dk
 from dora_kernels.adapters.peft_config import CONFIG_NAME, read_config
-from dora_kernels.adapters.save_load import WEIGHTS_NAME
+from dora_kernels.adapters.save_load import PREFIX, WEIGHTS_NAME
+
+from .model_class import class_of
 
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
     "chat_template*", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 """Copied, not written anew: `save_pretrained` would drop the sentencepiece file that llama.cpp reads."""
-
-MODEL_CLASSES = {"CAUSAL_LM": AutoModelForCausalLM, "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM}
 
 
 @dataclass
@@ -44,16 +45,15 @@ class Sources:
     adapter: Path
     base_model: str | None = None
     config: transformers.PretrainedConfig = field(init=False)
-    task_type: str | None = field(init=False)
+    fields: dict = field(init=False)
 
     def __post_init__(self):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (self.adapter / name).is_file():
                 raise FileNotFoundError(f"`--adapter` {self.adapter} should be a folder with {name}")
         read_config(self.adapter)  # raises for features that are not supported
-        fields = json.loads((self.adapter / CONFIG_NAME).read_text(encoding="utf-8"))
-        self.task_type = fields.get("task_type")
-        self.base_model = self.base_model or fields.get("base_model_name_or_path")
+        self.fields = json.loads((self.adapter / CONFIG_NAME).read_text(encoding="utf-8"))
+        self.base_model = self.base_model or self.fields.get("base_model_name_or_path")
         if not self.base_model:
             raise ValueError(f"{self.adapter / CONFIG_NAME} names no base model: say which with --base_model")
         local = Path(self.base_model)
@@ -73,10 +73,28 @@ class Sources:
             )
 
     def load(self) -> PreTrainedModel:
-        """The base model in its own dtype, on the CPU, with the adapter in it."""
-        named = getattr(transformers, (self.config.architectures or [""])[0], AutoModelForCausalLM)
-        cls = MODEL_CLASSES.get(self.task_type, named)
-        return dk.load_adapter(cls.from_pretrained(self.base_model, dtype="auto"), self.adapter).eval()
+        """The base model in its own dtype, on the CPU, with the adapter in it.
+
+        Raises:
+            ValueError: the adapter does not fit the base, or a head of the model is in neither of them.
+        """
+        stored = stored_shapes(self.adapter / WEIGHTS_NAME)
+        found = class_of(self.fields, self.config, stored)
+        model, info = found.cls.from_pretrained(
+            self.base_model, config=found.config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        if found.vocabulary:
+            model.resize_token_embeddings(found.vocabulary, mean_resizing=False)
+        absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+        random = {name for name in absent if PREFIX + name not in stored}
+        if heads := sorted(name for name in random if "pooler" not in name):
+            raise ValueError(
+                f"{found.cls.__name__} has {heads[0]}, which is neither in the base model nor in the adapter: pass the "
+                "base model that the adapter was trained with"
+            )
+        if random:
+            print(f"in neither the base model nor the adapter, and random: {', '.join(sorted(random))}")
+        return dk.load_adapter(model, self.adapter).eval()
 
     def copy_tokenizer(self, folder: Path) -> list[str]:
         """Copy the adapter's tokenizer files, or the base model's if it has none. Returns their names."""
@@ -90,6 +108,15 @@ class Sources:
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
             copy(path, folder / path.name)
         return sorted(path.name for path in found)
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a safetensors file's tensors, by key. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except Exception as error:  # damaged files raise errors of any class
+        raise ValueError(f"{path} is truncated or corrupt: {error}") from None
 
 
 def check_output(output: Path) -> None:

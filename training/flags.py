@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 import dora_kernels as dk
 
 from . import demo
-from .command_line import module_names
+from .command_line import expand_home, module_names
 from .distributed.launchers import check_sharding, zero_config
 from .distributed.processes import local_rank
 
@@ -31,7 +31,7 @@ class Flags:
     """With neither --base_model nor --data_path: the embedded demo, on the minimal loop."""
 
     base_model: str = flag("", "hub id or folder of a Hugging Face causal language model")
-    data_path: str = flag("", "hub id, folder, or .jsonl, .json, .csv, .parquet or .txt file")
+    data_path: str = flag("", "hub id, folder, or .jsonl, .json, .csv, .tsv, .parquet or .txt file")
     output_dir: str = flag("out/run", "where the adapter, checkpoints, metrics.jsonl and loss.png go")
     config: str = flag("", "YAML file of flags; a flag on the command line wins over it")
     batch_size: int = flag(1, "rows per forward pass")
@@ -40,11 +40,16 @@ class Flags:
     max_steps: int = flag(0, "optimizer steps; above 0 it replaces --num_epochs")
     learning_rate: float = flag(3e-4, "peak of the cosine schedule")
     warmup_ratio: float = flag(0.05, "share of the steps in which the learning rate rises")
-    cutoff_len: int = flag(512, "the most tokens a row may have; longer rows are left out and named")
+    cutoff_len: int = flag(512, "the most tokens of a row; --long_rows says what happens to longer ones")
+    long_rows: Literal["truncate", "drop"] = flag(
+        "truncate", "longer rows lose their end and are listed in cut_rows.jsonl, or are left out"
+    )
     val_set_size: int | None = flag(
         None, "rows held out for evaluation where the data brings no split; default: a tenth, at most 500; 0: none"
     )
-    bad_row_limit: float = flag(0.05, "share of unusable rows above which the run stops before training")
+    bad_row_limit: float = flag(
+        0.05, "share of unusable rows above which the run stops before training; long rows do not count"
+    )
     packing: bool = flag(False, "pack several rows into one sequence of cutoff_len tokens")
     assistant_only_loss: bool = flag(False, "learn the assistant's turns only (column `messages`)")
     eval_step: int = flag(10, "steps between evaluations; 0: never")
@@ -79,6 +84,9 @@ class Flags:
         for name in ("base_model", "data_path"):
             if not getattr(self, name):
                 raise ValueError(f"`--{name}` is needed as well (neither of the two: the demo)")
+        for name, value in vars(self).items():
+            if isinstance(value, str) and value.encode(errors="replace").decode() != value:
+                raise ValueError(f"`--{name}` {value!r} is not valid UTF-8, and could not be written to the model card")
         for name in ("batch_size", "gradient_accumulation_steps", "num_epochs", "cutoff_len"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"`--{name}` should be a positive integer value but the value passed is {value}")
@@ -205,7 +213,7 @@ def parse_flags(arguments: Sequence[str]) -> tuple[Flags, bool]:
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{_suggestion(unknown[0].lstrip('-'), names)}")
     try:
-        arguments = [*(_yaml_arguments(Path(own.config), names) if own.config else []), *arguments]
+        arguments = [*(_yaml_arguments(Path(own.config).expanduser(), names) if own.config else []), *arguments]
     except (OSError, ValueError) as error:
         parser.error(str(error))
     given = {text.partition("=")[0].removeprefix("--").replace("-", "_") for text in arguments if text.startswith("--")}
@@ -217,12 +225,14 @@ def parse_flags(arguments: Sequence[str]) -> tuple[Flags, bool]:
     elif given & {"init_adapter"} and (redundant := given & {"lora_r", "lora_alpha", "lora_target_modules"}):
         parser.error(f"--{min(redundant)} is decided by --init_adapter's own adapter_config.json: leave it out")
     (flags,) = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
-    return flags, is_demo
+    return replace(flags, **expand_home(vars(flags))), is_demo
 
 
 def check_source(name: str, value: str) -> None:
     """Raise FileNotFoundError unless `value` exists here or is spelled as an id on the hub: `name` or `owner/name`."""
-    looks_local = value.count("/") > 1 or value.startswith((".", "/", "~")) or Path(value).suffix in LOCAL_SUFFIXES
+    looks_local = (
+        value.count("/") > 1 or value.startswith((".", "/", "~")) or Path(value).suffix.lower() in LOCAL_SUFFIXES
+    )
     if looks_local and not Path(value).exists():
         raise FileNotFoundError(f"`--{name}` {value} does not exist")
 
@@ -237,7 +247,7 @@ def check_trackers(names: list[str]) -> None:
             raise ValueError(f"`--report_to` {absent[0]} is not installed or not known to transformers; {installed}")
 
 
-LOCAL_SUFFIXES = {".jsonl", ".json", ".csv", ".parquet", ".txt"}
+LOCAL_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt"}
 
 
 def _yaml_arguments(path: Path, names: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Row 7: engines that are wrong on purpose, and whether our suite turns red.
 
 A case is one mutant of `mutants.yaml`, applied to a copy of the tracked files. The tests it names run first, then those
-of the whole engine (`wider`): not training, benchmarks and demo, which take minutes and stand on the engine. It is
+of the whole engine (`wider`), or for a mutant of training those of training. Benchmarks and demo are left out. It is
 killed by a test that fails; one that cannot be imported is no mutant. In the case `unchanged` none of either may.
 """
 
@@ -20,6 +20,7 @@ from .suite import ROOT, outcomes
 MUTANTS = Path(__file__).with_name("mutants.yaml")
 UNCHANGED = "unchanged"
 ENGINE = ("ops", "layers", "models", "peft", "adapters")
+TRAINING = ("training",)
 LEFT_OUT = ("test_gpu", "test_gpu_paths", "test_callback", "test_peft_suite")
 SECONDS = 1800
 
@@ -59,10 +60,10 @@ def mutants() -> dict[str, Mutant]:
     return {fields["id"]: Mutant(**fields) for fields in yaml.safe_load(MUTANTS.read_text())}
 
 
-def wider(root: Path) -> list[str]:
-    """The test files of the engine."""
+def wider(root: Path, folders: tuple[str, ...] = ENGINE) -> list[str]:
+    """The test files of the engine, or of other folders."""
     tests = root / "tests"
-    files = [*tests.glob("test_*.py"), *(file for folder in ENGINE for file in (tests / folder).glob("test_*.py"))]
+    files = [*tests.glob("test_*.py"), *(file for folder in folders for file in (tests / folder).glob("test_*.py"))]
     return sorted(str(file.relative_to(root)) for file in files if file.stem not in LEFT_OUT)
 
 
@@ -95,7 +96,8 @@ def run(case: str) -> dict:
         mutant = mutants()[case]
         (root / mutant.file).write_text(mutant.applied(root))
         named = mutant.named()
-        killer = failing(named, root) or failing([file for file in wider(root) if file not in named], root)
+        others = wider(root, TRAINING if mutant.kind == "training" else ENGINE)
+        killer = failing(named, root) or failing([file for file in others if file not in named], root)
     assert killer is not None, "survives"
     return {"killed_by": killer}
 

@@ -29,7 +29,16 @@ LINKED = (
     "metrics.jsonl",
     "tokenizer.json",
 )
-LINKED += ("metrics.jsonl.tmp", "skipped_rows.jsonl", ".lock", ".tmp-1-1", "checkpoint-1", "checkpoint-99", ".finish-x")
+LINKED += (
+    "metrics.jsonl.tmp",
+    "skipped_rows.jsonl",
+    "cut_rows.jsonl",
+    ".lock",
+    ".tmp-1-1",
+    "checkpoint-1",
+    "checkpoint-99",
+    ".finish-x",
+)
 """What a run writes, and finds in its folder as a link to what is not the run's."""
 NAMES = ("..", ".", "/", "a\0b", "a\nb", "x" * 300, "ü/ñ", "con", " ", "-rf", "~", "$HOME", "a/../../..", "*", "\udcff")
 NAMES += ("..\\..", "a/./b", "%2e%2e", "\x1b[31m", "a//b", "with space", "`id`", "a;b")
@@ -188,7 +197,7 @@ def _checkpoints(sandbox, name):
     out = sandbox / "in" / "run"
     out.mkdir()
     (out / name).symlink_to(sandbox / "outside" / "folder")
-    newest_checkpoint(out, say=lambda text: None)
+    newest_checkpoint(out, report=lambda text: None)
     for step in (2, 3, 4):
         save_checkpoint(out, step, {}, {}, lambda path: None, keep=1)
 

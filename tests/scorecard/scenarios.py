@@ -62,7 +62,7 @@ class Checkpoint(Scenario):
         import dora_kernels as dk
         from training.checkpoints.checkpoint import load_checkpoint, newest_checkpoint, step_of
 
-        newest = newest_checkpoint(self.out, say=lambda text: None)
+        newest = newest_checkpoint(self.out, report=lambda text: None)
         step = step_of(newest)
         assert step >= max(self.sound), f"{max(self.sound)} was sound, now {step} is the newest"
         tensors, state = load_checkpoint(newest)
@@ -169,7 +169,7 @@ class Run(Scenario):
         import dora_kernels as dk
         from training.checkpoints.checkpoint import newest_checkpoint, step_of
 
-        newest = newest_checkpoint(self.out, say=lambda text: None)
+        newest = newest_checkpoint(self.out, report=lambda text: None)
         assert (step_of(newest) if newest else 0) >= max(self.sound, default=0)
         loaded = dk.load_adapter(base(), self.out)
         if loaded.dora_config.r == model(1).dora_config.r:

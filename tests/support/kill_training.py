@@ -134,7 +134,7 @@ class Harness:
             done["points"] += 1
             done["in a save"] += any(out.glob(".tmp-*"))
             logged = max((row["step"] for row in read(out)), default=0)
-            newest = newest_checkpoint(out, say=lambda text: self.check(False, f"a damaged checkpoint: {text}"))
+            newest = newest_checkpoint(out, report=lambda text: self.check(False, f"a damaged checkpoint: {text}"))
             lost = logged - (step_of(newest) if newest else 0)
             done["most steps lost"] = max(lost, done["most steps lost"])
             self.check(lost <= SAVE_STEP, f"a kill cost {lost} steps")

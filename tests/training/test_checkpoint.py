@@ -106,7 +106,7 @@ def test_rotation_counts_only_sound_ones(tmp_path):
     flip(tmp_path / "checkpoint-20")
     flip(tmp_path / "checkpoint-30")
     save(tmp_path, 15, keep=1)  # what a run resumed from 10 saves next
-    assert newest_checkpoint(tmp_path, say=lambda text: None).name == "checkpoint-15"
+    assert newest_checkpoint(tmp_path, report=lambda text: None).name == "checkpoint-15"
 
 
 def test_a_damaged_one_is_replaced(tmp_path):

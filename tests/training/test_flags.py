@@ -89,6 +89,15 @@ def test_a_bad_config_is_named(tmp_path, capsys, text, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    """No shell replaces it in a YAML file, or behind an equals sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("base_model: a\ndata_path: ~/rows.jsonl\n")
+    flags, _ = parse_flags(["--config=~/run.yaml", "--output_dir=~/out", "--init_adapter=a~b"])
+    assert flags.data_path == f"{tmp_path}/rows.jsonl" and flags.output_dir == f"{tmp_path}/out"
+    assert flags.init_adapter == "a~b"
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -116,17 +125,22 @@ def test_what_the_parser_refuses(words, message, capsys):
         ({"data_path": "absent.jsonl"}, "`--data_path` absent.jsonl does not exist"),
         ({"device": "cuda:0"}, r"`--device` cuda:0 is not there \(0 CUDA devices found\): use --device cpu"),
         ({"device": "gpu"}, "`--device` should be cpu, cuda or cuda:N but the value passed is gpu"),
+        ({"data_path": "\udce9.jsonl"}, "`--data_path` .* is not valid UTF-8"),
         ({"lora_r": 0}, "`--lora_r` should be a positive integer value but the value passed is 0"),
         ({"lora_dropout": 1.0}, r"`--lora_dropout` should be .*1\.0"),
         ({"lora_target_modules": "no_such_proj"}, "no_such_proj"),
         ({"lora_target_modules": ""}, "target_modules"),
+        ({"lora_target_modules": "q_proj,lm_head"}, "`--lora_target_modules` lm_head: the loss reads the weight of"),
         ({"learning_rate": -1.0}, "`--learning_rate` should be 0 or more but the value passed is -1.0"),
         ({"learning_rate": "nan"}, "`--learning_rate` should be 0 or more but the value passed is nan"),
         ({"batch_size": 0}, "`--batch_size` should be a positive integer value but the value passed is 0"),
         ({"max_steps": -1}, "`--max_steps` should be 0 or more but the value passed is -1"),
         ({"warmup_ratio": 2.0}, r"`--warmup_ratio` should be in \[0, 1\] but the value passed is 2.0"),
         ({"val_set_size": 50}, "`--val_set_size` 50 should be smaller than the data, which has 50 usable rows"),
-        ({"cutoff_len": 8}, r"50 of 50 rows cannot be used:\n  rows.jsonl, row 1: too long: .* --cutoff_len 8"),
+        (
+            {"cutoff_len": 8},
+            r"no usable training rows\n50 of 50 rows are left out, as no token of",
+        ),
         ({"fused": False}, "`--no-fused` compares with PEFT's own code: it needs --use_peft"),
         ({"push_to_hub": True}, "`--push_to_hub` needs --hub_model_id"),
         ({"use_liger": True}, "`--use_liger` needs a CUDA device"),

@@ -7,10 +7,23 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
+import dora_kernels as dk
 from tests.support.adapter_folders import base_folder, load, our_adapter, pefts_adapter, printed_errors, updates
-from tests.support.tiny_models import llama, logits
+from tests.support.peft_models import dora_config, trained
+from tests.support.tiny_models import FAMILIES, VOCAB, llama, logits
 from tests.tolerances import MERGED_LOGITS
 from training.exporting import Sources
 from training.merge import main
@@ -68,6 +81,83 @@ def test_the_adapters_own_tokenizer_wins(tmp_path):
     assert (tmp_path / "merged" / "tokenizer_config.json").read_text() == '{"pad_token": "<pad>"}'
     assert (tmp_path / "merged" / "chat_template.jinja").read_text() == "hello"
     assert not (tmp_path / "merged" / "metrics.jsonl").exists()
+
+
+def tiny_llama_config():
+    return llama().config
+
+
+def tiny_vlm():
+    text = tiny_llama_config().to_dict() | {"model_type": "qwen2"}
+    vision = {
+        "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "image_size": 8, "patch_size": 4, "projection_dim": 32,
+    }  # fmt: skip
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=60, vision_feature_layer=-1)
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config)
+
+
+# The base as it is stored, the class that the adapter was trained in, and PEFT's task type for it.
+CLASSES = {
+    "vision-language": (tiny_vlm, AutoModelForImageTextToText, "CAUSAL_LM", {}),
+    "sequence classification": (llama, AutoModelForSequenceClassification, "SEQ_CLS", {"num_labels": 3}),
+    "two labels, the default": (llama, AutoModelForSequenceClassification, "SEQ_CLS", {}),
+    "token classification": (FAMILIES["bert"], AutoModelForTokenClassification, "TOKEN_CLS", {"num_labels": 5}),
+    "question answering": (FAMILIES["bert"], AutoModelForQuestionAnswering, "QUESTION_ANS", {}),
+    "feature extraction": (llama, AutoModel, "FEATURE_EXTRACTION", {}),
+    "no label": (llama, AutoModelForSequenceClassification, None, {"modules_to_save": ["score"]}),
+}
+
+
+def output(model):
+    tokens = torch.arange(18).reshape(2, 9) * 7 % 53
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens)[0]
+
+
+@pytest.mark.parametrize(("make", "auto", "task", "options"), CLASSES.values(), ids=CLASSES)
+def test_the_class_is_the_one_that_the_adapter_fits(make, auto, task, options, tmp_path):
+    base = make()
+    base.config.pad_token_id = 0
+    base.save_pretrained(tmp_path / "base")
+    labels = {name: value for name, value in options.items() if name == "num_labels"}
+    saved = {name: value for name, value in options.items() if name == "modules_to_save"}
+    torch.manual_seed(1)  # the head is new
+    model = auto.from_pretrained(tmp_path / "base", **labels, ignore_mismatched_sizes=True)
+    targets = r".*layers?\.\d+.*(q_proj|v_proj|query|value)"
+    model = trained(peft.get_peft_model(model, dora_config(task_type=task, target_modules=targets, **saved)))
+    model.save_pretrained(tmp_path / "adapter")
+    run(tmp_path / "adapter", tmp_path / "merged", "--base_model", tmp_path / "base")
+    merged = auto.from_pretrained(tmp_path / "merged")
+    assert type(merged) is type(model.get_base_model())
+    torch.testing.assert_close(output(merged), output(model), rtol=1e-4, atol=1e-6)
+    with model.disable_adapter():
+        assert (output(merged) - output(model)).abs().max() > 1e-4, "the adapter says something"
+
+
+def test_a_head_that_nobody_stored_is_refused(tmp_path):
+    base = base_folder(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(base, pad_token_id=0)
+    our = dk.apply_dora(model, dk.DoraConfig(target_modules=["q_proj"]))
+    dk.save_adapter(our, tmp_path / "adapter")
+    _edit(tmp_path / "adapter" / "adapter_config.json", task_type="SEQ_CLS")
+    with pytest.raises(SystemExit, match=r"LlamaForSequenceClassification has score\.weight, which is neither in the"):
+        run(tmp_path / "adapter", tmp_path / "merged", "--base_model", base)
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_vocabulary_that_grew_is_merged(tmp_path):
+    base = base_folder(tmp_path / "base")
+    model = load(base)
+    model.resize_token_embeddings(VOCAB + 6, mean_resizing=False)
+    dk.apply_dora(model, dk.DoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]))
+    dk.save_adapter(model, tmp_path / "adapter")
+    run(tmp_path / "adapter", tmp_path / "merged")
+    merged = load(tmp_path / "merged")
+    assert merged.config.vocab_size == VOCAB + 6
+    for ours, theirs in zip((merged.model.embed_tokens, merged.lm_head), (model.model.embed_tokens, model.lm_head)):
+        assert torch.equal(ours.weight, theirs.weight)
 
 
 def test_modules_to_save_and_a_tied_head_are_in_the_checkpoint(tmp_path):

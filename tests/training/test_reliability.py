@@ -116,6 +116,20 @@ def test_sigterm_during_an_evaluation(data, whole, tmp_path, monkeypatch, capsys
     assert numbers(metrics(tmp_path)) == numbers(metrics(whole([])))
 
 
+def test_save_model_writes_the_adapter(data, tmp_path, monkeypatch):  # noqa: F811
+    train_from = DoraTrainer.train_from
+
+    def and_save(self, checkpoint):
+        train_from(self, checkpoint)
+        self.save_model(str(tmp_path / "saved"))
+
+    monkeypatch.setattr(DoraTrainer, "train_from", and_save)
+    run(data, tmp_path / "out", max_steps=1, save_step=0, eval_step=0)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+
+
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(data, whole, tmp_path, monkeypatch, capsys):  # noqa: F811
     with monkeypatch.context() as patch:
         before_step(patch, 6, sigterm)

@@ -1,55 +1,46 @@
-"""Rows as TRL's SFTTrainer takes them: columns detected, bad rows named, a validation split."""
+"""Training and evaluation rows: read, checked, tokenised, cut to length and split, with an account of every row."""
 
 import hashlib
-import json
-import random
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 
 import datasets
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .sources import SourceRow, read_source
+from .account import Account
+from .formats import SourceRow
+from .holdout import split_rows
+from .kinds import KINDS, columns_of, content_of, is_one_sided, kind_of, problem_of
+from .sources import read_source
+from .tokens import CHAT_TEMPLATE, Row, template_end, tokenized, training_template
 
-# The columns that make each kind, in the order in which they are looked for.
-KINDS = {
-    "messages": ("messages",),
-    "prompt + completion": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "text": ("text",),
-}
-NAMED = 10  # bad rows named on the screen; all of them go into the skipped file
-LARGEST_DEFAULT = 500
-# For bases without a chat template: plain words, no token that the base has never seen. The end-of-text token closes
-# every answer, and the generation marks say which tokens --assistant_only_loss learns.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ message['role'] | capitalize + ':\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ message['content'] + '\n' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
-)
+TRAINED = ["input_ids", "labels", "place"]
+"""The columns that the trainer takes; the others are for reading."""
 
 
 @dataclass
 class Rows:
-    """What a run trains and evaluates on. Each dataset has the kind's columns and `place`, where its row stood."""
+    """What a run trains and evaluates on.
+
+    Each dataset has `input_ids` and `labels` (int32), `place`, where its row stood, and the row's own columns.
+    """
 
     train: datasets.Dataset
     validation: datasets.Dataset | None
-    kind: str
-    said: list[str] = field(default_factory=list)  # what was found, for the user
-    skipped: list[dict] = field(default_factory=list)  # place and reason
+    kind: str  # the kinds of the rows, separated by commas
+    said: list[str] = field(default_factory=list)  # notes for the user
+    skipped: list[dict] = field(default_factory=list)  # `place` and `reason` of each row left out
+    cut: list[dict] = field(default_factory=list)  # `place`, `tokens` and `kept` of each row that was cut
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of all rows, by which a resumed run knows its data."""
+        """The sha256 of all rows. A resumed run compares it with its own."""
         digest = hashlib.sha256()
         for part in (self.train, self.validation or []):
+            digest.update(f"{len(part)} rows\n".encode())
             for row in part:
-                digest.update(json.dumps(row, sort_keys=True).encode())
+                digest.update(repr([row[name] for name in TRAINED]).encode())
         return digest.hexdigest()
 
 
@@ -61,183 +52,143 @@ def load_rows(
     val_set_size: int | None,
     bad_row_limit: float,
     seed: int,
+    long_rows: str = "truncate",
+    assistant_only_loss: bool = False,
 ) -> Rows:
-    """Read, check and split. `tokenizer` is given a chat template if the rows need one and it has none.
+    """Read, check, tokenise and split. `tokenizer` gets a chat template if the rows need one and it has none.
 
-    Raises ValueError if the columns are not known, if more than `bad_row_limit` of the rows are unusable, or if
-    `val_set_size` leaves nothing to train on.
+    Args:
+        cutoff_len: the most tokens of a row. `long_rows` says what happens to longer ones: "truncate" or "drop".
+        val_set_size: rows to hold out where the data has no split of its own; None takes a tenth, at most 500.
+        bad_row_limit: the share of unusable rows above which this raises. Long rows do not count.
+
+    Raises:
+        FileNotFoundError, ValueError: the data cannot be read, has columns of no kind, has too many unusable rows, or
+            leaves nothing to train on.
     """
-    splits = read_source(data_path)
-    kind = detect_kind(data_path, splits["train"])
-    said = [f"data: {data_path}, column{'s' * (len(KINDS[kind]) > 1)} {', '.join(KINDS[kind])}"]
-    if is_conversation(splits["train"], kind) and tokenizer.chat_template is None:
-        tokenizer.chat_template = CHAT_TEMPLATE
-        said.append("the tokenizer has no chat template: messages are written as `Role:` lines, and the template saved")
-    if is_conversation(splits["train"], kind) and (end := foreign_end(tokenizer)):
-        said.append(f"the chat template ends an answer with {end!r}, not with the end-of-text {tokenizer.eos_token!r}")
-    skipped: list[dict] = []
-    good = {split: _usable(rows, kind, tokenizer, cutoff_len, skipped) for split, rows in splits.items()}
-    total = sum(len(rows) for rows in splits.values())
-    if skipped:
-        said.append(_describe(skipped, total))
-    if len(skipped) > bad_row_limit * total:
-        raise ValueError(
-            f"{said[-1]}\nthat is more than --bad_row_limit {bad_row_limit:g} of the rows: repair the data, "
-            "raise --cutoff_len if they are too long, or raise the limit"
-        )
-    held_out = next((split for split in ("validation", "test") if good.get(split)), None)
-    if held_out:
-        train, validation = good["train"], good[held_out]
-        ignored = f"; --val_set_size {val_set_size} is not used" if val_set_size is not None else ""
-        said.append(f"{len(train)} training rows; evaluated on the {held_out} split of {len(validation)}{ignored}")
-    else:
-        train, validation = cut(good["train"], val_set_size, seed)
-        said.append(f"{len(train)} training rows; {len(validation)} rows held out for evaluation")
-    if not train:
-        raise ValueError(f"`--data_path` {data_path} has no usable training rows")
-    evaluated = datasets.Dataset.from_list(validation) if validation else None
-    return Rows(datasets.Dataset.from_list(train), evaluated, kind, said, skipped)
-
-
-def detect_kind(data_path: str, rows: list[SourceRow]) -> str:
-    """The kind whose columns the first readable row has."""
-    first = next((row.values for row in rows if row.values is not None), None)
-    if first is None:
-        raise ValueError(f"`--data_path` {data_path} has no rows")
-    for kind, columns in KINDS.items():
-        if set(columns) <= first.keys():
-            return kind
-    expected = " or ".join(" + ".join(columns) for columns in KINDS.values())
-    raise ValueError(f"`--data_path` {data_path} has the columns {sorted(first)}; expected {expected}")
-
-
-def is_conversation(rows: list[SourceRow], kind: str) -> bool:
-    """Whether rows hold lists of messages, which a chat template turns into text."""
-    first = next(row.values for row in rows if row.values is not None)
-    return kind == "messages" or (kind == "prompt + completion" and isinstance(first["prompt"], list))
-
-
-def foreign_end(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """What the chat template writes after an answer, if the tokenizer's end-of-text token is not in it."""
-    messages = [{"role": "user", "content": "ask"}, {"role": "assistant", "content": "the answer"}]
-    end = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("the answer")[2]
-    return None if tokenizer.eos_token in end else end
-
-
-def cut(rows: list[dict], size: int | None, seed: int) -> tuple[list[dict], list[dict]]:
-    """Training and held-out rows, drawn by `seed`. Equal rows stay on one side.
-
-    Raises ValueError if `size` leaves nothing to train on.
-    """
-    if size is None:
-        size = min(LARGEST_DEFAULT, len(rows) // 10)
-    if size >= len(rows):
-        raise ValueError(f"`--val_set_size` {size} should be smaller than the data, which has {len(rows)} usable rows")
-    equal = defaultdict(list)
-    for index, row in enumerate(rows):
-        equal[json.dumps({name: value for name, value in row.items() if name != "place"})].append(index)
-    groups = list(equal.values())
-    random.Random(seed).shuffle(groups)
-    held_out: set[int] = set()
-    for group in groups:
-        if len(held_out) + len(group) <= size:
-            held_out.update(group)
-    return (
-        [row for index, row in enumerate(rows) if index not in held_out],
-        [row for index, row in enumerate(rows) if index in held_out],
+    source = read_source(data_path)
+    account = Account(data_path, cutoff_len, long_rows)
+    kinds = kinds_of_rows(data_path, source.splits)
+    account.note_columns(kinds, _unread_columns(source.splits))
+    account.notes += source.notes
+    template = _prepare_template(tokenizer, source.splits, assistant_only_loss, account)
+    usable: dict[str, list[Row]] = {}
+    for split, rows in source.splits.items():
+        usable[split] = [
+            row
+            for found in tqdm(rows, desc="tokenising", unit="row", delay=5, leave=False, disable=None)
+            if (row := _usable(found, kinds, tokenizer, template, assistant_only_loss, account)) is not None
+        ]
+    account.check(bad_row_limit)
+    train, validation = split_rows(usable, val_set_size, seed, account)
+    return Rows(
+        _dataset(train),
+        _dataset(validation) if validation else None,
+        ", ".join(kind for kind in KINDS if kind in {row.kind for row in train}),
+        account.notes,
+        account.skipped,
+        account.cut,
     )
 
 
-def _usable(rows: list[SourceRow], kind: str, tokenizer, cutoff_len: int, skipped: list[dict]) -> list[dict]:
-    """The rows that can be trained on, with the others added to `skipped`."""
-    converted = []
-    for row in rows:
-        problem = row.problem or problem_of(row.values, kind)
-        if problem:
-            skipped.append({"place": row.place, "reason": problem})
-        else:
-            converted.append(_convert(row.values, kind) | {"place": row.place})
-    usable = []
-    for row, length in zip(converted, token_lengths(converted, tokenizer)):
-        if length > cutoff_len:
-            # Cutting it would cut the end of the text off, and with it what teaches the model to stop.
-            reason = f"too long: {length} tokens, more than --cutoff_len {cutoff_len}"
-            skipped.append({"place": row["place"], "reason": reason})
-        else:
-            usable.append(row)
-    return usable
+def kinds_of_rows(data_path: str, splits: dict[str, list[SourceRow]]) -> Counter:
+    """How many rows have each kind's columns, the most frequent first.
 
-
-def problem_of(values: dict, kind: str) -> str | None:
-    """Why a row of this kind cannot be used, or None."""
-    for column in KINDS[kind]:
-        value = values.get(column)
-        if column == "messages" or (isinstance(value, list) and kind == "prompt + completion"):
-            problem = _problem_of_messages(value)
-        elif not isinstance(value, str):
-            problem = "is missing" if value is None else f"should be text, got {type(value).__name__}"
-        else:
-            problem = _problem_of_text(value)
-        if problem:
-            return f"`{column}` {problem}"
-    if (extra := values.get("input")) is not None and kind == "instruction" and not isinstance(extra, str):
-        return f"`input` should be text, got {type(extra).__name__}"
-    return None
-
-
-def _problem_of_text(text: str) -> str | None:
-    if not text.strip():
-        return "is empty"
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return "is not UTF-8"
-    return None
-
-
-def _problem_of_messages(messages) -> str | None:
-    if not isinstance(messages, list):
-        return "is missing" if messages is None else f"should be a list of messages, got {type(messages).__name__}"
-    if not messages:
-        return "is empty"
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return "should hold messages with `role` and `content`"
-        if not isinstance(message.get("content"), str):
-            return f"has a `content` that should be text, got {type(message.get('content')).__name__}"
-        if _problem_of_text(message["content"]) == "is not UTF-8":
-            return "is not UTF-8"
-    return None
-
-
-def _convert(values: dict, kind: str) -> dict:
-    """The columns that TRL reads, and no others."""
-    if kind == "instruction":
-        given = f"### Input:\n{values['input']}\n\n" if (values.get("input") or "").strip() else ""
-        prompt = f"### Instruction:\n{values['instruction']}\n\n{given}### Response:\n"
-        return {"prompt": prompt, "completion": values["output"]}
-    return {column: values[column] for column in KINDS[kind]}
-
-
-def token_lengths(rows: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """How many tokens each row will have, its end-of-text token included."""
+    Raises:
+        ValueError: there are no rows, or no row has the columns of a kind.
+    """
+    rows = [row for rows in splits.values() for row in rows]
     if not rows:
-        return []
-    texts, lengths = [], []
-    for row in rows:
-        parts = [row[column] for column in ("messages", "prompt", "completion", "text") if column in row]
-        if isinstance(parts[0], list):
-            conversation = [message for part in parts for message in part]
-            lengths.append(len(tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"]))
-        else:
-            text = "".join(parts)
-            texts.append(text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token)
-    return lengths or [len(ids) for ids in tokenizer(texts)["input_ids"]]
+        raise ValueError(f"`--data_path` {data_path} has no rows")
+    readable = [row.values for row in rows if row.values is not None]
+    counts = Counter(kind for values in readable if (kind := kind_of(values)))
+    if readable and not counts:
+        expected = " or ".join(" + ".join(columns) for columns in KINDS.values())
+        raise ValueError(
+            f"`--data_path` {data_path} has the columns {sorted(map(str, readable[0]))[:20]}; expected {expected}"
+        )
+    return Counter(dict(counts.most_common()))
 
 
-def _describe(skipped: list[dict], total: int) -> str:
-    lines = [f"{len(skipped)} of {total} rows cannot be used:"]
-    lines += [f"  {row['place']}: {row['reason']}" for row in skipped[:NAMED]]
-    if len(skipped) > NAMED:
-        lines.append(f"  and {len(skipped) - NAMED} more")
-    return "\n".join(lines)
+def _unread_columns(splits: dict[str, list[SourceRow]]) -> list[str]:
+    unread: set[str] = set()
+    for row in (row for rows in splits.values() for row in rows if row.values is not None):
+        if kind := kind_of(row.values):
+            unread |= {str(name) for name in row.values.keys() - columns_of(kind)}
+    return sorted(unread)
+
+
+def _prepare_template(
+    tokenizer, splits: dict[str, list[SourceRow]], assistant_only_loss: bool, account: Account
+) -> str | None:
+    """The chat template to use in place of the tokenizer's own, which is supplied if there is none."""
+    rows = [(row, kind_of(row.values)) for rows in splits.values() for row in rows if row.values is not None]
+    conversations = sum(kind == "messages" or isinstance(row.values.get("prompt"), list) for row, kind in rows)
+    other = next(((row, kind) for row, kind in rows if kind and kind != "messages"), None)
+    if assistant_only_loss and other:
+        raise ValueError(
+            f"`--assistant_only_loss` needs the column `messages` in every row; {other[0].place} has {other[1]}"
+        )
+    one_sided = sum(kind == "prompt + completion" and is_one_sided(row.values) for row, kind in rows)
+    if one_sided:
+        account.notes.append(
+            f"{one_sided} rows have a conversation on one side and a text on the other: the text is taken as a message "
+            "of the user (prompt) or of the assistant (completion)"
+        )
+    if not (conversations or one_sided):
+        return None
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = CHAT_TEMPLATE
+        account.notes.append(
+            "the tokenizer has no chat template: messages are written as `Role:` lines, and the template saved"
+        )
+    if (end := template_end(tokenizer)) is not None:
+        account.notes.append(
+            f"the chat template ends an answer with {end!r}, not with the end-of-text {tokenizer.eos_token!r}"
+        )
+    return training_template(tokenizer) if assistant_only_loss else None
+
+
+def _usable(
+    found: SourceRow, kinds: Counter, tokenizer, template: str | None, assistant_only_loss: bool, account: Account
+) -> Row | None:
+    """The row with its tokens, or None and an entry in the account."""
+    kind = kind_of(found.values) if found.values is not None else None
+    problem = found.problem or (problem_of(found.values, kind) if kind else _missing(found.values, kinds))
+    if problem:
+        return account.leave_out_bad(found.place, problem)
+    content = content_of(found.values, kind)
+    try:
+        tokens = tokenized(content, tokenizer, assistant_only_loss=assistant_only_loss, chat_template=template)
+    except ValueError as error:
+        return account.leave_out_bad(found.place, str(error))
+    tokens = account.fit(found.place, tokens)
+    return None if tokens is None else Row(found.place, kind, content, tokens)
+
+
+def _missing(values: dict, kinds: Counter) -> str:
+    """The column that a row lacks for the most frequent kind."""
+    most_frequent = next(iter(kinds))
+    return next(f"`{column}` is missing" for column in KINDS[most_frequent] if column not in values)
+
+
+def _dataset(rows: list[Row]) -> datasets.Dataset:
+    """Columns of texts and conversations that some row has, for reading, besides those that are trained on."""
+    ids = datasets.List(datasets.Value("int32"))
+    message = {"role": datasets.Value("string"), "content": datasets.Value("large_string")}
+    text = datasets.Value("large_string")
+    types = {"input_ids": ids, "labels": ids, "place": datasets.Value("string")}
+    types |= {"prompt": text, "completion": text, "text": text, "messages": datasets.List(message)}
+    cells = [_cells(row) for row in rows]
+    present = [name for name in types if any(name in row for row in cells)]
+    features = datasets.Features({name: types[name] for name in present})
+    return datasets.Dataset.from_dict({name: [row.get(name) for row in cells] for name in present}, features)
+
+
+def _cells(row: Row) -> dict:
+    cells = {"input_ids": row.tokens.ids, "labels": row.tokens.labels, "place": row.place}
+    prompt, completion, _ = row.content
+    if row.content.is_conversation:
+        plain = [{"role": message["role"], "content": message.get("content")} for message in prompt + completion]
+        return cells | {"messages": plain}
+    return cells | ({"text": completion} if row.kind == "text" else {"prompt": prompt, "completion": completion})

@@ -1,109 +1,79 @@
-"""Reading training data, row by row, from a hub id, a local file or a folder, so that a bad row can be named.
+"""Reading training data from a file, a folder, a `save_to_disk` folder or the Hub, row by row and by split."""
 
-A row that cannot be read becomes a `Source` row with the reason in place of its values.
-"""
-
-import csv
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pyarrow import parquet
+from .formats import READERS, SourceRow, numbered, read_file
+from .splits import SPLITS, chosen_splits, files_by_split
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "valid": "validation"} | {
-    **{"val": "validation", "dev": "validation", "eval": "validation", "test": "test"}
-}
+NAMED = 10  # names in a note, at most
 
 
-@dataclass(frozen=True)
-class SourceRow:
-    """One row as it was found: where, and its values or why there are none."""
+@dataclass
+class Source:
+    """Rows by split ("train", "validation", "test"), and notes for the user."""
 
-    place: str  # "rows.jsonl, row 3"
-    values: dict | None
-    problem: str | None = None
+    splits: dict[str, list[SourceRow]]
+    notes: list[str] = field(default_factory=list)
 
 
-def read_source(data_path: str) -> dict[str, list[SourceRow]]:
-    """Rows by split ("train", "validation", "test"; only those that the data has).
+def read_source(data_path: str) -> Source:
+    """Every row of the data, with its place. A row that cannot be read has a problem in place of its values.
 
-    Raises FileNotFoundError or ValueError, with what was expected, if there is nothing to read.
+    Raises:
+        FileNotFoundError, ValueError: there is nothing to read, or a file cannot be read or given to a split.
     """
-    path = Path(data_path)
+    path = Path(data_path).expanduser()
     if path.is_file():
-        splits = {"train": [path]}
-    elif path.is_dir():
-        splits = _files_by_split(path)
-    else:
+        found = read_file(path, path.name)
+        splits = {split or "train": rows for split, rows in found.items()}
+        if "train" not in splits:
+            raise ValueError(f"`--data_path` {path} has no training rows, only {', '.join(splits)}")
+        return Source(splits)
+    if not path.is_dir():
         return _read_hub(data_path)
-    return {split: [row for file in files for row in _read_file(file)] for split, files in splits.items()}
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _read_saved(path)
+    return _read_folder(path)
 
 
-def _files_by_split(folder: Path) -> dict[str, list[Path]]:
-    files = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-    if not files:
-        raise ValueError(f"`--data_path` {folder} holds no file with one of the suffixes {', '.join(SUFFIXES)}")
-    splits: dict[str, list[Path]] = {}
-    for file in files:
-        splits.setdefault(SPLIT_NAMES.get(file.stem, "train"), []).append(file)
-    if "train" not in splits:
-        raise ValueError(f"`--data_path` {folder} has no training rows, only {', '.join(file.name for file in files)}")
-    return splits
+def _read_folder(folder: Path) -> Source:
+    files, unread = files_by_split(folder, tuple(READERS))
+    splits: dict[str, list[SourceRow]] = {}
+    for split, paths in files.items():
+        for path in paths:
+            for own, rows in read_file(path, str(path.relative_to(folder))).items():
+                splits.setdefault(own or split, []).extend(rows)
+    notes = []
+    if len(files) > 1 or len(files["train"]) > 1:
+        for split in (split for split in SPLITS if split in files):
+            notes.append(f"{split}: {_names(files[split], folder)}")
+    if unread:
+        notes.append(f"not read: {_names(unread, folder)}")
+    return Source(splits, notes)
 
 
-def _read_file(path: Path) -> Iterator[SourceRow]:
-    if path.suffix == ".parquet":
-        yield from _numbered(path.name, parquet.read_table(path).to_pylist())
-        return
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"`--data_path` {path} should end in one of {', '.join(SUFFIXES)}")
-    # Bytes that are not UTF-8 become lone surrogates, which no valid text holds: the row that has them can be named.
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        if path.suffix == ".csv":
-            yield from _numbered(path.name, csv.DictReader(file, restkey="columns without a name"))
-        elif path.suffix == ".json":
-            yield from _numbered(path.name, _json_array(path, file.read()))
-        else:
-            for number, line in enumerate(file.read().split("\n"), 1):
-                if line.strip():
-                    place = f"{path.name}, row {number}"
-                    yield _json_row(place, line) if path.suffix == ".jsonl" else SourceRow(place, {"text": line})
+def _names(paths: list[Path], folder: Path) -> str:
+    names = [str(path.relative_to(folder)).encode(errors="replace").decode() for path in paths]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
 
 
-def _json_row(place: str, line: str) -> SourceRow:
+def _read_saved(folder: Path) -> Source:
+    """What `datasets.Dataset.save_to_disk` or `DatasetDict.save_to_disk` has written."""
+    import datasets
+
     try:
-        return _row(place, json.loads(line))
-    except ValueError as error:
-        escaped = any("\udc80" <= character <= "\udcff" for character in line)
-        return SourceRow(place, None, "not UTF-8" if escaped else f"not valid JSON ({error})")
+        found = datasets.load_from_disk(str(folder))
+        if isinstance(found, datasets.Dataset):
+            return Source({"train": list(numbered(folder.resolve().name, found))})
+        return _named_splits(folder.resolve().name, found)
+    except Exception as error:  # damaged files raise errors of many classes
+        raise ValueError(f"`--data_path` {folder} is a `save_to_disk` folder that cannot be read: {error}") from None
 
 
-def _json_array(path: Path, text: str) -> list:
-    try:
-        values = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error})") from None
-    if isinstance(values, dict):  # {"data": [...]}, as some exports have it
-        values = next((value for value in values.values() if isinstance(value, list)), None)
-    if not isinstance(values, list):
-        raise ValueError(f"{path} should hold an array of rows")
-    return values
-
-
-def _numbered(name: str, values) -> Iterator[SourceRow]:
-    for number, value in enumerate(values, 1):
-        yield _row(f"{name}, row {number}", value)
-
-
-def _row(place: str, value) -> SourceRow:
-    if isinstance(value, dict):
-        return SourceRow(place, value)
-    return SourceRow(place, None, f"expected an object with columns, got {type(value).__name__}")
-
-
-def _read_hub(name: str) -> dict[str, list[SourceRow]]:
+def _read_hub(name: str) -> Source:
     import datasets
 
     try:
@@ -112,10 +82,16 @@ def _read_hub(name: str) -> dict[str, list[SourceRow]]:
         raise ValueError(
             f"`--data_path` {name} is neither here nor readable from the hub: {type(error).__name__}: {error}"
         ) from None
+    try:
+        return _named_splits(name, found)
+    except ValueError as error:
+        raise ValueError(f"`--data_path` {name}: {error}") from None
+
+
+def _named_splits(name: str, found: Mapping) -> Source:
+    chosen = chosen_splits(list(found))
     splits: dict[str, list[SourceRow]] = {}
-    for split, rows in found.items():
-        if (known := SPLIT_NAMES.get(split)) is not None:
-            splits[known] = list(_numbered(f"{name} [{split}]", rows))
-    if "train" not in splits:
-        raise ValueError(f"`--data_path` {name} has no split `train`, only {', '.join(found)}")
-    return splits
+    for own, split in chosen.items():
+        splits.setdefault(split, []).extend(numbered(f"{name} [{own}]", found[own]))
+    unread = [own for own in found if own not in chosen]
+    return Source(splits, [f"splits that are not read: {', '.join(unread)}"] if unread else [])

@@ -43,7 +43,6 @@ def _sft_config(flags: Flags, evaluates: bool, resumed: bool) -> SFTConfig:
         max_length=flags.cutoff_len,
         packing=flags.packing,
         eval_packing=False,
-        assistant_only_loss=flags.assistant_only_loss,
         eval_strategy="steps" if evaluates else "no",
         eval_steps=flags.eval_step or None,
         # The base model's loss; a resumed run has measured it already.

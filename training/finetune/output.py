@@ -1,9 +1,10 @@
-"""The files that a finished run leaves in its output folder: adapter, tokenizer, model card and loss curve."""
+"""Files in the output folder: rows that were left out or cut; and of a finished run its adapter, card and curve."""
 
+import json
 import tempfile
 from pathlib import Path
 
-from dora_kernels.adapters.atomic import move_files, remove
+from dora_kernels.adapters.atomic import move_files, remove, write_atomic
 from dora_kernels.adapters.save_load import WEIGHTS_NAME
 
 from ..checkpoints.loss_plot import plot_losses
@@ -31,6 +32,15 @@ def write_output(flags: Flags, adapter: Adapter, tokenizer, rows: Rows) -> None:
         write_card(flags, adapter, rows, staged / "README.md")
         files = [str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file()]
         move_files(staged, output_dir, sorted(files, key=lambda name: name == WEIGHTS_NAME))
+
+
+def write_account(rows: Rows, output_dir: Path) -> None:
+    """Write skipped_rows.jsonl and cut_rows.jsonl, or delete those of an earlier run if there are no such rows."""
+    for name, listed in (("skipped_rows.jsonl", rows.skipped), ("cut_rows.jsonl", rows.cut)):
+        if listed:
+            write_atomic(output_dir / name, "".join(json.dumps(row) + "\n" for row in listed))
+        else:
+            (output_dir / name).unlink(missing_ok=True)
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """A fine-tuning run from flags, in steps: prepare, build, train, finish. The training loop is TRL's SFTTrainer."""
 
-import json
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
@@ -9,12 +8,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import ProgressCallback
 
-from dora_kernels.adapters.atomic import write_atomic
-
 from ..checkpoints.checkpoint import newest_checkpoint, step_of
 from ..checkpoints.lock import check_folder, sole_run
 from ..checkpoints.metrics import METRICS, keep_until
-from ..data.rows import load_rows
+from ..data.rows import TRAINED, load_rows
 from ..distributed.launchers import check_launcher, launched_with_fsdp
 from ..distributed.processes import broadcast, join, print_once
 from ..distributed.sharding import full_adapter
@@ -25,7 +22,7 @@ from ..model.liger import use_fused_loss
 from .callbacks import QuietProgress, StopOnRequest, StopRequest, WriteMetrics, stop_on_sigterm
 from .config import trainer_config
 from .hub import make_repository, push
-from .output import write_output
+from .output import write_account, write_output
 from .report import resume_hint, run_line, stopped_line, summary
 from .trainer import DoraTrainer
 
@@ -33,7 +30,6 @@ from .trainer import DoraTrainer
 FREE = {"config", "output_dir", "resume", "save_step", "eval_step", "bad_row_limit"} | {
     *("report_to", "hub_model_id", "push_to_hub")
 }
-SKIPPED = "skipped_rows.jsonl"
 
 
 def run(flags: Flags, command: str) -> None:
@@ -87,9 +83,9 @@ class Run:
             val_set_size=flags.val_set_size,
             bad_row_limit=flags.bad_row_limit,
             seed=flags.seed,
+            long_rows=flags.long_rows,
+            assistant_only_loss=flags.assistant_only_loss,
         )
-        if flags.assistant_only_loss and self.rows.kind != "messages":
-            raise ValueError(f"`--assistant_only_loss` needs the column `messages`; the data has {self.rows.kind}")
         if flags.push_to_hub and self.processes.is_main_process:
             make_repository(flags.hub_model_id)
         print_once("\n".join([*notes, *self.rows.said]))
@@ -101,8 +97,8 @@ class Run:
     def build(self, request: StopRequest) -> None:
         """Load the model, put the adapter on it and make the trainer."""
         self.request, is_main = request, self.processes.is_main_process
-        if is_main and self.rows.skipped:
-            write_atomic(self.output_dir / SKIPPED, "".join(json.dumps(row) + "\n" for row in self.rows.skipped))
+        if is_main:
+            write_account(self.rows, self.output_dir)
         self.checkpoint = broadcast(resume_point(self.output_dir, self.flags.resume) if is_main else None)
         model = load_model(
             self.flags.base_model,
@@ -121,14 +117,14 @@ class Run:
         flags, rows = self.flags, self.rows
         evaluates = bool(rows.validation and flags.eval_step)
         settings = {name: value for name, value in asdict(flags).items() if name not in FREE}
-        # `_prepare_dataset` keeps the column `place`; the collator never sees it.
+        # The rows have `input_ids` and `labels`, so TRL tokenises nothing. It keeps the column `place`.
         trainer = DoraTrainer(
             self.adapter,
             run=settings | {"data": rows.fingerprint, "processes": self.processes.num_processes},
             args=trainer_config(flags, evaluates=evaluates, resumed=self.checkpoint is not None),
             fused_loss=flags.use_liger,
-            train_dataset=rows.train,
-            eval_dataset=rows.validation if flags.eval_step else None,
+            train_dataset=rows.train.select_columns(TRAINED),
+            eval_dataset=rows.validation.select_columns(TRAINED) if evaluates else None,
             processing_class=self.tokenizer,
             callbacks=[WriteMetrics(self.output_dir / METRICS), StopOnRequest(self.request)],
         )

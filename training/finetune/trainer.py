@@ -131,6 +131,12 @@ class DoraTrainer(SFTTrainer):
             save_checkpoint(self.args.output_dir, self.state.global_step, tensors, state, write)
         self.meter.skip()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter. transformers' own would write the base model's weights under the layers' names."""
+        with full_adapter(self.adapter.model, keep=self.args.should_save):
+            if self.args.should_save:
+                self.adapter.write(Path(output_dir or self.args.output_dir))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing to do: `train_from` has loaded it."""
 

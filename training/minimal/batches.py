@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..data.kinds import problem_of
 from ..data.order import IGNORED
-from ..data.rows import problem_of
 from ..data.sources import read_source
 
 SPLITS = ("train", "validation", "test")
@@ -23,7 +23,7 @@ def read_splits(folder: str | Path) -> dict[str, list[Row]]:
     Raises:
         ValueError: a split is missing, or a row cannot be used; the message names the file and the row.
     """
-    splits = read_source(str(folder))
+    splits = read_source(str(folder)).splits
     if missing := [split for split in SPLITS if not splits.get(split)]:
         raise ValueError(f"{folder} has no {missing[0]} rows; expected the splits {', '.join(SPLITS)}")
     for row in (row for rows in splits.values() for row in rows):

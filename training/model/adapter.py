@@ -16,6 +16,7 @@ from dora_kernels.adapters.save_load import WEIGHTS_NAME, check_files, stored_ke
 from dora_kernels.ops.base_weights import keep_packing
 
 from ..flags import Flags
+from .base_model import HEAD
 
 
 @dataclass(frozen=True)
@@ -29,11 +30,17 @@ class Adapter:
 
 
 def add_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
-    """Put the adapter of the flags on a model that is on its device. The same seed gives the same adapter."""
+    """Put the adapter of the flags on a model that is on its device. The same seed gives the same adapter.
+
+    Raises:
+        ValueError: the adapter of `--init_adapter` does not fit, or adapts the model's head.
+    """
     torch.manual_seed(flags.seed)
-    if flags.use_dora and not flags.use_peft:
-        return _engine_adapter(model, flags)
-    return _peft_adapter(model, flags)
+    ours = flags.use_dora and not flags.use_peft
+    adapter = _engine_adapter(model, flags) if ours else _peft_adapter(model, flags)
+    if hasattr(model.get_output_embeddings(), "lora_A"):
+        raise ValueError(f"`--init_adapter` {flags.init_adapter} adapts the head: {HEAD}")
+    return adapter
 
 
 def write_for_transformers(folder: Path) -> None:
@@ -117,13 +124,14 @@ def _load_with_peft(model: PreTrainedModel, flags: Flags) -> torch.nn.Module:
             raise ValueError(f"`--init_adapter` {folder} is neither LoRA nor DoRA: it cannot be continued here")
         kind, wanted = ("DoRA", "--use_dora") if uses_dora else ("plain LoRA", "--no_use_dora")
         raise ValueError(f"`--init_adapter` {folder} is {kind}: continue it with {wanted}")
-    if differing := sorted(stored.keys() ^ loaded.keys()):
+    # PEFT stores the weight of an adapted head or embedding too; `save_adapter` does not.
+    if differing := sorted(name for name in stored.keys() ^ loaded.keys() if ".base_layer." not in name):
         raise ValueError(
             f"`--init_adapter` {folder} does not fit the model: {differing[0]} is in one of the two only; is this the "
             "base model that it was trained with?"
         )
-    for name, tensor in loaded.items():
-        if not torch.isfinite(tensor).all() or not stored[name].is_floating_point():
+    for name in stored.keys() & loaded.keys():
+        if not torch.isfinite(loaded[name]).all() or not stored[name].is_floating_point():
             raise ValueError(f"`--init_adapter` {folder}: {name} holds NaN, infinity or no floating-point numbers")
     scalings = (module.scaling.values() for module in peft_model.modules() if hasattr(module, "lora_A"))
     if not all(map(math.isfinite, chain.from_iterable(scalings))):

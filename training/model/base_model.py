@@ -12,6 +12,8 @@ from transformers import (
 import dora_kernels as dk
 from dora_kernels.models.targets import find_targets
 
+HEAD = "the loss reads the weight of the model's head, and an adapter on it would not train: leave it out"
+
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The tokenizer, with an end-of-text token and a pad token, and notes for the user about what was added.
@@ -63,11 +65,14 @@ def load_model(
 
 
 def check_targets(path: str, config: dk.DoraConfig, trust_remote_code: bool = False) -> None:
-    """Raise ValueError if `config` names a module that the model does not have. No weights are read."""
+    """Raise ValueError if `config` names a module that the model does not have, or its head. No weights are read."""
     options = {"trust_remote_code": trust_remote_code}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **options), **options)
-    find_targets(model, config)
+    head = model.get_output_embeddings()
+    for name, module in find_targets(model, config).items():
+        if module is head:
+            raise ValueError(f"`--lora_target_modules` {name}: {HEAD}")
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
