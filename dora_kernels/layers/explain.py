@@ -21,7 +21,7 @@ class Explanation(NamedTuple):
         return f"{self.name or 'layer'} ({size}): {self.plan.reason}"
 
 
-class Explanations(tuple):
+class Explanations(tuple[Explanation, ...]):
     """The layers' explanations in order; `str()` is one line each."""
 
     def __str__(self) -> str:
