@@ -2,9 +2,10 @@
 
 import argparse
 
+import transformers
 from datasets import load_dataset
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import dora_kernels as dk
 
@@ -15,14 +16,14 @@ parser.add_argument("--steps", type=int, default=500)
 parser.add_argument("--output", default="out/trainer")
 args = parser.parse_args()
 
-tokenizer = AutoTokenizer.from_pretrained(args.model)
+tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-model = AutoModelForCausalLM.from_pretrained(args.model)
+model = transformers.AutoModelForCausalLM.from_pretrained(args.model)
 model = get_peft_model(model, LoraConfig(use_dora=True, r=16, lora_alpha=32, target_modules="all-linear"))
 rows = load_dataset(args.data, split="train")
 rows = rows.map(lambda row: tokenizer(row["prompt"] + row["completion"], truncation=True, max_length=1024))
 arguments = TrainingArguments(args.output, max_steps=args.steps, learning_rate=3e-4, report_to="none")
-collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
 callback = dk.DoraKernelsCallback()
 Trainer(model, arguments, data_collator=collator, train_dataset=rows, callbacks=[callback]).train()
 print(callback.report)

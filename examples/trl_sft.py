@@ -18,10 +18,9 @@ args = parser.parse_args()
 
 callback = dk.DoraKernelsCallback()
 cuda = torch.cuda.is_available()
-config = SFTConfig(args.output, max_steps=args.steps, learning_rate=3e-4, bf16=cuda, use_cpu=not cuda)
 trainer = SFTTrainer(
     args.model,
-    args=config,
+    args=SFTConfig(args.output, max_steps=args.steps, learning_rate=3e-4, bf16=cuda, use_cpu=not cuda),
     train_dataset=load_dataset(args.data, split="train"),
     peft_config=LoraConfig(use_dora=True, r=16, lora_alpha=32, target_modules="all-linear"),
     callbacks=[callback],

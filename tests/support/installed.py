@@ -11,7 +11,7 @@ import dora_kernels as dk
 CLONE = Path(__file__).parents[2]
 
 package = Path(str(files(dk)))
-assert CLONE / "dora_kernels" != package, f"{package} is the clone's, not the wheel's"
+assert package != CLONE / "dora_kernels", f"{package} is the clone's, not the wheel's"
 inside = {path.relative_to(CLONE / "dora_kernels") for path in (CLONE / "dora_kernels").rglob("*.py")}
 missing = {path for path in inside if not (package / path).is_file()}
 assert not missing and (package / "py.typed").is_file(), f"the wheel lacks {missing or 'py.typed'}"
