@@ -19,7 +19,7 @@ liger = ["liger-kernel>=0.8"]
 setup(
     name="dora-kernels",
     version="0.1.0",
-    description="Fused Triton kernels for DoRA: weight-decomposed low-rank adaptation at the cost of LoRA",
+    description="Fused Triton kernels for DoRA fine-tuning of Hugging Face and PEFT models",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
