@@ -47,9 +47,9 @@ def table() -> dict[str, tuple[str, str]]:
     return {name.strip(): (theirs.strip(), ours.strip()) for name, theirs, ours in rows}
 
 
-def layer(engine, *, weight=None, dropout=0.0, space="token"):
+def layer(engine, *, weight=None, bias=False, dropout=0.0, space="token"):
     """A PEFT DoRA layer on a bf16 base, fp32 adapters, as it is or patched; or one of ours."""
-    linear = nn.Linear(K, N, bias=False, dtype=torch.bfloat16)
+    linear = nn.Linear(K, N, bias=bias, dtype=torch.bfloat16)
     if weight is not None:
         linear = nn.Linear(*reversed(weight.shape), bias=False, dtype=torch.bfloat16)
         linear.weight.data.copy_(weight)
@@ -92,11 +92,15 @@ def kept(model):
 
 
 def test_what_is_kept_for_the_backward_pass():
-    assert table()["[M, N] tensors kept for the backward pass"] == ("2", "1: the output itself")
+    assert table()["output-sized tensors kept for the backward pass"] == (
+        "2",
+        "1, the output itself where there is no bias",
+    )
     assert kept(layer("peft")) == (2, 2)
     for engine in ("patched", "ours"):
         for space in ("token", "weight"):
             assert kept(layer(engine, space=space)) == (0, 1), (engine, space)
+            assert kept(layer(engine, space=space, bias=True)) == (1, 1), (engine, space)
 
 
 class Operations(TorchDispatchMode):
@@ -128,7 +132,7 @@ def operations(engine, **options):
 def test_matrices_of_the_weights_size(monkeypatch):
     """Ours with blocks of rows that are smaller than the matrix, as they are beside real ones."""
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", N // 2 * K)
-    assert table()["matrices of W's size made in a forward"] == ("5", "0 in token space, 1 in weight space")
+    assert table()["weight-sized matrices made in a forward"] == ("5", "0 in token space, 1 in weight space")
     assert operations("peft").made[N * K] == 5
     for engine in ("patched", "ours"):
         assert [operations(engine, space=space).made[N * K] for space in ("token", "weight")] == [0, 1], engine
@@ -172,7 +176,7 @@ def share_kept(engine, space, seed, update=4e-5):
 
 
 def test_small_updates_are_kept():
-    theirs, ours = table()["share of a bf16 update of 4·10⁻⁵ of W that is kept"]
+    theirs, ours = table()["share that is kept of a bf16 update of 4·10⁻⁵ of W"]
     for engine, space, cell in (("peft", None, theirs), ("patched", "token", ours), ("patched", "weight", ours)):
         mean = sum(share_kept(engine, space, seed) for seed in range(2)) / 2
         assert f"{mean:.1f}" == cell, (engine, space, mean)
