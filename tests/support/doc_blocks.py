@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = "# not run in the tests: "
 # README's blocks start from a model that the reader has.
-GIVEN = "import torch\n\nmodel = torch.nn.Module()\n"
+GIVEN = "import transformers\n\nmodel = transformers.AutoModelForCausalLM.from_pretrained('model')\n"
 
 
 class Block(NamedTuple):
