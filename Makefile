@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test scorecard scorecard-fast lint offline peft-suite peft-suite-kernels clean
+.PHONY: demo test scorecard scorecard-fast lint wheel offline peft-suite peft-suite-kernels clean
 
 demo: $(VENV)/.installed  ## fine-tune the embedded model on the embedded data
 	$(BIN)/python -m training
@@ -16,9 +16,21 @@ scorecard: $(VENV)/.peft-suite  ## measure the reliability scorecard and write t
 scorecard-fast: $(VENV)/.installed  ## measure the rows of the scorecard that take seconds
 	$(BIN)/python -m tests.scorecard --fast
 
-lint: $(VENV)/.installed  ## check style and formatting
+lint: $(VENV)/.installed  ## check style, formatting, and the types that users see
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.support.doc_blocks build/doc_blocks
+	$(BIN)/mypy
+
+wheel: $(VENV)/.installed  ## build the sdist and from it the wheel; import the wheel outside the clone
+	rm -rf build/wheel
+	$(BIN)/python -m build --outdir build/wheel/dist
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --no-deps build/wheel/dist/*.whl
+	# The requirements are those of the tests' environment; its editable install is not seen through a .pth file.
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> "$$(build/wheel/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/requirements.pth"
+	cd build/wheel && venv/bin/python ../../tests/support/installed.py
 
 offline: $(VENV)/.installed  ## compile every kernel for every supported GPU and compare with the golden file
 	$(BIN)/python -m bench offline --check

@@ -1,6 +1,8 @@
 """Fused DoRA layers for PyTorch and Hugging Face models."""
 
 # ruff: noqa: E402
+from typing import TYPE_CHECKING
+
 from .versions import require
 
 require("torch>=2.11", "transformers>=5.17")
@@ -33,11 +35,14 @@ __all__ = [
     "unpatch_peft",
 ]
 
+if TYPE_CHECKING:
+    from .peft.callback import DoraKernelsCallback
+else:
 
-def __getattr__(name: str):
-    # Its base class loads transformers' trainer, which takes seconds; who has a trainer has paid them.
-    if name == "DoraKernelsCallback":
-        from .peft.callback import DoraKernelsCallback
+    def __getattr__(name: str):
+        # Its base class loads transformers' trainer, which takes seconds; who has a trainer has paid them.
+        if name == "DoraKernelsCallback":
+            from .peft.callback import DoraKernelsCallback
 
-        return DoraKernelsCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return DoraKernelsCallback
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

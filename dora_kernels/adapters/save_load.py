@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import DoraConfig
+from ..layers import Model
 from ..layers.linear import DoraLinear
 from ..models.apply import apply_dora, check_targets
 from ..models.lost_state import warn_of_statistics
@@ -82,7 +83,7 @@ def stored_key(key: str, compat: str) -> str:
     return key + (suffix if key.endswith(MAGNITUDE) else "")
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike) -> nn.Module:
+def load_adapter(model: Model, directory: str | os.PathLike) -> Model:
     """Loads an adapter that PEFT or `save_adapter` wrote. Returns the model, adapters trainable.
 
     A plain model gets its DoRA layers from the file's config. A model that has them (`apply_dora` with the `impl`,

@@ -22,7 +22,7 @@ class Explanation(NamedTuple):
         return f"{self.name or 'layer'} ({size}): {self.plan.reason}"
 
 
-class Explanations(tuple):
+class Explanations(tuple[Explanation, ...]):
     """The layers' explanations in order; `str()` is one line each, and one for each stack of experts.
 
     `experts` holds by path how many parameters of fused experts stay frozen.

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..ops.types import NormScale
+from . import Model
 from .support import check_weights_loaded
 
 
@@ -53,7 +54,7 @@ class Freezable(nn.Module):
 
 
 @contextmanager
-def frozen_adapters(model: nn.Module) -> Iterator[nn.Module]:
+def frozen_adapters(model: Model) -> Iterator[Model]:
     """Inside the scope every DoRA layer of `model`, ours or patched, keeps n and g; leaving it forgets them.
 
     The model must be in eval mode, and forward must run without gradients: `model.train()`, loading weights, merging,

@@ -14,6 +14,7 @@ from dataclasses import replace
 from torch import nn
 
 from ..config import DoraConfig
+from ..layers import Model
 from ..layers.linear import DoraLinear
 from ..layers.support import fused_experts, why_not, why_not_called, why_not_class, why_overwritten
 from ..ops.base_weights import keep_packing
@@ -22,7 +23,7 @@ from .modules import check_model, check_not_sharded, dora_layers, listed, replac
 from .targets import find_saved, find_targets, is_all_linear, rank_and_alpha
 
 
-def apply_dora(model: nn.Module, config: DoraConfig) -> nn.Module:
+def apply_dora(model: Model, config: DoraConfig) -> Model:
     """Replaces the target layers by `DoraLinear`, in place, and freezes all the rest. Returns the model.
 
     Quantised layers keep their weights packed: NF4 is decoded inside the kernels, bitsandbytes' FP4 and 8-bit,

@@ -3,8 +3,8 @@
 import logging
 
 import torch
-from torch import nn
 
+from ..layers import Model
 from ..layers.linear import DoraLinear
 from ..ops.chunked import row_chunks
 from .lost_state import save_silently, warn_when_saved
@@ -15,7 +15,7 @@ from .tied_weights import broken_ties, check_can_untie, retie, untie
 logger = logging.getLogger(__name__)
 
 
-def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = False) -> nn.Module:
+def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -> Model:
     """Replaces every DoRA layer by a plain one with W' = g ⊙ (W + s B A), in place. Returns the model.
 
     W' is computed in fp32 and rounded once to the weight's dtype. The log has the cost of rounding for each layer (at
@@ -102,7 +102,7 @@ def merge_dora(model: nn.Module, base: str | None = None, keep_base: bool = Fals
     return model
 
 
-def unmerge_dora(model: nn.Module) -> nn.Module:
+def unmerge_dora(model: Model) -> Model:
     """Puts back the layers that `merge_dora(model, keep_base=True)` kept, bit for bit. Returns the model.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..config import DoraConfig
+from ..layers import Model
 from ..layers.support import why_overwritten
 from ..ops import dispatch
 from ..ops.base_weights import keep_packing, weight_of
@@ -84,7 +85,7 @@ def patch_peft(
     return report
 
 
-def unpatch_peft(model: nn.Module) -> nn.Module:
+def unpatch_peft(model: Model) -> Model:
     """Gives the model's layers back to PEFT, and fresh magnitudes their bits. Returns the model, patched or not."""
     check_peft()
     for layer in _lora_layers(model).values():
