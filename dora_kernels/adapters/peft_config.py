@@ -1,6 +1,7 @@
 """`adapter_config.json`, PEFT's file: written from a model, read into a `DoraConfig`."""
 
 import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,34 @@ def write_config(fields: dict, directory: Path) -> None:
         # PEFT holds them as sets and would write them in random order.
         config.target_modules, config.exclude_modules = fields["target_modules"], fields["exclude_modules"]
         config.save_pretrained(str(directory))
+
+
+def warn_of_experts(model: nn.Module, directory: Path) -> None:
+    """Warns where the installed PEFT cannot load the adapter that was written to `directory`.
+
+    In some families of experts PEFT takes the names of dense layers ("gate_proj") for those that the experts had before
+    transformers fused them, adapts the fused parameters instead, and has no DoRA for these.
+    """
+    try:
+        from peft import LoraConfig
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:
+        return
+    config = LoraConfig.from_pretrained(str(directory))
+    try:
+        convert_peft_config_for_transformers(config, model, conversions=None)
+        experts = bool(config.target_parameters)
+    except ValueError:
+        experts = True
+    except TypeError:  # PEFT's function takes other arguments now: what it would do is not known
+        return
+    if experts:
+        warnings.warn(
+            f"the installed PEFT cannot load this adapter: in a {model.config.model_type} model it takes the names of "
+            "adapted dense layers for the fused experts, which it cannot adapt with DoRA; dora_kernels.load_adapter "
+            "reads it, and leaving gate_proj, up_proj and down_proj out of `target_modules` avoids it",
+            stacklevel=3,
+        )
 
 
 def read_config(directory: Path) -> DoraConfig:

@@ -1,12 +1,19 @@
 """What PEFT's files hold beside A, B and m: read as PEFT reads it, and written where PEFT would."""
 
 import json
+import warnings
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 import dora_kernels as dk
 from tests.support.tiny_models import VOCAB, bert, llama, logits
@@ -162,3 +169,30 @@ def test_a_speech_models_adapter_runs_in_peft(tmp_path):
     inputs = {"input_features": torch.randn(2, 8, 64), "decoder_input_ids": NEW_IDS % VOCAB}
     with torch.no_grad():
         assert_same(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "gate_proj", "up_proj"], ["q_proj"]], ids=["dense MLP", "attention"])
+def test_where_peft_takes_dense_layers_for_experts_it_is_said(targets, tmp_path):
+    config = Glm4MoeConfig(
+        **{"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "moe_intermediate_size": 16},
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1},
+        n_group=1,
+        topk_group=1,
+    )
+
+    def experts():
+        torch.manual_seed(0)
+        return Glm4MoeForCausalLM(config).eval()
+
+    model = moved(dk.apply_dora(experts(), dk.DoraConfig(r=3, target_modules=targets)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dk.save_adapter(model, tmp_path)
+    assert torch.equal(logits(dk.load_adapter(experts(), tmp_path)), logits(model))
+    if any("PEFT cannot load this adapter" in str(warning.message) for warning in caught):
+        with pytest.raises(ValueError, match="does not work with use_dora=True"):
+            peft.PeftModel.from_pretrained(experts(), tmp_path)
+        assert "gate_proj" in targets
+    else:
+        assert_same(logits(peft.PeftModel.from_pretrained(experts(), tmp_path).eval()), logits(model))
