@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from ..ops.types import NormScale
@@ -39,9 +40,14 @@ class Freezable(nn.Module):
         self.refuse_if_frozen("load weights")
         super()._load_from_state_dict(*args, **kwargs)
 
-    def _apply(self, *args, **kwargs) -> "Freezable":
-        self.refuse_if_frozen("move or convert the model")
-        return super()._apply(*args, **kwargs)
+    def _apply(self, function, *args, **kwargs) -> "Freezable":
+        # Some models call `.to` in each forward: one that changes nothing is let through.
+        if self.frozen_scale is not None:
+            with torch.no_grad():
+                changes = any(function(tensor) is not tensor for tensor in (*self.parameters(), *self.buffers()))
+            if changes:
+                self.refuse_if_frozen("move or convert the model")
+        return super()._apply(function, *args, **kwargs)
 
     def __getstate__(self) -> dict:
         # A copy or a pickle made inside frozen_adapters is not in its scope.

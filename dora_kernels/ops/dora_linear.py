@@ -22,6 +22,7 @@ Sums and products are fp32, or fp64 where an input is.
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,7 @@ class DoraLinearFunction(torch.autograd.Function):
         inputs = Inputs(x, x_dropped, lora_A, lora_B, magnitude, bias, weight, frozen_scale)
         needs = Gradients(*ctx.needs_input_grad[:6]) if call.trains else NO_GRADIENTS
         form = token_forward if call.space == "token" else weight_forward
-        with dispatch.on_device_of(x), torch.autocast(x.device.type, enabled=False):
+        with dispatch.on_device_of(x), _without_autocast(x.device):
             y, saved = form(dispatch.implementation(call.impl), call, inputs, needs)
         ctx.call = call
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:6]]
@@ -74,9 +75,14 @@ class DoraLinearFunction(torch.autograd.Function):
             saved = saved._replace(weight=ctx.quantized)
         asked = Gradients(*(dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad)))
         form = token_backward if call.space == "token" else weight_backward
-        with dispatch.on_device_of(grad_y), torch.autocast(grad_y.device.type, enabled=False):
+        with dispatch.on_device_of(grad_y), _without_autocast(grad_y.device):
             gradients = form(dispatch.implementation(call.impl), call, grad_y, saved, asked)
         return (*gradients, None, None, None)
+
+
+def _without_autocast(device):
+    """Nothing is cast inside. The meta device knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _saved_tensors(ctx):
@@ -142,7 +148,7 @@ def dora_linear(
         weight = of_params4bit(weight, weight.quant_state, nf4_parity=nf4_parity)
     check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_dropout, dropout_mode)
     dtype = x.dtype
-    if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
     elif isinstance(weight, torch.Tensor) and dtype != weight.dtype:
         raise TypeError(

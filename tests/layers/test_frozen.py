@@ -77,6 +77,16 @@ def test_a_stale_norm_dies_with_the_scope():
             assert torch.equal(model(x), fresh), "entered again, it is computed again"
 
 
+def test_a_conversion_that_changes_nothing_is_let_through():
+    """Some models call `.to` on a part of theirs in each forward."""
+    model, x = make_model(), torch.randn(5, 24)
+    with torch.no_grad():
+        plain = model(x)
+        with frozen_adapters(model):
+            assert torch.equal(model.to("cpu").float()(x), plain)
+            assert all(layer.frozen_scale is not None for layer in model)
+
+
 FORBIDDEN = {
     "train": (lambda model, x: model.train(), "cannot train inside frozen_adapters"),
     "load_state_dict": (lambda model, x: model.load_state_dict(model.state_dict()), "cannot load weights inside"),

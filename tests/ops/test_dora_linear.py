@@ -137,3 +137,13 @@ def test_a_weight_that_requires_a_gradient_is_welcome_without_autograd(space, im
     with torch.no_grad():
         y = call(P, weight=P.weight.clone().requires_grad_(), space=space, impl=impl)
         assert torch.equal(y, call(P, space=space, impl=impl))
+
+
+@pytest.mark.parametrize("space", ["token", "weight"])
+def test_the_meta_device_gives_shapes(space):
+    """As `torch.device("meta")` is used to size a model: nothing is computed."""
+    layer = dk.DoraLinear.from_linear(torch.nn.Linear(8, 6, device="meta"), r=2, lora_alpha=4, space=space)
+    y = layer(torch.empty(2, 3, 8, device="meta"))
+    y.sum().backward()
+    assert y.is_meta and y.shape == (2, 3, 6)
+    assert layer.lora_A.grad.shape == (2, 8) and layer.magnitude.grad.shape == (6,)

@@ -71,8 +71,13 @@ def cut_manifest(path):
     return "manifest.json is unreadable"
 
 
+def empty_manifest(path):
+    (path / "manifest.json").write_text('{"files": {}}')
+    return "manifest.json names no file"
+
+
 @pytest.mark.parametrize(
-    "harm", [truncate, flip, remove, remove_manifest, cut_manifest], ids=lambda harm: harm.__name__
+    "harm", [truncate, flip, remove, remove_manifest, cut_manifest, empty_manifest], ids=lambda harm: harm.__name__
 )
 def test_damaged_newest_is_skipped_out_loud(tmp_path, harm):
     older, newest = save(tmp_path, 10), save(tmp_path, 20)

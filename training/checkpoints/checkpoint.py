@@ -110,6 +110,8 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, as a sentence, or None if every file matches its manifest."""
     try:
         files = json.loads((path / MANIFEST).read_text())["files"]
+        if not files:
+            return f"{MANIFEST} names no file"
         for name, expected in files.items():
             # The size first: it detects a truncated file without reading it.
             if (size := (path / name).stat().st_size) != expected["bytes"]:
