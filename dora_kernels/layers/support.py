@@ -6,6 +6,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor  # tracing and counting: no other weight's stand-in
 from transformers.pytorch_utils import Conv1D
 
 from ..ops.base_weights import is_quantized, sharding_of, weight_of
@@ -85,7 +86,7 @@ def why_not_format(module: nn.Module, kept: bool = False) -> str | None:
     if sharding := sharding_of(weight):
         return f"has a weight that is {sharding}"
     # FSDP puts views of its flat parameter, plain tensors, in the weights' place.
-    if type(weight) is not nn.Parameter and not (kept and type(weight) is torch.Tensor):
+    if type(weight) not in (nn.Parameter, FakeTensor) and not (kept and type(weight) is torch.Tensor):
         return f"has a weight of type {type(weight).__name__}: sharded weights and unknown formats are not supported"
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"has a weight of dtype {weight.dtype}, of no quantisation known here"

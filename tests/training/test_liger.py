@@ -165,7 +165,7 @@ def test_why_the_other_kernels_stay_off(kernel, spoiled):
     """They overwrite what DoRA layers keep. Should a release stop that, this test says so, and they may be allowed."""
     # In a process of its own: these patches stay.
     script = f"""
-from tests import interpreter
+from tests.support import interpreter
 interpreter.install()
 from tests.training.test_liger import adapted, loss_and_gradients
 from training.model.liger import FUSED_LOSS_ONLY, apply_liger_kernel
