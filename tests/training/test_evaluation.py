@@ -38,7 +38,7 @@ def norms(monkeypatch):
 
     monkeypatch.setattr(DoraTrainer, "evaluation_loop", evaluation_loop)
     count("weight_norm", lambda options: True)
-    count("merge", lambda options: options.get("weight_norm") is None)
+    count("merge", lambda options: options.get("norm_scale") is None)
     return counts
 
 
