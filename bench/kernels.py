@@ -17,8 +17,8 @@ from dora_kernels.ops import dispatch
 
 from .contestants.layer import ALPHA_OVER_RANK, DTYPES, empty_problem, make_problem
 from .counting.gpus import Roofs
-from .counting.gpus import seconds as launch_seconds
 from .counting.operations import operations
+from .counting.roofs import longest
 from .counting.traffic import Operation, counting
 from .gates import kernels as kernel_gate
 from .measuring.timing import interleaved
@@ -119,8 +119,9 @@ def count(shape, tokens: int, rank: int, dtype: torch.dtype, capability: tuple[i
     return found
 
 
-def predict(shape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs, capability: tuple[int, int]) -> dict:
-    """In the form of a measured result: the roofs that are assumed, and each operation's launches one after another."""
+def predict(shape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs, limit=longest) -> dict:
+    """In the form of a measured result: the roofs that are assumed, and each operation's launches one after another,
+    with the roof of each. `limit` gives the roof and the seconds of a launch."""
     found = {
         COPY: {
             "memory_bytes": ROOF_BYTES,
@@ -135,8 +136,9 @@ def predict(shape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs, cap
             "time": ROOF_FLOPS / roofs.flops["bf16"],
         },
     }
-    for name, counted in count(shape, tokens, rank, dtype, capability).items():
-        found[name] = {**counted.row(), "time": sum(launch_seconds(operation, roofs) for operation in counted.launches)}
+    for name, counted in count(shape, tokens, rank, dtype, roofs.capability).items():
+        limits = [limit(operation, roofs) for operation in counted.launches]
+        found[name] = {**counted.row(), "time": sum(time for _, time in limits), "roofs": [roof for roof, _ in limits]}
     return {
         name: {"impl": "triton", "seconds": {"total": {"median": row.pop("time")}}, **row}
         for name, row in found.items()
@@ -171,12 +173,12 @@ def floor(row: dict, group: dict[str, dict]) -> float | None:
 
 
 def kernels_table(group: dict[str, dict]) -> str:
-    """One row per operation; the roofs first."""
-    rows = []
+    """One row per operation; the measured or assumed rates first. Predictions name the roof of each launch."""
+    rows, predicted = [], any("roofs" in row for row in group.values())
     for name, row in group.items():
         time = seconds(row)
         if time is None:
-            rows.append((f"{name}: {row['failed']}", *["-"] * 7))
+            rows.append((f"{name}: {row['failed']}", *["-"] * (7 + predicted)))
             continue
         lowest = floor(row, group)
         rows.append(
@@ -189,9 +191,11 @@ def kernels_table(group: dict[str, dict]) -> str:
                 f"{sum(row['flops'].values()) / time / 1e12:.2f}",
                 milliseconds(lowest),
                 f"{time / lowest:.2f}" if lowest else "-",
+                *([", ".join(row.get("roofs", "-"))] if predicted else []),
             )
         )
-    return table(("operation", "ms", "MB", "loads MB", "GB/s", "TFLOP/s", "floor ms", "× floor"), rows)
+    header = ("operation", "ms", "MB", "loads MB", "GB/s", "TFLOP/s", "floor ms", "× floor")
+    return table((*header, "roof") if predicted else header, rows)
 
 
 def _whole(call: Callable):

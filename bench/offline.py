@@ -1,9 +1,14 @@
 """Compiles every kernel of the engine for every GPU generation, on any machine, and holds the result to its limits.
 
-The launches are those that `dora_linear` makes, forward and backward, over ranks, types, shapes and options. For each
-kernel and type the table shows the worst over its launches: registers a thread, bytes of stack, instructions that
-spill, bytes of shared memory, tensor-core instructions (fewest, where a dot is) and the narrowest access in bits to a
-two-dimensional block (where sizes divide by 16). A broken limit is printed with its launch, and the exit status is 1.
+The launches are those that `dora_linear` makes, forward and backward, over ranks, types, shapes and options. The first
+table has a row for each kernel, type and generation, with the worst over its launches: registers a thread, bytes of
+stack, instructions that spill, bytes of shared memory, tensor-core instructions (fewest, where a dot is) and the
+narrowest access in bits to a two-dimensional block (where sizes divide by 16). A broken limit is printed with its
+launch, and the exit status is 1.
+
+The second table has a row for each kernel, case and GPU: instructions of a thread per element, and the time of the
+longest pipe, of L2 and of the tensor cores over the time of the bytes. Above 1 the kernel cannot reach the memory's
+bandwidth. Beside them stand programs on a multiprocessor, waves, and bytes in flight over those that are needed.
 """
 
 import argparse
@@ -11,7 +16,7 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import islice
 from multiprocessing import get_context
@@ -23,7 +28,20 @@ import triton
 from dora_kernels.ops.kernels import interpreted
 
 from .counting.compiled import Figures, broken_limits, compile_launch
-from .counting.launches import CAPABILITIES, Case, Launch, all_cases, launches, quick_cases
+from .counting.gpus import ROOFS
+from .counting.launches import (
+    CAPABILITIES,
+    Case,
+    Launch,
+    SizedLaunch,
+    all_cases,
+    launches,
+    quick_cases,
+    roof_cases,
+    sized_launches,
+)
+from .counting.roofs import profile
+from .rows.roofs import Row, roofs_table, shown
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("kernel", "dtypes", "sm", "launches", "registers", "stack", "spills", "shared", "mma", "width")
@@ -85,15 +103,15 @@ def main(args: argparse.Namespace) -> int:
     compiled = list(compile_all(work, args.jobs))
     if args.verbose:
         print(*compiled, sep="\n")
-    summary = summarise(compiled)
-    print(*summary, sep="\n")
+    tables = [summarise(compiled), roofs_table(profile_all(args.capability, args.kernel, args.jobs))]
+    print(*join(tables), sep="\n")
     failed = report_broken(compiled)
     path = RESULTS / f"offline-triton-{triton.__version__}.txt"
     if args.update:
-        path.write_text("\n".join(summary) + "\n")
+        path.write_text("\n".join(join(tables)) + "\n")
         print(f"wrote {path}")
     if args.check:
-        failed |= differs(path, summary, args)
+        failed |= differs(path, tables, args)
     return int(failed)
 
 
@@ -105,19 +123,43 @@ def check_compilable() -> bool:
 
 
 def compile_all(work: dict[tuple[tuple[int, int], Launch], Case], jobs: int) -> Iterator[Compiled]:
-    """Compiles in `jobs` processes, printing progress to stderr; the order is that of `work`."""
-    start, done, figures = time.monotonic(), 0, {}
+    """Compiles in `jobs` processes; the order is that of `work`."""
     keys = iter(work)
     batches = list(iter(lambda: list(islice(keys, BATCH)), []))
+    figures = {key: found for batch in in_processes("compiled", _compile_batch, batches, jobs) for key, found in batch}
+    return (Compiled(*key, case, figures[key]) for key, case in work.items())
+
+
+def profile_all(capabilities: Sequence[tuple[int, int]] | None, kernels: Sequence[str] | None, jobs: int) -> list[Row]:
+    """The rows of the table of roofs, of these GPU generations and kernels (None: all)."""
+    tasks: dict[tuple, dict[SizedLaunch, Case]] = {}
+    for capability in {roofs.capability for roofs in ROOFS.values()}:
+        if capabilities and capability not in capabilities:
+            continue
+        for case, launch in sized_launches(roof_cases(), capability):
+            if shown(launch) and not (kernels and launch.launch.name not in kernels):
+                tasks.setdefault((capability, launch.launch), {}).setdefault(launch, case)
+    work = [(capability, list(found.items())) for (capability, _), found in tasks.items()]
+    return [row for rows in in_processes("disassembled", _profile, work, jobs) for row in rows]
+
+
+def in_processes(done: str, function: Callable, batches: Sequence, jobs: int) -> Iterator:
+    """What `function` makes of each batch, in no order, printing progress to stderr."""
+    start, tenth = time.monotonic(), 0
     # Spawned, for a process that has started LLVM's threads must not be forked.
     with ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(_compile_batch, batch) for batch in batches]):
-            figures.update(future.result())
-            if 10 * len(figures) // len(work) > done or len(figures) == len(work):
-                done = 10 * len(figures) // len(work)
+        for i, future in enumerate(as_completed([pool.submit(function, batch) for batch in batches]), start=1):
+            yield future.result()
+            if 10 * i // len(batches) > tenth:
+                tenth = 10 * i // len(batches)
                 elapsed = time.monotonic() - start
-                print(f"compiled {len(figures)} of {len(work)} in {elapsed:.0f} s", file=sys.stderr, flush=True)
-    return (Compiled(*key, case, figures[key]) for key, case in work.items())
+                print(f"{done} {100 * i // len(batches)} % in {elapsed:.0f} s", file=sys.stderr, flush=True)
+
+
+def _profile(task: tuple[tuple[int, int], list[tuple[SizedLaunch, Case]]]) -> list[Row]:
+    capability, launched = task
+    gpus = [name for name, roofs in ROOFS.items() if roofs.capability == capability]
+    return [Row(case, launch, gpu, profile(launch, ROOFS[gpu])) for launch, case in launched for gpu in gpus]
 
 
 def _compile_batch(batch: list[tuple[tuple[int, int], Launch]]) -> list:
@@ -148,16 +190,26 @@ def report_broken(compiled: Iterable[Compiled]) -> bool:
     return bool(broken)
 
 
-def differs(path: Path, summary: list[str], args: argparse.Namespace) -> bool:
-    """Prints how the summary differs from the committed one, over the rows that `args` selects."""
+def join(tables: Iterable[list[str]]) -> list[str]:
+    """The lines of all tables, an empty one between them."""
+    return "\n\n".join("\n".join(table) for table in tables).split("\n")
+
+
+def differs(path: Path, tables: Sequence[list[str]], args: argparse.Namespace) -> bool:
+    """Prints how the tables differ from the committed ones, over the rows that `args` selects."""
     if not path.exists():
         print(f"no committed summary {path.name}: run with --update and commit it", file=sys.stderr)
         return True
-    header, *rows = path.read_text().splitlines()
-    sms = {str(_sm(capability)) for capability in args.capability or CAPABILITIES}
-    for kept, column in ((args.kernel, 0), (sms, 2)):
-        rows = [row for row in rows if not kept or row.split()[column] in kept]
-    difference = list(difflib.unified_diff([header, *rows], summary, path.name, "compiled now", lineterm="", n=0))
+    capabilities = args.capability or CAPABILITIES
+    gpus = {name for name, roofs in ROOFS.items() if roofs.capability in capabilities}
+    generations = gpus | {str(_sm(capability)) for capability in capabilities}
+    committed = []
+    for header, *rows in (table.splitlines() for table in path.read_text().split("\n\n")):
+        column = next(i for i, name in enumerate(header.split()) if name in ("sm", "gpu"))
+        rows = [row for row in rows if row.split()[column] in generations]
+        committed.append([header, *(row for row in rows if not args.kernel or row.split()[0] in args.kernel)])
+    compared = (join(committed), join(tables), path.name, "compiled now")
+    difference = list(difflib.unified_diff(*compared, lineterm="", n=0))
     if difference:
         print(*difference, sep="\n", file=sys.stderr)
         print("the compiled kernels changed: if intended, run `python -m bench offline --update`", file=sys.stderr)

@@ -1,16 +1,20 @@
-"""PREDICTS the tables of `kernels`, `layer` and `model` for a GPU that is not here, from counted bytes and FLOPs.
+"""PREDICTS the tables of `kernels`, `layer` and `model` for a GPU that is not here.
 
-Each launch is assumed to take the longest of: its bytes at the copy bandwidth, its FLOPs at the rate of their format,
-and a fixed time per launch; launches follow each other without gaps, and nothing is found in the L2 cache that another
-launch left there. Bytes, FLOPs, launches and peak memory are exact; the seconds are a model, and so are all ratios.
-With `--measured FILE` each row of a real run is set beside its prediction. Of a model whose frozen weights and peak are
-more than the data sheet's memory there is no time. `bench/results/predict-h200.txt` is what the defaults print for an
-H200; to change it: `python -m bench predict --gpu h200 --output bench/results/predict-h200.txt`.
+A launch of our kernels takes the longest of four roofs, or a fixed time: the bytes that must come from memory, the
+bytes that programs load and store through L2, the issue slots and pipes that its instructions take, and its products
+on the tensor cores. Its instructions are those of the compiled kernel. Kernels of other libraries have the roofs of
+memory and of products alone. Launches follow each other without gaps. No launch finds in L2 what another left there.
+Bytes, FLOPs, launches and peak memory are exact; the seconds are a model, and so are all ratios.
+
+`--measured FILE` sets each row of a real run beside its prediction. A model whose frozen weights and peak exceed the
+memory on the data sheet has no time. `bench/results/predict-h200.txt` is what the defaults print for an H200; to change
+it: `python -m bench predict --gpu h200 --output bench/results/predict-h200.txt`.
 """
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -19,15 +23,21 @@ import torch
 from . import kernels, layer, model
 from .contestants import model as model_field
 from .contestants.layer import DTYPES, Contestant, contestants, empty_problem
-from .counting.gpus import CAPABILITIES, ROOFS, Roofs, seconds
-from .counting.model_counts import predict_step
+from .counting.gpus import ROOFS, Roofs
+from .counting.model_counts import predict_step, seconds_by_roof
+from .counting.roofs import longest
 from .counting.traffic import Operation, counting, fake_module
 from .measuring.shapes import MODELS, Run, Shape, layer_shapes
 from .measuring.timing import attempt
+from .offline import check_compilable
 from .rows.compare import group_table, title
 from .rows.records import groups, read_rows
 from .rows.tables import mebibytes, milliseconds, ratio, table
 
+Limit = Callable[[Operation, Roofs], tuple[str, float]]
+"""The roof of a launch, and its seconds."""
+MARK = "*"
+NOTE = f"{MARK} the kernels of the base, PEFT and PyTorch are counted by bytes and FLOPs alone, ours by four roofs"
 TABLES = (kernels.COMMAND, layer.COMMAND, model.COMMAND)
 
 
@@ -48,10 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    roofs, capability = ROOFS[args.gpu], CAPABILITIES[args.gpu]
+    if not check_compilable():
+        return 2
+    roofs = ROOFS[args.gpu]
     if args.measured:
         print(header(args.gpu, roofs, f"beside what was measured in {args.measured}"))
-        return compare(args.measured, roofs, capability, args.tables)
+        return compare(args.measured, roofs, args.tables)
     parts = []
     for part in itertools.chain([header(args.gpu, roofs, "nothing was measured")], sections(args)):
         print(part, flush=True)
@@ -66,15 +78,16 @@ def header(gpu: str, roofs: Roofs, beside: str) -> str:
     """What the numbers are, of which roofs, and counted with which versions."""
     rates = ", ".join(f"{name} {value / 1e12:.0f} TFLOP/s" for name, value in roofs.flops.items())
     return (
-        f"PREDICTION for {gpu}, {beside}. Roofs: {roofs.bandwidth / 1e12:.2f} TB/s, {rates}, "
+        f"PREDICTION for {gpu}, {beside}. Roofs: {roofs.bandwidth / 1e12:.2f} TB/s, L2 {roofs.l2 / 1e12:.2f} TB/s, "
+        f"{rates}, {roofs.multiprocessors} multiprocessors at {roofs.clock / 1e9:.3f} GHz, "
         f"{roofs.launch * 1e6:.0f} µs a launch, {roofs.memory / 2**30:.0f} GiB of memory ({roofs.source})\n{versions()}"
     )
 
 
 def versions() -> str:
-    """The libraries whose launches are counted."""
+    """The libraries whose launches are counted, and the compiler of ours."""
     found = []
-    for name in ("torch", "peft", "transformers", "bitsandbytes"):
+    for name in ("torch", "triton", "peft", "transformers", "bitsandbytes"):
         try:
             # Without the build, which counts the same.
             found.append(f"{name} {metadata.version(name).partition('+')[0]}")
@@ -90,7 +103,7 @@ def sections(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _layers(command: str, args: argparse.Namespace) -> Iterator[str]:
-    of_gpu = (DTYPES[args.dtype], ROOFS[args.gpu], CAPABILITIES[args.gpu])
+    of_gpu = (DTYPES[args.dtype], ROOFS[args.gpu])
     for shape, tokens, rank in itertools.product(layer_shapes(args.model), args.tokens, args.ranks):
         case = {"layer": shape.name, "out": shape.out_features, "in": shape.in_features}
         case |= {"tokens": tokens, "rank": rank, "dtype": args.dtype}
@@ -101,28 +114,35 @@ def _layers(command: str, args: argparse.Namespace) -> Iterator[str]:
             found = predict(shape, tokens, rank, *of_gpu)
             if args.verbose:
                 lines += launches_of_ours(found, ROOFS[args.gpu])
-            lines.append(group_table(found))
+            lines += [group_table(found, mark=MARK), *seconds_of_ours(found), NOTE]
         yield "\n".join(lines)
 
 
 def _models(args: argparse.Namespace) -> Iterator[str]:
     for rank, quantize, checkpointing in itertools.product(args.ranks, ("", "nf4"), (False, True)):
         run = Run(args.model, args.layers, args.batch, args.sequence, rank, checkpointing, quantize)
-        found = predict_model(run, DTYPES[args.dtype], ROOFS[args.gpu], CAPABILITIES[args.gpu])
+        found = predict_model(run, DTYPES[args.dtype], ROOFS[args.gpu])
         of_run = title(run._asdict() | {"dtype": args.dtype})
-        yield f"\nPREDICTION, model: {of_run}\n{group_table(found, tokens=run.batch * run.sequence)}"
+        lines = [group_table(found, tokens=run.batch * run.sequence, mark=MARK), *seconds_of_ours(found), NOTE]
+        yield "\n".join([f"\nPREDICTION, model: {of_run}", *lines])
 
 
-def predict_model(run: Run, dtype: torch.dtype, roofs: Roofs, capability: tuple[int, int]) -> dict[str, dict]:
-    """By contestant, in the form of a measured result."""
+def seconds_of_ours(results: dict[str, dict]) -> Iterator[str]:
+    """A line for each contestant of ours: its milliseconds by the roof that they are from."""
+    for name, row in results.items():
+        if name.startswith("ours") and "roofs" in row:
+            by_roof = sorted(row["roofs"].items(), key=lambda item: -item[1])
+            yield f"{name}, ms by roof: " + ", ".join(f"{roof} {milliseconds(time)}" for roof, time in by_roof)
+
+
+def predict_model(run: Run, dtype: torch.dtype, roofs: Roofs, limit: Limit = longest) -> dict[str, dict]:
+    """By contestant, in the form of a measured result, with the seconds under each roof as "roofs"."""
     results = {}
     for name, contestant in model_field.contestants(dtype, run.rank).items():
         # A patched layer refuses tensors without data, and runs what ours runs; nothing drifts here.
         if not name.endswith(("patched", "again")):
             row, failure = attempt(
-                lambda c=contestant: predict_step(
-                    run, c, dtype, capability, lambda operation: seconds(operation, roofs)
-                )
+                lambda c=contestant: predict_step(run, c, dtype, roofs.capability, lambda o: limit(o, roofs))
             )
             results[name] = fitting(row, roofs) if row else {"failed": failure}
     return results
@@ -138,23 +158,24 @@ def fitting(row: dict, roofs: Roofs) -> dict:
 
 
 def predict(
-    shape: Shape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs, capability: tuple[int, int]
+    shape: Shape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs, limit: Limit = longest
 ) -> dict[str, dict]:
-    """By contestant, in the form of a measured result, with the launches of each part under "launches"."""
+    """By contestant, in the form of a measured result, with the launches of each part as "launches" and the seconds
+    under each roof as "roofs"."""
     field = contestants(dtype, torch.device("cuda"), reference=False)
     # A patched layer refuses tensors without data, and runs what ours runs; Axolotl's kernel has no account here.
     field = {name: c for name, c in field.items() if not name.endswith("patched") and not name.startswith("Axolotl")}
     results = {}
     for name, contestant in field.items():
-        counted, failure = attempt(lambda c=contestant: count(c, shape, tokens, rank, dtype, capability))
+        counted, failure = attempt(lambda c=contestant: count(c, shape, tokens, rank, dtype, roofs.capability))
         if failure:
             results[name] = {"failed": failure}
             continue
         parts, peak = counted
-        times = {part: sum(seconds(o, roofs) for o in operations) for part, operations in parts.items()}
-        times["total"] = sum(times.values())
-        medians = {part: {"median": t} for part, t in times.items()}
-        results[name] = {"seconds": medians, "peak_bytes": peak, "launches": parts}
+        limited = {part: seconds_by_roof(made, lambda o: limit(o, roofs)) for part, made in parts.items()}
+        whole = sum(limited.values(), Counter())
+        medians = {part: {"median": by_roof.total()} for part, by_roof in (limited | {"total": whole}).items()}
+        results[name] = {"seconds": medians, "roofs": whole, "peak_bytes": peak, "launches": parts}
     return results
 
 
@@ -163,9 +184,10 @@ def launches_of_ours(results: dict[str, dict], roofs: Roofs) -> Iterator[str]:
     for name, row in results.items():
         for part, operations in row.get("launches", {}).items() if name.startswith("ours") else ():
             for o in operations:
+                roof, seconds = longest(o, roofs)
                 yield (
                     f"  {name}, {part}: {o.name:28}{o.memory / 1e6:9.1f} MB  loads {o.loaded / 1e6:9.1f} MB"
-                    f"{o.flops / 1e9:10.1f} GFLOP {o.rate:7}{seconds(o, roofs) * 1e6:9.1f} µs"
+                    f"{o.flops / 1e9:10.1f} GFLOP {o.rate:7}{seconds * 1e6:9.1f} µs by {roof}"
                 )
 
 
@@ -188,28 +210,30 @@ def count(
         return parts, counter.peak_bytes - before
 
 
-def compare(path: Path, roofs: Roofs, capability: tuple[int, int], tables: list[str]) -> int:
+def compare(path: Path, roofs: Roofs, tables: list[str]) -> int:
     """Every measured row beside its prediction. Exits with 2 where nothing measured can be predicted."""
     found = [g for g in groups(read_rows([path])) if _first(g)["command"] in tables]
     found = [g for g in found if not _first(g)["case"]["compiled"]]
     for group in found:
         first = _first(group)
         print(f"\n{first['command']}: {title(first['case'])}; measured on {first['stamp']['device']}")
-        predicted = predict_case(first["command"], first["case"], roofs, capability)
+        predicted = predict_case(first["command"], first["case"], roofs)
         print(comparison(group, predicted))
-    if not found:
+    if found:
+        print(f"\n{NOTE}")
+    else:
         print(f"{path} has no rows of {', '.join(tables)} without torch.compile")
     return 0 if found else 2
 
 
-def predict_case(command: str, case: dict, roofs: Roofs, capability: tuple[int, int]) -> dict[str, dict]:
+def predict_case(command: str, case: dict, roofs: Roofs) -> dict[str, dict]:
     """What the results file calls `case`."""
     dtype = DTYPES[case["dtype"]]
     if command == model.COMMAND:
-        return predict_model(Run(**{name: case[name] for name in Run._fields}), dtype, roofs, capability)
+        return predict_model(Run(**{name: case[name] for name in Run._fields}), dtype, roofs)
     shape = Shape(case["layer"], case["out"], case["in"], case["bias"])
     of = kernels.predict if command == kernels.COMMAND else predict
-    return of(shape, case["tokens"], case["rank"], dtype, roofs, capability)
+    return of(shape, case["tokens"], case["rank"], dtype, roofs)
 
 
 def comparison(group: dict[str, dict], predicted: dict[str, dict]) -> str:
@@ -234,7 +258,7 @@ def comparison(group: dict[str, dict], predicted: dict[str, dict]) -> str:
                         ratio(memory[1], memory[0]),
                     )
                 )
-    columns = ("contestant", "predicted ms", "measured ms", "measured / predicted")
+    columns = ("contestant", "predicted ms", "measured ms", f"measured / predicted{MARK}")
     columns += ("predicted MiB", "measured MiB", "measured / predicted")
     return "\n".join([table(columns, rows), *notes])
 

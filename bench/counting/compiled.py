@@ -48,7 +48,7 @@ class Figures(NamedTuple):
 def compile_launch(launch: Launch, capability: tuple[int, int]) -> Figures:
     """Compiles without a GPU or a driver."""
     kernel = triton.compile(launch.source(), target=target_of(capability), options=dict(launch.options))
-    registers, stack, spills = _resources(kernel.asm["cubin"])
+    registers, stack, spills = resources(kernel.asm["cubin"])
     ptx, dots = kernel.asm["ptx"], list(_dots(kernel.asm["ttir"]))
     # The compiler writes tf32x3 as three products of each pair of operands: a count that does not divide by three, or
     # is smaller, says that it did something else.
@@ -94,18 +94,18 @@ def is_aligned(launch: Launch) -> bool:
     )
 
 
-def _resources(cubin: bytes) -> tuple[int, int, int]:
+def resources(cubin: bytes) -> tuple[int, int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
+        usage = tool("cuobjdump", "-res-usage", file.name)
         registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
         # Spilled values live on the stack: without one there is nothing to look for, and disassembly is slow.
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", _tool("nvdisasm", "-c", file.name))) if stack else 0
+        spills = len(re.findall(r"\b(?:LDL|STL)\b", tool("nvdisasm", "-c", file.name))) if stack else 0
     return registers, stack, spills
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 

@@ -5,7 +5,8 @@ launch stands a recorder that asks Triton itself what it would compile. No list 
 """
 
 import importlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from dora_kernels import dora_linear
 from dora_kernels.ops import chunked, dispatch
 from dora_kernels.ops import gpus as launch_data
 from dora_kernels.ops.base_weights import Nf4Weight
+
+from . import accounting
 
 CAPABILITIES = tuple(sorted(launch_data.GPUS))
 
@@ -57,6 +60,27 @@ class Case(NamedTuple):
         sizes = f"r={self.rank} {self.out_features}x{self.in_features} M={self.tokens}"
         options = self._asdict().items() - Case(*self[:7])._asdict().items()
         return " ".join([f"{self.dtypes} {self.space} space {sizes}", *sorted(f"{k}={v}" for k, v in options)])
+
+
+class SizedLaunch(NamedTuple):
+    """A launch with what the compiled kernel does not depend on. `arguments` are the compiled function's parameters by
+    name: a scalar's value, a tensor's bytes."""
+
+    launch: "Launch"
+    grid: tuple[int, ...]
+    arguments: tuple[tuple[str, float], ...]
+    traffic: accounting.Traffic
+
+    @property
+    def elements(self) -> int:
+        """Of the matrix that the kernel walks: [N, K] where it knows K, else [M, N], or a factor."""
+        sizes = dict(self.arguments)
+        walked = next((axes for axes in ("NK", "MN", ("rows", "columns")) if all(a in sizes for a in axes)), "N")
+        return math.prod(int(sizes[axis]) for axis in walked)
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
 
 
 class Launch(NamedTuple):
@@ -135,6 +159,18 @@ def all_cases() -> Iterable[Case]:
     yield from _nf4(DTYPES[:5], (1, 8, 16, 17, 24, 32, 33, 64, 384, 1024), ("plain", "nested", "parity"))
 
 
+def roof_cases() -> Iterable[Case]:
+    """What the table of roofs shows: 4096 × 4096 at 8192 tokens, three ranks; 1024 output features, whose
+    inputs are split; NF4."""
+    for space in ("token", "weight"):
+        for rank in (16, 64, 384):
+            yield Case(BF16, FP32, space, rank, tokens=8192)
+        for rank in (16, 64):
+            yield Case(BF16, BF16, space, rank, tokens=8192)
+    yield Case(BF16, FP32, "weight", 16, 1024, 4096, 8192)
+    yield Case(BF16, FP32, "weight", 16, tokens=8192, nf4="nested")
+
+
 def _nf4(dtype_pairs, ranks, kinds) -> Iterable[Case]:
     for dtypes in dtype_pairs:
         for rank in ranks:
@@ -173,6 +209,13 @@ def _spaces(dtype: torch.dtype) -> tuple[str, ...]:
 def launches(cases: Iterable[Case], capability: tuple[int, int]) -> dict[Launch, Case]:
     """Each distinct launch of these calls on a GPU of `capability`, with the first call that makes it."""
     found: dict[Launch, Case] = {}
+    for case, made in sized_launches(cases, capability):
+        found.setdefault(made.launch, case)
+    return found
+
+
+def sized_launches(cases: Iterable[Case], capability: tuple[int, int]) -> Iterator[tuple[Case, SizedLaunch]]:
+    """Every launch of these calls on a GPU of `capability`, in order."""
     recorder = Recorder(capability)
     with ExitStack() as patches:
         patches.enter_context(FakeTensorMode())
@@ -185,8 +228,7 @@ def launches(cases: Iterable[Case], capability: tuple[int, int]) -> dict[Launch,
         for case in cases:
             call(case)
             for made in recorder.take():
-                found.setdefault(made, case)
-    return found
+                yield case, made
 
 
 def call(case: Case) -> None:
@@ -243,28 +285,37 @@ class Recorder:
     def __init__(self, capability: tuple[int, int]):
         self._backend = make_backend(target_of(capability))
         self._binders: dict[JITFunction, object] = {}
-        self._seen: list[Launch] = []
+        self._seen: list[SizedLaunch] = []
 
     def hook(self):
         def run(kernel, *args, grid, warmup, **kwargs):
-            self._seen.append(self.bind(kernel, *args, **kwargs))
+            self._seen.append(self.sized(kernel, *args, grid=grid, **kwargs))
 
         return run
 
-    def take(self) -> list[Launch]:
+    def take(self) -> list[SizedLaunch]:
         seen, self._seen = self._seen, []
         return seen
 
     def bind(self, kernel: JITFunction, *args, **kwargs) -> Launch:
         """The launch `kernel[grid](*args, **kwargs)`, specialised as Triton specialises it."""
+        return self._bound(kernel, args, kwargs)[0]
+
+    def sized(self, kernel: JITFunction, *args, grid: tuple[int, ...], **kwargs) -> SizedLaunch:
+        """The launch with its grid, arguments and traffic."""
+        launch, bound = self._bound(kernel, args, kwargs)
+        arguments = [(name, float(value)) for name, kind in launch.signature for value in _compiled(kind, bound[name])]
+        return SizedLaunch(launch, tuple(grid), tuple(arguments), accounting.of_launch(kernel, grid, args))
+
+    def _bound(self, kernel: JITFunction, args, kwargs) -> tuple[Launch, dict]:
         if kernel not in self._binders:
             self._binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, self._backend)
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         # Fake tensors have no address; a real one's start is aligned.
-        args = [SimpleNamespace(dtype=a.dtype, data_ptr=lambda: 0) if isinstance(a, torch.Tensor) else a for a in args]
+        args = [_stand_in(a) if isinstance(a, torch.Tensor) else a for a in args]
         bound, specialization, options = self._binders[kernel](*args, **kwargs)
         _, signature, constexprs, attrs = kernel._pack_args(self._backend, kwargs, bound, specialization, options)
-        return Launch(
+        launch = Launch(
             kernel.fn.__module__,
             kernel.fn.__name__,
             tuple(signature.items()),
@@ -273,6 +324,20 @@ class Recorder:
             tuple((name, value) for name, value in kwargs.items() if name not in signature),
             all(1 in tensor.stride() for tensor in tensors if tensor.ndim == 2),
         )
+        return launch, bound
+
+
+def _stand_in(tensor: torch.Tensor) -> SimpleNamespace:
+    return SimpleNamespace(dtype=tensor.dtype, data_ptr=lambda: 0, nbytes=tensor.nbytes)
+
+
+def _compiled(kind, value) -> Iterator[float]:
+    """The values of an argument that are parameters of the compiled function."""
+    if isinstance(kind, tuple):
+        for part in zip(kind, value):
+            yield from _compiled(*part)
+    elif kind != "constexpr":
+        yield getattr(value, "nbytes", value)
 
 
 def target_of(capability: tuple[int, int]) -> GPUTarget:

@@ -4,6 +4,8 @@ Two and three decoder layers are counted. What the third adds, each further one 
 So does memory, moment for moment; of the moments of a step the highest at full depth is taken.
 """
 
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import NamedTuple
 from unittest import mock
@@ -69,15 +71,26 @@ def at_depth(counted, one_more, layers: int):
     return counted + (layers - COUNTED) * (one_more - counted)
 
 
-def predict_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability: tuple[int, int], seconds) -> dict:
-    """In the form of a measured result, with "frozen_bytes"; `seconds` is the model of one launch's time."""
+def seconds_by_roof(launches: Iterable[Operation], limit) -> Counter[str]:
+    """Seconds of these launches, by the roof that limits each."""
+    found: Counter[str] = Counter()
+    for launch in launches:
+        roof, seconds = limit(launch)
+        found[roof] += seconds
+    return found
+
+
+def predict_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability: tuple[int, int], limit) -> dict:
+    """In the form of a measured result, with "frozen_bytes" and the seconds under each roof. `limit` gives the roof and
+    the seconds of one launch."""
     layers = run.layers or MODELS[run.model].num_hidden_layers
     steps = [count_step(run, contestant, dtype, capability, COUNTED + more) for more in (0, 1)]
-    times = {
-        part: at_depth(*(sum(map(seconds, step.parts[part])) for step in steps), layers) for part in steps[0].parts
-    }
+    limited = [{part: seconds_by_roof(made, limit) for part, made in step.parts.items()} for step in steps]
+    times = {part: at_depth(*(step[part].total() for step in limited), layers) for part in steps[0].parts}
     times["total"] = sum(times.values())
+    whole = [sum(step.values(), Counter()) for step in limited]
     return {
+        "roofs": {roof: at_depth(*(step[roof] for step in whole), layers) for roof in whole[0]},
         "seconds": {part: {"median": time} for part, time in times.items()},
         "peak_bytes": max(at_depth(*pair, layers) for pair in zip(*(step.peaks for step in steps))),
         "frozen_bytes": at_depth(*(step.frozen for step in steps), layers),

@@ -26,6 +26,7 @@ from dora_kernels.ops import dispatch, forms
 from dora_kernels.ops import gpus as launch_data
 
 from . import accounting
+from .launches import Recorder, SizedLaunch
 
 # Allocations and questions; views are recognised by their schema.
 NO_LAUNCH = {
@@ -51,13 +52,15 @@ class Operation(NamedTuple):
     flops: int
     rate: str
     held: int = 0  # bytes alive at its end, of those allocated while counting
+    launch: SizedLaunch | None = None  # of a kernel of ours, where kernels can be compiled
 
 
 class Counter(TorchDispatchMode):
     """Notes each operation, and the most bytes that were alive at once of those allocated inside."""
 
-    def __init__(self):
+    def __init__(self, capability: tuple[int, int]):
         super().__init__()
+        self._recorder = Recorder(capability)
         self.operations: list[Operation] = []
         self.peak_bytes = self._held = 0
         self._known = weakref.WeakSet()
@@ -93,7 +96,10 @@ class Counter(TorchDispatchMode):
         """Stands where Triton launches."""
         traffic = accounting.of_launch(kernel, grid, args)
         name = kernel.fn.__name__.strip("_")
-        self.operations.append(Operation(name, traffic.memory, traffic.loaded, traffic.flops, traffic.rate, self._held))
+        compiles = isinstance(kernel, JITFunction)
+        launch = self._recorder.sized(kernel, *args, grid=grid, **options) if compiles else None
+        counted = (traffic.memory, traffic.loaded, traffic.flops, traffic.rate)
+        self.operations.append(Operation(name, *counted, self._held, launch))
 
     def _hold(self, storage) -> None:
         if storage in self._known:
@@ -111,7 +117,7 @@ class Counter(TorchDispatchMode):
 @contextmanager
 def counting(capability: tuple[int, int] = (9, 0)) -> Iterator[Counter]:
     """Yields the counter of everything that runs inside, as it would run on a GPU of `capability`."""
-    counter = Counter()
+    counter = Counter(capability)
 
     def launched(kernel, *args, **options):
         counter.launched(kernel, *args, **options)

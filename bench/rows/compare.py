@@ -24,11 +24,14 @@ def lora_seconds(group: dict[str, dict], part: str = "total") -> float | None:
     )
 
 
-def group_table(group: dict[str, dict], tokens: int = 0) -> str:
+RATIOS = ("× base", "× LoRA")
+
+
+def group_table(group: dict[str, dict], tokens: int = 0, mark: str = "") -> str:
     """`group` holds a result by contestant, as `records` stores them. Below it stands why a contestant failed.
 
     One that is predicted to fail for its memory has a peak and no time.
-    With `tokens` per call there is a column of tokens a second.
+    With `tokens` per call there is a column of tokens a second. `mark` stands behind the names of the ratios.
     """
     base, lora = base_seconds(group), lora_seconds(group)
     rows, notes = [], []
@@ -51,7 +54,8 @@ def group_table(group: dict[str, dict], tokens: int = 0) -> str:
         if tokens:
             cells.append(f"{tokens / total:.0f}" if total else "-")
         rows.append((name, *cells))
-    return "\n".join([table((*HEADER, "tokens/s") if tokens else HEADER, rows), *notes])
+    header = [name + mark if name in RATIOS else name for name in HEADER]
+    return "\n".join([table((*header, "tokens/s") if tokens else header, rows), *notes])
 
 
 def title(case: dict) -> str:

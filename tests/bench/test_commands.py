@@ -9,6 +9,7 @@ import torch
 from bench import predict, report
 from bench.__main__ import COMMANDS, main
 from bench.contestants import layer as contestants
+from bench.counting import gpus
 from bench.measuring import timing
 from bench.measuring.memory import peak_bytes
 from bench.measuring.shapes import PRESETS, layer_shapes
@@ -203,8 +204,8 @@ def test_cuda_is_asked_for_by_name():
 
 
 def test_predicted_seconds_are_the_longest_of_three():
-    roofs = predict.ROOFS["h200"]
+    roofs = gpus.ROOFS["h200"]
     operation = predict.Operation("mm", memory=0, loaded=0, flops=0, rate="bf16")
-    assert predict.seconds(operation, roofs) == roofs.launch
-    assert predict.seconds(operation._replace(memory=4_300_000_000), roofs) == pytest.approx(1e-3)
-    assert predict.seconds(operation._replace(flops=790 * 10**9), roofs) == pytest.approx(1e-3)
+    assert gpus.seconds(operation, roofs) == roofs.launch
+    assert gpus.seconds(operation._replace(memory=4_300_000_000), roofs) == pytest.approx(1e-3)
+    assert gpus.seconds(operation._replace(flops=790 * 10**9), roofs) == pytest.approx(1e-3)

@@ -140,15 +140,27 @@ def test_bad_arguments_are_refused(arguments):
     assert refused.value.code == 2
 
 
-@pytest.mark.parametrize("changed", [False, True], ids=["same", "changed"])
+FIGURES = ("kernel dtypes sm launches", "weight_norm bf16/fp32 90 12", "weight_norm bf16/fp32 90 13")
+ROOFLINES = ("kernel space dtypes shape rank gpu", "weight_norm a b c 16 h200 22.5", "weight_norm a b c 16 h200 24.0")
+
+
+@pytest.mark.parametrize("changed", ["nothing", "figures", "roofs"])
 def test_check_compares_selected_rows_with_the_committed_summary(tmp_path, changed, capsys):
-    header, row = " ".join(offline.COLUMNS), "weight_norm bf16/fp32 90 12 128 0 0 9216 24 128"
+    """Both tables; a change that costs instructions shows."""
     committed = tmp_path / "summary.txt"
-    committed.write_text(f"{header}\n{row}\n{row.replace(' 90 ', ' 80 ')}\n{row.replace('weight_norm', 'merge')}\n")
-    now = row.replace("128 0", "160 0") if changed else row
+    tables = [[FIGURES[0], FIGURES[1]], [ROOFLINES[0], ROOFLINES[1]]]
+    others = [
+        [rows[0], *(row.replace("90", "80").replace("h200", "a100") for row in rows[1:]), *rows[1:]]
+        + [row.replace("weight_norm", "merge") for row in rows[1:]]
+        for rows in tables
+    ]
+    committed.write_text("\n".join(offline.join(others)) + "\n")
+    now = {"figures": [[FIGURES[0], FIGURES[2]], tables[1]], "roofs": [tables[0], [ROOFLINES[0], ROOFLINES[2]]]}
     selected = argparse.Namespace(capability=[(9, 0)], kernel=["weight_norm"])
-    assert offline.differs(committed, [header, now], selected) == changed
-    assert (f"-{row}" in capsys.readouterr().err) == changed
+    assert offline.differs(committed, now.get(changed, tables), selected) == (changed != "nothing")
+    shown = capsys.readouterr().err
+    assert (f"-{FIGURES[1]}" in shown) == (changed == "figures")
+    assert (f"-{ROOFLINES[1]}" in shown) == (changed == "roofs")
 
 
 def test_summary_shows_the_worst_launch():

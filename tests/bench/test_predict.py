@@ -1,7 +1,8 @@
 """Predictions for a GPU that is not here: what would not fit is said, and the committed tables are what comes out."""
 
-import argparse
-from itertools import islice
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,17 @@ import torch
 from bench import predict
 from bench.__main__ import main
 from bench.contestants import model as model_field
-from bench.counting.gpus import CAPABILITIES, ROOFS
+from bench.counting.gpus import ROOFS, by_bytes_and_flops
+from bench.counting.roofs import longest
+from bench.counting.traffic import Operation
 from bench.measuring.shapes import Run
 from bench.rows.compare import group_table
 from bench.rows.records import RESULTS
 
+ROOT = Path(__file__).parents[2]
 COMMITTED = RESULTS / "predict-h200.txt"
 REWRITE = "if that is meant: python -m bench predict --gpu h200 --output bench/results/predict-h200.txt"
-BF16, HOPPER = torch.bfloat16, (9, 0)
+BF16 = torch.bfloat16
 H200 = ROOFS["h200"]
 
 
@@ -26,13 +30,13 @@ def test_what_exceeds_the_memory_would_not_fit():
     run = Run("tiny", 6, 2, 64, 4)
     base = model_field.build_base(run, BF16, torch.device("meta"))
     weights = sum(parameter.nbytes for parameter in base.parameters())
-    ample = predict.predict_model(run, BF16, H200, HOPPER)
+    ample = predict.predict_model(run, BF16, H200, by_bytes_and_flops)
     assert not any("failed" in row for row in ample.values())
     # Beside the weights lie the batch's ids and the rotary frequencies.
     assert all(0 <= row["frozen_bytes"] - weights < 4096 for row in ample.values())
     ours = ample["ours fp32, auto"]
     memory = ours["frozen_bytes"] + ours["peak_bytes"]
-    tight = predict.predict_model(run, BF16, H200._replace(memory=memory), HOPPER)
+    tight = predict.predict_model(run, BF16, H200._replace(memory=memory), by_bytes_and_flops)
     more = {name for name, row in ample.items() if row["frozen_bytes"] + row["peak_bytes"] > memory}
     assert "PEFT DoRA fp32" in more and "ours fp32, auto" not in more and "frozen base" not in more
     assert {name for name, row in tight.items() if "seconds" not in row} == more
@@ -46,7 +50,6 @@ def test_what_exceeds_the_memory_would_not_fit():
 def test_every_gpu_has_its_data_sheets_memory():
     found = {name: roofs.memory / 2**30 for name, roofs in ROOFS.items()}
     assert found == {"h200": 141, "h100": 80, "a100": 80, "4090": 24, "b200": 180}
-    assert CAPABILITIES.keys() == found.keys()
     held = {"seconds": {}, "frozen_bytes": 100 << 30}
     assert predict.fitting(held | {"peak_bytes": 41 << 30}, H200)["frozen_bytes"]
     row = predict.fitting(held | {"peak_bytes": 42 << 30}, H200)
@@ -58,10 +61,28 @@ def by_title(sections):
     return dict(section.strip().split("\n", 1) for section in sections)
 
 
-def arguments(*given):
+PROGRAM = """
+import argparse
+from itertools import islice
+from bench import predict
+
+def sections(*given):
     parser = argparse.ArgumentParser()
     predict.add_arguments(parser)
-    return parser.parse_args(["--gpu", "h200", *given])
+    return predict.sections(parser.parse_args(["--gpu", "h200", *given]))
+
+some = [*sections("--tables", "kernels", "layer", "--tokens", "8192", "--ranks", "16")]
+some += islice(sections("--tables", "model", "--ranks", "16"), 1)
+print(*some, sep="\\n")
+"""
+
+
+def compiling(*command):
+    """Runs Python with kernels that compile."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def test_the_committed_tables_are_what_is_predicted():
@@ -70,9 +91,7 @@ def test_the_committed_tables_are_what_is_predicted():
     if predict.versions() not in head:
         pytest.skip(f"other versions than the committed file's may launch something else: {predict.versions()}")
     assert head == predict.header("h200", H200, "nothing was measured"), REWRITE
-    committed = by_title(committed)
-    found = by_title(predict.sections(arguments("--tables", "kernels", "layer", "--tokens", "8192", "--ranks", "16")))
-    found |= by_title(islice(predict.sections(arguments("--tables", "model", "--ranks", "16")), 1))
+    committed, found = by_title(committed), by_title(compiling("-c", PROGRAM).split("\n\n"))
     assert len(found) == 9 and len(committed) == 40
     assert "PEFT DoRA fp32 failed: would not fit: 162.5 GiB of 141.0 GiB" in list(found.values())[-1]
     for title, table in found.items():
@@ -82,14 +101,16 @@ def test_the_committed_tables_are_what_is_predicted():
 
 def test_the_committed_tables_are_of_the_versions_that_ci_installs():
     (line,) = (line for line in COMMITTED.read_text().splitlines() if line.startswith("Counted with "))
-    required = (Path(__file__).parents[2] / "requirements.txt").read_text().splitlines()
+    required = (ROOT / "requirements.txt").read_text().splitlines()
     for library in line.removeprefix("Counted with ").split(", "):
         assert library.replace(" ", "==") in required, REWRITE
 
 
-def test_what_is_printed_is_written(tmp_path, capsys):
+def test_what_is_printed_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "check_compilable", lambda: True)
+    monkeypatch.setattr(predict, "sections", lambda args: iter(["\nfirst", "\nsecond"]))
     path = tmp_path / "predicted.txt"
-    command = ["predict", "--gpu", "h200", "--model", "tiny", "--tokens", "8", "--ranks", "4", "--tables", "layer"]
+    command = ["predict", "--gpu", "h200"]
     assert main([*command, "--output", str(path)]) == 0
     assert capsys.readouterr().out == f"{path.read_text()}\nwrote {path}\n"
     with pytest.raises(SystemExit):
@@ -102,3 +123,20 @@ def test_a_prediction_that_failed_is_named_beside_what_was_measured():
     predicted = {"a": {"failed": "would not fit: 2.0 GiB of 1.0 GiB"}, "b": {"seconds": measured}}
     lines = predict.comparison(group, predicted).splitlines()
     assert lines[-2:] == ["a, predicted: would not fit: 2.0 GiB of 1.0 GiB", "b, measured: out of memory"]
+
+
+def test_interpreted_kernels_have_no_time(capsys):
+    assert main(["predict", "--gpu", "h200"]) == 2
+    assert "unset TRITON_INTERPRET" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="unset TRITON_INTERPRET"):
+        longest(Operation("weight_norm_kernel", 1, 1, 0, "bf16"), H200)
+
+
+def test_seconds_of_ours_are_told_by_roof_and_the_ratios_are_marked():
+    row = {"seconds": {"total": {"median": 6e-3}}, "roofs": {"memory": 1e-3, "alu": 5e-3}}
+    assert list(predict.seconds_of_ours({"ours fp32, auto": row, "frozen base": row})) == [
+        "ours fp32, auto, ms by roof: alu 5.00, memory 1.00"
+    ]
+    header = group_table({"frozen base": row}, mark=predict.MARK).splitlines()[0]
+    assert "| × base* | × LoRA* |" in header and "by bytes and FLOPs alone" in predict.NOTE
+    assert "*" not in group_table({"frozen base": row})

@@ -8,7 +8,7 @@ import torch
 
 from bench import kernels, report
 from bench.__main__ import main
-from bench.counting.gpus import CAPABILITIES, ROOFS
+from bench.counting.gpus import ROOFS, by_bytes_and_flops
 from bench.measuring.shapes import layer_shapes
 
 STAMP = {
@@ -54,8 +54,8 @@ def kernel_rows():
     for shape in layer_shapes("llama-3-8b"):
         for rank in (16, 384):
             case = {"model": "llama-3-8b", "layer": shape.name, "tokens": 8192, "rank": rank, "dtype": "bf16"}
-            roofs, capability = ROOFS["h200"], CAPABILITIES["h200"]
-            for name, found in kernels.predict(shape, 8192, rank, torch.bfloat16, roofs, capability).items():
+            predicted = kernels.predict(shape, 8192, rank, torch.bfloat16, ROOFS["h200"], by_bytes_and_flops)
+            for name, found in predicted.items():
                 yield row("kernels", case, name, **found)
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import dora_kernels as dk
-from bench import predict
 from bench.contestants.layer import contestants
+from bench.counting.gpus import ROOFS, seconds
 from bench.counting.traffic import counting
 from bench.measuring.shapes import layer_shapes
 from bench.predict import count
@@ -100,7 +100,7 @@ def test_dispatch_chooses_what_is_predicted_to_be_faster():
             times = {}
             for space in ("token", "weight"):
                 layer_call(shape, tokens, rank, space, trains)
-                times[space] = sum(predict.seconds(o, predict.ROOFS["h200"]) for o in counter.take())
+                times[space] = sum(seconds(o, ROOFS["h200"]) for o in counter.take())
             N, K = SHAPES[shape][1:3]
             sizes = {"tokens": tokens, "out_features": N, "in_features": K, "rank": rank}
             problem = Problem(**sizes, dtype=BF16, device=torch.device("cpu"), trains=trains)
