@@ -7,9 +7,9 @@ from pathlib import Path
 
 @functools.cache
 def base_folder() -> Path:
-    from tests.support.kill_training import tiny_base
+    from tests.support.training_runs import one_layer_base
 
-    return tiny_base(keep() / "base")
+    return one_layer_base(keep() / "base")
 
 
 @functools.cache

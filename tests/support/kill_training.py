@@ -22,10 +22,8 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.training_runs import arguments, demo_rows, metrics, numbers, write_rows
-from training import demo
+from tests.support.training_runs import arguments, demo_rows, metrics, numbers, one_layer_base, write_rows
 from training.__main__ import main as train
 from training.checkpoints.checkpoint import newest_checkpoint, step_of
 from training.checkpoints.lock import LOCK
@@ -36,16 +34,6 @@ WEIGHTS = "adapter_model.safetensors"
 # 26 rows in batches of 2 are 13 steps an epoch: saves fall inside epochs, and dropout needs the generators.
 FLAGS = {"max_steps": None, "num_epochs": 2, "save_step": SAVE_STEP, "eval_step": 5, "val_set_size": 4}
 FLAGS |= {"lora_dropout": 0.2}
-
-
-def tiny_base(folder: Path) -> Path:
-    """A Llama of one layer, random, with the demo's tokenizer."""
-    config = AutoConfig.from_pretrained(demo.BASE)
-    config.num_hidden_layers = 1
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(demo.BASE).save_pretrained(folder)
-    return folder
 
 
 def start(words: list[str], log: Path) -> int:
@@ -83,7 +71,7 @@ class Harness:
     def __init__(self, folder: Path, seed: int):
         self.folder, self.random = folder, random.Random(seed)
         self.data = write_rows(folder / "rows.jsonl", demo_rows(30))
-        self.base = tiny_base(folder / "base")
+        self.base = one_layer_base(folder / "base")
         started = time.perf_counter()
         child = start(self.words(folder / "whole"), folder / "log")
         _, status = os.waitpid(child, 0)

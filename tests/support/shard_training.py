@@ -1,11 +1,8 @@
-"""What each process does under `torchrun -m tests.support.shard_training FILE`: FSDP2 around decoder layers.
+"""Training of each process where FSDP2 is around decoder layers.
 
 `fully_shard` gathers a layer's parameters before its forward, so the norms are of whole weights though each process
-holds a part. The losses and the full state dict go to FILE as safetensors.
+holds a part.
 """
-
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -46,7 +43,7 @@ def adapted():
 
 
 def sharded(file):
-    dist.init_process_group("gloo")
+    """Writes the losses and the full state dict, as safetensors."""
     model = adapted()
     for layer in model.model.layers:
         fully_shard(layer)
@@ -59,8 +56,3 @@ def sharded(file):
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if dist.get_rank() == 0:
         save_file({"losses": losses / 2} | {name: tensor.contiguous() for name, tensor in state.items()}, file)
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    sharded(Path(sys.argv[1]))

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from training import demo
 from training.__main__ import main
@@ -36,6 +38,16 @@ def write_rows(path, rows):
 def data(tmp_path_factory):
     """The first rows of the demo's training data, as a user's single file."""
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", demo_rows(50))
+
+
+def one_layer_base(folder):
+    """Writes a random Llama of one layer, with the demo's tokenizer, which trains in half the demo's time."""
+    config = AutoConfig.from_pretrained(demo.BASE)
+    config.num_hidden_layers = 1
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo.BASE).save_pretrained(folder)
+    return folder
 
 
 def arguments(data, output_dir, *bare, **flags):

@@ -1,4 +1,4 @@
-"""Two processes on a CPU under FSDP2, as `--fsdp` has them on GPUs: `torchrun -m tests.support.two_shards DATA FOLDER`.
+"""Two processes on a CPU under FSDP2, as `--fsdp` has them on GPUs: `python -m tests.support.two_shards DATA FOLDER`.
 
 On a CPU accelerate runs DDP where FSDP2 is asked for, and the command refuses to ask. Here both are told otherwise;
 what follows is all theirs and ours: wrapping decoder layers, sharding, gathering, clipping, saving, resuming.
@@ -15,8 +15,9 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from dora_kernels.layers.frozen import Freezable
+from tests.support.shard_training import sharded
 from tests.support.training_runs import arguments
-from tests.support.two_processes import before_step
+from tests.support.two_processes import before_step, in_two_processes
 from training import flags
 from training.__main__ import main
 from training.finetune import config
@@ -94,6 +95,7 @@ def runs(data, folder):
     base.compute_dtype = finetune.compute_dtype = config.compute_dtype = lambda device: torch.bfloat16
     words = arguments(data, folder / "launched", "--use_peft", "--activation_checkpointing", **FLAGS | {"max_steps": 2})
     main(words)
+    sharded(folder / "state.safetensors")
     undo()
     before_step(1, poison)
     try:
@@ -105,4 +107,4 @@ def runs(data, folder):
 
 if __name__ == "__main__":
     shard_on_a_cpu()
-    runs(*map(Path, sys.argv[1:]))
+    in_two_processes(lambda: runs(*map(Path, sys.argv[1:])))

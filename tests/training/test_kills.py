@@ -6,10 +6,10 @@ import sys
 
 
 def test_killed_and_stopped_runs_end_with_the_same_bits():
-    words = [sys.executable, "-m", "tests.support.kill_training", "--points", "20", "--stops", "5", "--seed", "0"]
+    words = [sys.executable, "-m", "tests.support.kill_training", "--points", "8", "--stops", "2", "--seed", "0"]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     kills, stops = ended.stdout.splitlines()
-    assert kills.startswith("SIGKILL points: 20") and stops.startswith("SIGTERM points: 5"), ended.stdout
+    assert kills.startswith("SIGKILL points: 8") and stops.startswith("SIGTERM points: 2"), ended.stdout
     # Half of the kills wait for a save to begin; that all of them come too late would be a broken harness.
     assert int(re.search(r"in a save: (\d+)", kills)[1]) >= 1, kills

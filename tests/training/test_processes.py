@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import dora_kernels as dk
-from tests.support.training_runs import arguments, data, metrics, numbers, run  # noqa: F401
-from tests.support.two_processes import FLAGS, PACKED, STOP, torchrun
+from tests.support.training_runs import arguments, demo_rows, metrics, numbers, run, write_rows
+from tests.support.two_processes import FLAGS, PACKED, STOP, UNEVEN, torchrun
 from tests.tolerances import SAME_FP32
 from training import demo
 from training.__main__ import main
@@ -19,34 +19,41 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 WEIGHTS = "adapter_model.safetensors"
 
 
-def test_the_command_in_two_processes_is_the_command_in_one(data, tmp_path):  # noqa: F811
-    """The same global batches over two epochs. Neither 41 training rows nor 9 held-out ones divide by the processes'
-    batches: accelerate repeats some, and none may count twice."""
-    flags = {"val_set_size": 9, "max_steps": None, "num_epochs": 2, "gradient_accumulation_steps": 3, "eval_step": 7}
-    with data.open() as rows:  # and one that cannot be used
-        (tmp_path / "rows.jsonl").write_text(rows.read() + '{"prompt": "", "completion": "nothing"}\n')
-    one = run(tmp_path / "rows.jsonl", tmp_path / "one", **flags)
-    words = arguments(tmp_path / "rows.jsonl", tmp_path / "two", **flags | {"batch_size": 1})
-    launched = torchrun("training", *words)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", demo_rows(30))
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """The same rows and one that cannot be used."""
+    path = tmp_path_factory.mktemp("uneven") / "rows.jsonl"
+    return write_rows(path, [*demo_rows(30), {"prompt": "", "completion": "nothing"}])
+
+
+@pytest.fixture(scope="module")
+def runs(data, uneven, tmp_path_factory):
+    """The folder of `tests.support.two_processes`, and what was said there."""
+    folder = tmp_path_factory.mktemp("runs")
+    launched = torchrun("tests.support.two_processes", data, uneven, folder)
     assert launched.returncode == 0, launched.stdout + launched.stderr
-    two = metrics(tmp_path / "two")
+    return folder, launched.stdout
+
+
+def test_the_command_in_two_processes_is_the_command_in_one(runs, uneven, tmp_path):
+    """The same global batches over two epochs. Accelerate repeats rows to fill the last ones; none may count twice."""
+    folder, said = runs
+    one = run(uneven, tmp_path / "one", **UNEVEN)
+    two = metrics(folder / "uneven")
     assert [row["step"] for row in two] == [row["step"] for row in one], "one process logs"
     for row, other in zip(two, one):
         name = "loss" if "loss" in row else "eval_loss"
         assert row[name] == pytest.approx(other[name], rel=SAME_FP32)
-    for once in ("row 51: `prompt` is empty", "in 2 processes", "held-out perplexity"):
-        assert launched.stdout.count(once) == 1, launched.stdout
-    assert len((tmp_path / "two" / "skipped_rows.jsonl").read_text().splitlines()) == 1
-    assert {path.name for path in (tmp_path / "two").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
-
-
-@pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):  # noqa: F811
-    """The folder of `tests.support.two_processes`, and what was said there."""
-    folder = tmp_path_factory.mktemp("runs")
-    launched = torchrun("tests.support.two_processes", data, folder)
-    assert launched.returncode == 0, launched.stdout + launched.stderr
-    return folder, launched.stdout
+    # Of the six runs four reach their end.
+    for text, times in {"row 31: `prompt` is empty": 1, "in 2 processes": 6, "held-out perplexity": 4}.items():
+        assert said.count(text) == times, (text, said)
+    assert len((folder / "uneven" / "skipped_rows.jsonl").read_text().splitlines()) == 1
+    assert {path.name for path in (folder / "uneven").iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
 
 
 def test_a_stop_in_one_process_stops_both_and_resumes_exactly(runs):
@@ -66,7 +73,7 @@ def test_each_process_has_its_own_generators(runs):
     assert len(json.loads((checkpoint / "training_state.json").read_text())["random"]) == 2
 
 
-def test_a_checkpoint_of_two_loads_in_one_and_is_not_resumed_there(runs, data):  # noqa: F811
+def test_a_checkpoint_of_two_loads_in_one_and_is_not_resumed_there(runs, data):
     folder, _ = runs
     checkpoint = list_checkpoints(folder / "whole")[0]
     assert damage(checkpoint) is None
@@ -78,7 +85,7 @@ def test_a_checkpoint_of_two_loads_in_one_and_is_not_resumed_there(runs, data): 
         main(arguments(data, folder / "whole", "--resume", **FLAGS))
 
 
-def test_packed_or_not_no_held_out_row_counts_twice(runs, data, tmp_path):  # noqa: F811
+def test_packed_or_not_no_held_out_row_counts_twice(runs, data, tmp_path):
     """The 10 held-out rows of two processes end in repeated ones; packing lays them into one sequence."""
     folder, _ = runs
     one = run(data, tmp_path, "--packing", **PACKED)[0]

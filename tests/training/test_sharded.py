@@ -1,6 +1,9 @@
 """FSDP2 around decoder layers with our adapters, in two processes on a CPU, against one: `fully_shard` in a loop of its
 own (`tests.support.shard_training`), and the command, which is told that it may (`tests.support.two_shards`)."""
 
+import subprocess
+import sys
+
 import peft
 import pytest
 import torch
@@ -11,7 +14,6 @@ import dora_kernels as dk
 from tests.support.shard_training import CONFIG, STEPS, adapted, train
 from tests.support.tiny_models import llama, logits
 from tests.support.training_runs import data, metrics, numbers, run  # noqa: F401
-from tests.support.two_processes import torchrun
 from tests.support.two_shards import FLAGS
 from tests.tolerances import AFTER_ADAM, SAME_FP32
 from training import demo
@@ -22,40 +24,39 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory):
-    """What the two processes left; that the parameters are DTensors is asserted there."""
-    file = tmp_path_factory.mktemp("sharded") / "state.safetensors"
-    launched = torchrun("tests.support.shard_training", file)
+def runs(data, tmp_path_factory):  # noqa: F811
+    """The folder of `tests.support.two_shards`, and what was said there, where each process's half is asserted."""
+    folder = tmp_path_factory.mktemp("runs")
+    words = [sys.executable, "-m", "tests.support.two_shards", str(data), str(folder)]
+    launched = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert launched.returncode == 0, launched.stdout + launched.stderr
-    return load_file(file)
+    return folder, launched.stdout
 
 
-def test_sharded_training_is_training_in_one(sharded):
+@pytest.fixture(scope="module")
+def state(runs):
+    """Losses and state dict that `fully_shard` in a loop of its own left."""
+    folder, _ = runs
+    return load_file(folder / "state.safetensors")
+
+
+def test_sharded_training_is_training_in_one(state):
     one = adapted()
     losses = train(one, lambda tokens: tokens)
     assert losses.unique().numel() == STEPS, "it trains"
-    torch.testing.assert_close(sharded["losses"], losses, rtol=SAME_FP32, atol=0)
+    torch.testing.assert_close(state["losses"], losses, rtol=SAME_FP32, atol=0)
 
 
-def test_the_full_state_dict_loads_in_one_process(sharded, tmp_path):
-    state = {name: tensor for name, tensor in sharded.items() if name != "losses"}
+def test_the_full_state_dict_loads_in_one_process(state, tmp_path):
+    tensors = {name: tensor for name, tensor in state.items() if name != "losses"}
     model = dk.apply_dora(llama(), CONFIG)
-    assert model.load_state_dict(state).missing_keys == []
+    assert model.load_state_dict(tensors).missing_keys == []
     dk.save_adapter(model, tmp_path)
     read = dk.load_adapter(llama(), tmp_path)
     expected = adapted()
     train(expected, lambda tokens: tokens)
     torch.testing.assert_close(logits(read.eval()), logits(expected.eval()), rtol=AFTER_ADAM, atol=AFTER_ADAM)
     assert not torch.allclose(logits(read), logits(llama()), rtol=1e-2, atol=1e-2), "something was learned"
-
-
-@pytest.fixture(scope="module")
-def runs(data, tmp_path_factory):  # noqa: F811
-    """The folder of `tests.support.two_shards`, and what was said there, where each process's half is asserted."""
-    folder = tmp_path_factory.mktemp("runs")
-    launched = torchrun("tests.support.two_shards", data, folder)
-    assert launched.returncode == 0, launched.stdout + launched.stderr
-    return folder, launched.stdout
 
 
 @pytest.fixture(scope="module")
