@@ -155,10 +155,10 @@ def dora_linear(
             f"x and weight must have one dtype outside autocast, got x {dtype} and weight {weight.dtype}; "
             f"cast x with x.to({weight.dtype}) or run under torch.autocast"
         )
-    trainable = [t for t in (x, lora_A, lora_B, magnitude, bias) if t is not None and t.requires_grad]
+    trainable = any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, magnitude, bias))
     # Reentrant checkpointing runs the first forward without gradients: in training mode it must take the same form, and
     # round the same way, as its recomputation.
-    trains = bool(trainable) and (training or torch.is_grad_enabled())
+    trains = trainable and (training or torch.is_grad_enabled())
     if frozen_scale is not None and trains:
         raise ValueError("frozen_scale is for inference: run under torch.no_grad(), or leave it out to train")
     dropout = dropout_mode if training and lora_dropout > 0 else None
