@@ -226,9 +226,17 @@ def _flops(func, args, kwargs, out, inputs) -> tuple[int, str]:
         return 0, "bf16"
     kwargs = kwargs or {}
     rate = RATES.get(inputs[0].dtype, "bf16")
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args)) | kwargs
+    if {"query", "key", "value"} <= given.keys():
+        # As if no heads were shared, which costs the same products: PyTorch 2.11 refuses to count shared ones.
+        heads = given["query"].shape[1]
+        args = [
+            torch.Size([argument.shape[0], heads, *argument.shape[2:]]) if name in ("key", "value") else argument
+            for name, argument in zip(names, args)
+        ]
     total = count(
         *args, **{k: v for k, v in kwargs.items() if k not in ("out_dtype", "attn_mask", "scale")}, out_val=out
     )
-    given = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
     # Under a causal mask half of attention's scores are skipped.
     return total // 2 if given.get("is_causal") else total, rate

@@ -11,7 +11,7 @@ from dora_kernels.config import DoraConfig
 from dora_kernels.layers.linear import DoraLinear
 from dora_kernels.models.apply import apply_dora
 from dora_kernels.models.modules import dora_layers
-from tests.support.tiny_models import FAMILIES, VOCAB, llama, logits
+from tests.support.tiny_models import FAMILIES, VOCAB, checkpoint_activations, llama, logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -98,12 +98,11 @@ def test_activation_checkpointing_gives_the_same_gradients(reentrant, first):
     def gradients(checkpointing):
         torch.manual_seed(0)
         model = llama().train()
-        enable = {"activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
         if checkpointing and first == "checkpointing":
-            model.activation_checkpointing_enable(**enable)
+            checkpoint_activations(model, use_reentrant=reentrant)
         apply_dora(model, DoraConfig(r=2))
         if checkpointing and first == "dora":
-            model.activation_checkpointing_enable(**enable)
+            checkpoint_activations(model, use_reentrant=reentrant)
         tokens = torch.arange(12).reshape(2, 6) % VOCAB
         model(input_ids=tokens, labels=tokens).loss.backward()
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}

@@ -15,6 +15,12 @@ from transformers import (
 VOCAB = 61
 
 
+def checkpoint_activations(model, **options):
+    """Activation checkpointing, by the name that the installed transformers has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options or None)
+
+
 def llama(dtype=torch.float32, *, tied=False, layers=2):
     config = LlamaConfig(
         vocab_size=VOCAB,

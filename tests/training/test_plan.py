@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from triton.runtime.interpreter import InterpretedFunction
 
 import dora_kernels as dk
+from tests.support.tiny_models import checkpoint_activations
 from tests.tolerances import PLAN
 from training import memory_model
 from training.memory_model import nf4_bytes, planned_model, predict
@@ -92,9 +93,7 @@ def count(config, batch_size, cutoff_len, *, quantize=False, checkpointing=False
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = dk.apply_dora(quantized(model) if quantize else model, dk.DoraConfig(r=RANK, impl="triton")).train()
     if checkpointing:
-        # As the trainers do; transformers is changing its name.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable(None)
+        checkpoint_activations(model)
     forward = prepare(model, loss)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     live = LiveBytes()
