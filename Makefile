@@ -1,8 +1,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+# The tests of what other libraries change: torch.compile, their models and trainers, and PyTorch's counts.
+OLDEST_FAST := ops/test_compile ops/test_dora_linear models/test_apply peft/test_patch peft/test_files bench/test_model
 
-.PHONY: demo test scorecard scorecard-fast lint wheel offline peft-suite peft-suite-kernels clean
+.PHONY: demo test scorecard scorecard-fast oldest oldest-fast lint wheel offline peft-suite peft-suite-kernels clean
 
 demo: $(VENV)/.installed  ## fine-tune the embedded model on the embedded data
 	$(BIN)/python -m training
@@ -15,6 +18,13 @@ scorecard: $(VENV)/.peft-suite  ## measure the reliability scorecard and write t
 
 scorecard-fast: $(VENV)/.installed  ## measure the rows of the scorecard that take seconds
 	$(BIN)/python -m tests.scorecard --fast
+
+oldest: $(OLDEST)/.installed  ## run the tests and compile the kernels with the oldest supported versions; fetches 3 GB
+	$(OLDEST)/bin/python -m pytest -n 2
+	$(OLDEST)/bin/python -m bench offline --check
+
+oldest-fast: $(OLDEST)/.installed  ## run the tests that depend most on the versions of other libraries
+	$(OLDEST)/bin/python -m pytest -n 2 $(OLDEST_FAST:%=tests/%.py)
 
 lint: $(VENV)/.installed  ## check style, formatting, and the types that users see
 	$(BIN)/ruff check .
@@ -51,5 +61,11 @@ $(VENV)/.installed: requirements.txt setup.py
 	$(BIN)/python -m pip install --no-deps -e .
 	touch $@
 
+$(OLDEST)/.installed: requirements-oldest.txt setup.py
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -r requirements-oldest.txt
+	$(OLDEST)/bin/python -m pip install --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) out build
+	rm -rf $(VENV) $(OLDEST) out build

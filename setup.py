@@ -8,11 +8,11 @@ train = [
     "accelerate>=1.15",
     "datasets>=5.2",
     "matplotlib>=3.10",
-    "pyyaml>=6.0",
-    "tqdm>=4.66",
+    "pyyaml>=6.0.1",
+    "tqdm>=4.66.3",
     "trl>=1.16",
 ]
-bench = [*peft, "matplotlib>=3.10", "tqdm>=4.66"]
+bench = [*peft, "matplotlib>=3.10", "tqdm>=4.66.3"]
 quantized = ["bitsandbytes>=0.50"]
 liger = ["liger-kernel>=0.8"]
 
@@ -42,7 +42,7 @@ setup(
         # CUDA builds of torch bring the Triton they were made for: any version they bring is right.
         "triton>=3.6; platform_system == 'Linux'",
         "transformers>=5.17",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
     ],
     extras_require={
         "peft": peft,
@@ -60,7 +60,7 @@ setup(
             "mypy>=2.4",
             "pytest>=9.0",
             "pytest-random-order>=1.2",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.6.1",
             "ruff>=0.17",
         ],
     },
