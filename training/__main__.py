@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
@@ -34,4 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    status = None
+    try:
+        main()
+    except SystemExit as stopped:
+        status = stopped.code
+    # Not in `main`, whose frames and errors hold the model.
+    if dist.is_initialized():
+        from .distributed.processes import leave
+
+        leave(failed=bool(status))
+    sys.exit(status)

@@ -1,10 +1,12 @@
 """Two processes on one machine: launching them, and what each does under `torchrun -m tests.support.two_processes`.
 
 That is one launch, in which importing is paid once, of six runs: one on rows that do not divide; a whole one; one that
-SIGTERM reaches in one process only; its continuation; one on packed rows; and one whose loss goes NaN in one process.
+SIGTERM reaches in one process only; its continuation; one on packed rows; and one whose loss goes NaN in one process,
+through the module's own `__main__`.
 """
 
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -35,7 +37,11 @@ def torchrun(*words):
 
 def in_two_processes(work):
     """Calls `work()` in two processes that are forked from this one, where everything is imported already, with the
-    environment that torchrun sets. Raises if one of them fails."""
+    environment that torchrun sets. Raises if one of them fails.
+
+    A forked process skips the interpreter's shutdown, in which a thread of gloo's that frees a tensor aborts it.
+    `destroy_process_group` would not do after FSDP2: DTensor caches its device mesh, which holds the process group.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -47,6 +53,12 @@ def in_two_processes(work):
 def _work_of_rank(rank, work):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     work()
+
+
+def gloo_threads():
+    """How many threads of this process run gloo's collectives."""
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return names.count("pt_gloo_runloop")
 
 
 def before_step(number, act):
@@ -76,11 +88,14 @@ def runs(data, uneven, folder):
     main(arguments(data, folder / "stopped", "--resume", **FLAGS))
     main(arguments(data, folder / "packed", "--packing", **PACKED))
     before_step(3, poison)
+    threads = gloo_threads()
+    sys.argv[1:] = arguments(data, folder / "poisoned", **FLAGS | {"save_step": 1})
     try:
-        main(arguments(data, folder / "poisoned", **FLAGS | {"save_step": 1}))
+        runpy.run_module("training", run_name="__main__")
     except SystemExit as error:
         # One line each: the two processes share the stream.
         sys.stdout.write(f"process {os.environ['RANK']} said {error}\n")
+    sys.stdout.write(f"gloo's threads: {threads}, at the end {gloo_threads()}\n")
 
 
 if __name__ == "__main__":

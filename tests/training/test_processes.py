@@ -4,16 +4,19 @@ import json
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 
 import dora_kernels as dk
 from tests.support.training_runs import arguments, demo_rows, metrics, numbers, run, write_rows
-from tests.support.two_processes import FLAGS, PACKED, STOP, UNEVEN, torchrun
+from tests.support.two_processes import FLAGS, PACKED, STOP, UNEVEN, gloo_threads, torchrun
 from tests.tolerances import SAME_FP32
 from training import demo
 from training.__main__ import main
 from training.checkpoints.checkpoint import damage, list_checkpoints
+from training.distributed.processes import leave
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 WEIGHTS = "adapter_model.safetensors"
@@ -99,6 +102,39 @@ def test_a_nan_in_one_process_stops_both(runs):
     assert "process 1 said error: the loss of step 3" in named and "up_proj was the first layer to go" in named
     assert "process 0 said error: the loss of step 3" in other and "is not finite in another process" in other
     assert [path.name for path in list_checkpoints(folder / "poisoned")] == ["checkpoint-2", "checkpoint-1"]
+
+
+def test_the_commands_end_is_that_of_gloos_threads(runs):
+    """One of them could free a tensor while the interpreter shuts down, which aborts the process."""
+    _, said = runs
+    assert said.count("gloo's threads: 2, at the end 0\n") == 2
+
+
+@pytest.fixture
+def group_of_one(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_a_model_in_a_cycle_does_not_keep_the_group(group_of_one, failed):
+    model = DistributedDataParallel(torch.nn.Linear(2, 3))
+    model.itself = [model]
+    model(torch.ones(1, 2)).sum().backward()
+    assert gloo_threads() > 0
+    del model
+    leave(failed)
+    assert gloo_threads() == 0
+
+
+def test_a_process_that_failed_does_not_wait_for_nccl(group_of_one, monkeypatch):
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    leave(failed=True)
+    assert dist.is_initialized()
+    leave(failed=False)
+    assert not dist.is_initialized()
 
 
 def test_the_demo_is_one_process(tmp_path, monkeypatch):

@@ -4,7 +4,10 @@
 alone is the main process. All processes share one file system.
 """
 
+import gc
+
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, get_int_from_env
 
@@ -12,6 +15,20 @@ from accelerate.utils import broadcast_object_list, gather_object, get_int_from_
 def join(device: torch.device) -> PartialState:
     """Join the process group, and wait for the other processes."""
     return PartialState(cpu=device.type == "cpu")
+
+
+def leave(failed: bool) -> None:
+    """Destroy the process group. The last call of a process, once it holds no trainer and no model.
+
+    gloo's threads end with the group. A thread that is left may free a tensor while the interpreter shuts down, and
+    Python before 3.14 then aborts the process.
+    """
+    # NCCL waits for the other processes, and they may wait for the one that failed. `torchrun` ends them.
+    if failed and dist.get_backend() != dist.Backend.GLOO:
+        return
+    # A trainer and its model are cycles, which hold the group.
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def local_rank() -> int | None:
