@@ -1,6 +1,7 @@
 """The judges of rows that a good record meets: a bad one, or one too few, must not."""
 
 import re
+import signal
 from collections import Counter
 from unittest import mock
 
@@ -66,6 +67,18 @@ def test_one_bad_figure(row, figures):
     changed = good(row)
     changed[1] |= figures
     assert not row.judge(changed).met
+
+
+def test_a_test_of_two_processes_that_vanished():
+    changed = good(order)
+    changed[-1] |= {"passed": 1999}
+    assert not order.judge(changed).met
+
+
+def test_the_load_ends_with_its_scope():
+    with order.load() as busy:
+        assert len(busy) > 0 and not any(process.poll() for process in busy)
+    assert all(process.returncode == -signal.SIGKILL for process in busy)
 
 
 def test_kills_that_all_come_between_the_saves():
