@@ -108,7 +108,7 @@ def _why_not_weight(module: nn.Module, kept: bool) -> str | None:
     if reason := why_not_format(module, kept):
         return reason
     weight = module.weight
-    if weight.is_meta:
+    if kept and weight.is_meta:
         return "has its weight on the meta device or offloaded: load it first"
     if weight.ndim != 2 or weight.numel() == 0:
         return f"has a weight of shape {list(weight.shape)}: gather a sharded weight first"

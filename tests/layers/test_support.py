@@ -105,16 +105,11 @@ def _with_forward(linear):
     linear.forward = lambda x: x
 
 
-def _on_meta(linear):
-    linear.to("meta")
-
-
 # What a layer that is kept below PEFT's and one that is replaced have in common.
 REASONS = {
     "hook": (_with_hook, "has hooks"),
     "integers": (_with_integers, "dtype torch.int8, of no quantisation known here"),
     "forward": (_with_forward, "had its forward replaced"),
-    "meta": (_on_meta, "on the meta device or offloaded: load it first"),
     "parametrization": (torch.nn.utils.parametrizations.weight_norm, "computes its weight"),
 }
 
@@ -131,6 +126,9 @@ def test_a_reason_holds_for_our_layers_and_pefts(change, reason, kept):
 def test_what_only_a_kept_layer_may_and_may_not():
     trained, view = nn.Linear(4, 4), nn.Linear(4, 4)
     assert why_not(trained) is None and "is trained" in why_not(trained, kept=True)
+    # apply_dora refuses such a model as a whole; its layers alone are replaced as well as any, to plan without memory.
+    absent = nn.Linear(4, 4, device="meta")
+    assert why_not(absent) is None and "on the meta device or offloaded: load it first" in why_not(absent, kept=True)
     # FSDP's view of its flat parameter.
     view._parameters["weight"] = torch.zeros(4, 4)
     assert "type Tensor" in why_not(view) and why_not(view, kept=True) is None
