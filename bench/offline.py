@@ -27,19 +27,10 @@ import triton
 
 from dora_kernels.ops.kernels import interpreted
 
+from .counting.cases import Case, all_cases, quick_cases, roof_cases
 from .counting.compiled import Figures, broken_limits, compile_launch
 from .counting.gpus import ROOFS
-from .counting.launches import (
-    CAPABILITIES,
-    Case,
-    Launch,
-    SizedLaunch,
-    all_cases,
-    launches,
-    quick_cases,
-    roof_cases,
-    sized_launches,
-)
+from .counting.launches import CAPABILITIES, Launch, SizedLaunch, launches, sized_launches
 from .counting.roofs import profile
 from .rows.roofs import Row, roofs_table, shown
 

@@ -23,7 +23,7 @@ import torch
 from . import kernels, layer, model
 from .contestants import model as model_field
 from .contestants.layer import DTYPES, Contestant, contestants, empty_problem
-from .counting.gpus import ROOFS, Roofs
+from .counting.gpus import ROOFS, Roofs, by_bytes_and_flops
 from .counting.model_counts import predict_step, seconds_by_roof
 from .counting.roofs import longest
 from .counting.traffic import Operation, counting, fake_module
@@ -37,7 +37,10 @@ from .rows.tables import mebibytes, milliseconds, ratio, table
 Limit = Callable[[Operation, Roofs], tuple[str, float]]
 """The roof of a launch, and its seconds."""
 MARK = "*"
-NOTE = f"{MARK} the kernels of the base, PEFT and PyTorch are counted by bytes and FLOPs alone, ours by four roofs"
+NOTES = {
+    longest: f"{MARK} kernels of the base, PEFT and PyTorch are counted by bytes and FLOPs alone, ours by four roofs",
+    by_bytes_and_flops: f"{MARK} all kernels are counted by bytes and FLOPs alone",
+}
 TABLES = (kernels.COMMAND, layer.COMMAND, model.COMMAND)
 
 
@@ -51,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence", type=int, default=4096, help="of the whole model's step")
     parser.add_argument("--layers", type=int, default=0, help="of the whole model (default: its own number)")
     parser.add_argument("--tables", choices=TABLES, nargs="+", default=list(TABLES), help="default: all")
+    parser.add_argument(
+        "--bytes-alone", action="store_true", help="count our kernels, too, by bytes and FLOPs alone, without compiling"
+    )
     parser.add_argument("--verbose", action="store_true", help="list each launch of ours, with its bytes and FLOPs")
     files = parser.add_mutually_exclusive_group()
     files.add_argument("--measured", type=Path, help="results file of a real run: predict its rows and compare")
@@ -58,12 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
-    if not check_compilable():
+    if not args.bytes_alone and not check_compilable():
         return 2
     roofs = ROOFS[args.gpu]
     if args.measured:
         print(header(args.gpu, roofs, f"beside what was measured in {args.measured}"))
-        return compare(args.measured, roofs, args.tables)
+        return compare(args.measured, roofs, args.tables, limit_of(args))
     parts = []
     for part in itertools.chain([header(args.gpu, roofs, "nothing was measured")], sections(args)):
         print(part, flush=True)
@@ -72,6 +78,10 @@ def main(args: argparse.Namespace) -> int:
         args.output.write_text("\n".join(parts) + "\n")
         print(f"\nwrote {args.output}")
     return 0
+
+
+def limit_of(args: argparse.Namespace) -> Limit:
+    return by_bytes_and_flops if args.bytes_alone else longest
 
 
 def header(gpu: str, roofs: Roofs, beside: str) -> str:
@@ -103,7 +113,8 @@ def sections(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _layers(command: str, args: argparse.Namespace) -> Iterator[str]:
-    of_gpu = (DTYPES[args.dtype], ROOFS[args.gpu])
+    limit = limit_of(args)
+    of_gpu = (DTYPES[args.dtype], ROOFS[args.gpu], limit)
     for shape, tokens, rank in itertools.product(layer_shapes(args.model), args.tokens, args.ranks):
         case = {"layer": shape.name, "out": shape.out_features, "in": shape.in_features}
         case |= {"tokens": tokens, "rank": rank, "dtype": args.dtype}
@@ -113,17 +124,21 @@ def _layers(command: str, args: argparse.Namespace) -> Iterator[str]:
         else:
             found = predict(shape, tokens, rank, *of_gpu)
             if args.verbose:
-                lines += launches_of_ours(found, ROOFS[args.gpu])
-            lines += [group_table(found, mark=MARK), *seconds_of_ours(found), NOTE]
+                lines += launches_of_ours(found, ROOFS[args.gpu], limit)
+            lines += [group_table(found, mark=MARK), *seconds_of_ours(found), NOTES[limit]]
         yield "\n".join(lines)
 
 
 def _models(args: argparse.Namespace) -> Iterator[str]:
     for rank, quantize, checkpointing in itertools.product(args.ranks, ("", "nf4"), (False, True)):
         run = Run(args.model, args.layers, args.batch, args.sequence, rank, checkpointing, quantize)
-        found = predict_model(run, DTYPES[args.dtype], ROOFS[args.gpu])
+        found = predict_model(run, DTYPES[args.dtype], ROOFS[args.gpu], limit_of(args))
         of_run = title(run._asdict() | {"dtype": args.dtype})
-        lines = [group_table(found, tokens=run.batch * run.sequence, mark=MARK), *seconds_of_ours(found), NOTE]
+        lines = [
+            group_table(found, tokens=run.batch * run.sequence, mark=MARK),
+            *seconds_of_ours(found),
+            NOTES[limit_of(args)],
+        ]
         yield "\n".join([f"\nPREDICTION, model: {of_run}", *lines])
 
 
@@ -179,12 +194,12 @@ def predict(
     return results
 
 
-def launches_of_ours(results: dict[str, dict], roofs: Roofs) -> Iterator[str]:
+def launches_of_ours(results: dict[str, dict], roofs: Roofs, limit: Limit) -> Iterator[str]:
     """A line for each."""
     for name, row in results.items():
         for part, operations in row.get("launches", {}).items() if name.startswith("ours") else ():
             for o in operations:
-                roof, seconds = longest(o, roofs)
+                roof, seconds = limit(o, roofs)
                 yield (
                     f"  {name}, {part}: {o.name:28}{o.memory / 1e6:9.1f} MB  loads {o.loaded / 1e6:9.1f} MB"
                     f"{o.flops / 1e9:10.1f} GFLOP {o.rate:7}{seconds * 1e6:9.1f} µs by {roof}"
@@ -210,30 +225,30 @@ def count(
         return parts, counter.peak_bytes - before
 
 
-def compare(path: Path, roofs: Roofs, tables: list[str]) -> int:
+def compare(path: Path, roofs: Roofs, tables: list[str], limit: Limit) -> int:
     """Every measured row beside its prediction. Exits with 2 where nothing measured can be predicted."""
     found = [g for g in groups(read_rows([path])) if _first(g)["command"] in tables]
     found = [g for g in found if not _first(g)["case"]["compiled"]]
     for group in found:
         first = _first(group)
         print(f"\n{first['command']}: {title(first['case'])}; measured on {first['stamp']['device']}")
-        predicted = predict_case(first["command"], first["case"], roofs)
+        predicted = predict_case(first["command"], first["case"], roofs, limit)
         print(comparison(group, predicted))
     if found:
-        print(f"\n{NOTE}")
+        print(f"\n{NOTES[limit]}")
     else:
         print(f"{path} has no rows of {', '.join(tables)} without torch.compile")
     return 0 if found else 2
 
 
-def predict_case(command: str, case: dict, roofs: Roofs) -> dict[str, dict]:
+def predict_case(command: str, case: dict, roofs: Roofs, limit: Limit = longest) -> dict[str, dict]:
     """What the results file calls `case`."""
     dtype = DTYPES[case["dtype"]]
     if command == model.COMMAND:
-        return predict_model(Run(**{name: case[name] for name in Run._fields}), dtype, roofs)
+        return predict_model(Run(**{name: case[name] for name in Run._fields}), dtype, roofs, limit)
     shape = Shape(case["layer"], case["out"], case["in"], case["bias"])
     of = kernels.predict if command == kernels.COMMAND else predict
-    return of(shape, case["tokens"], case["rank"], dtype, roofs)
+    return of(shape, case["tokens"], case["rank"], dtype, roofs, limit)
 
 
 def comparison(group: dict[str, dict], predicted: dict[str, dict]) -> str:

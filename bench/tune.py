@@ -19,8 +19,9 @@ from triton.runtime.jit import JITFunction
 
 from dora_kernels.ops import kernels
 
+from .counting.cases import DTYPES, Case, call
 from .counting.compiled import SHARED_LIMITS, Figures, broken_limits, compile_launch
-from .counting.launches import DTYPES, Case, call, launches
+from .counting.launches import launches
 from .offline import check_compilable, parse_capability
 
 CONFIGURED_BY = {

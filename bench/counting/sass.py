@@ -122,11 +122,14 @@ def rounds_of(code: Code, loops: Sequence[Loop]) -> dict[Span, float]:
     for span, index in matched(code.listing, loops).items():
         if index is None:
             continue
-        copies = code.listing.accesses_in(span, loops[index].places) / (once.get(index) or 1)
+        copies = code.listing.accesses_in(span, loops[index].places) / once[index] if once.get(index) else 1
         rounds[span] = 0.0 if index in done else loops[index].trips / max(1, round(copies))
         done.add(index)
-    if lost := once.keys() - done:
-        raise ValueError(f"the code has no loop with the lines {sorted(loops[min(lost)].places)}")
+    for index in once.keys() - done:
+        places, trips = loops[index].places, loops[index].trips
+        # A loop of few trips, known when compiled, may be written out.
+        if sum(code.listing.places[i] in places for i in code.listing.accesses) < once[index] * trips:
+            raise ValueError(f"the code has no loop with the lines {sorted(places)}")
     return rounds
 
 

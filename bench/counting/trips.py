@@ -89,6 +89,9 @@ class _Reader:
         self._places = _places(ttir)
 
     def read(self, line: str) -> None:
+        # A closing brace carries the place of the `for`.
+        if location := re.search(r"loc\((#loc\d*)\)$", line):
+            self._note(self._places[location[1]])
         if "tt.func public" in line:
             self._begin(line)
         elif found := re.search(r"scf\.for %([\w.]+) = (%\S+) to (%\S+) step (%\S+)", line):
@@ -106,8 +109,6 @@ class _Reader:
             self._open.pop()
         elif found := re.match(r"\s*%([\w.]+)(?::\d+)? = ([\w.]+)(.*)", line):
             self._values[found[1]] = self._result(found[1], found[2], found[3])
-        if location := re.search(r"loc\((#loc\d*)\)$", line):
-            self._note(self._places[location[1]])
 
     def streamed(self) -> int:
         """Bytes of a block of each of the largest tensors."""

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from ..counting.launches import Case, SizedLaunch
+from ..counting.cases import Case
+from ..counting.launches import SizedLaunch
 from ..counting.roofs import Profile
 
 COLUMNS = ("kernel", "space", "dtypes", "shape", "rank", "gpu", "per element", "pipe", "pipe/bytes", "L2/bytes")

@@ -137,7 +137,7 @@ def test_the_gpu_clock_reads_events_in_order(monkeypatch):
 
 
 def test_predictions_are_labelled_and_compared(tiny, capsys):
-    arguments = ["predict", "--gpu", "h200", "--model", "tiny", "--tokens", "8", "--ranks", "4"]
+    arguments = ["predict", "--gpu", "h200", "--model", "tiny", "--tokens", "8", "--ranks", "4", "--bytes-alone"]
     assert main([*arguments, "--verbose", "--tables", "kernels", "layer"]) == 0
     text = capsys.readouterr().out
     assert text.count("PREDICTION") == 1 + 2 * len(layer_shapes("tiny")) and "4.30 TB/s" in text

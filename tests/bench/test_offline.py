@@ -15,8 +15,9 @@ import torch
 
 from bench import offline
 from bench.__main__ import main
+from bench.counting.cases import Case
 from bench.counting.compiled import Figures
-from bench.counting.launches import Case, Launch
+from bench.counting.launches import Launch
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,7 +118,8 @@ def test_every_kernel_is_launched():
         kernels |= {node.name for node in functions if node.name.endswith("_kernel")}
     assert kernels
     program = (
-        "from bench.counting.launches import launches, quick_cases\n"
+        "from bench.counting.cases import quick_cases\n"
+        "from bench.counting.launches import launches\n"
         "print(*{launch.kernel for launch in launches(quick_cases(), (9, 0))})"
     )
     result = run("-c", program)

@@ -138,5 +138,5 @@ def test_seconds_of_ours_are_told_by_roof_and_the_ratios_are_marked():
         "ours fp32, auto, ms by roof: alu 5.00, memory 1.00"
     ]
     header = group_table({"frozen base": row}, mark=predict.MARK).splitlines()[0]
-    assert "| × base* | × LoRA* |" in header and "by bytes and FLOPs alone" in predict.NOTE
+    assert "| × base* | × LoRA* |" in header and "by bytes and FLOPs alone" in predict.NOTES[longest]
     assert "*" not in group_table({"frozen base": row})

@@ -7,8 +7,9 @@ import torch
 
 from bench.counting import roofs
 from bench.counting.accounting import Traffic
+from bench.counting.cases import Case
 from bench.counting.gpus import ROOFS
-from bench.counting.launches import Case, Launch, SizedLaunch
+from bench.counting.launches import Launch, SizedLaunch
 from bench.counting.sass import Code, parse, parse_ptx
 from bench.counting.traffic import Operation
 from bench.rows.roofs import COLUMNS, Row, roofs_table, shown

@@ -31,8 +31,8 @@ TEXT = """\
         /*0050*/                   DEPBAR.LE SB0, 0x0 ;
         /*0060*/               @P1 BRA `(.L_x_0) ;
 .L_x_2:
-        /*0070*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3 ;
 \t//## File "/somewhere/norm.py", line 12
+        /*0070*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R2+URZ], R3 ;
         /*0080*/               @P0 BRA `(.L_x_2) ;
         /*0090*/                   STG.E desc[UR4][R2.64], R8 ;
         /*00a0*/                   EXIT ;
