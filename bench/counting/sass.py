@@ -15,7 +15,7 @@ from .trips import Loop
 
 LINE = re.compile(r'//## File "(?:[^"]*/)?([^"/]+)", line (\d+)')
 LABEL = re.compile(r"(\.L_x?_?\w+):")
-INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
+INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);")
 ACCESSES = ("LDG", "LDGSTS", "STG")
 
 
@@ -27,7 +27,7 @@ class Instruction(NamedTuple):
 
 
 class Code(NamedTuple):
-    """A kernel as the GPU runs it, up to its last exit; behind that stand slow paths that are hardly ever called."""
+    """A kernel as the GPU runs it, without the functions behind its end, slow paths that are hardly ever called."""
 
     instructions: tuple[Instruction, ...]
     listing: Listing  # of the instructions
@@ -54,6 +54,7 @@ def parse(text: str) -> tuple[tuple[Instruction, ...], Listing]:
     """What `nvdisasm -g -c` printed."""
     found: list[Instruction] = []
     places: list[str] = []
+    always: list[bool] = []  # Whether it runs without a condition.
     heads: dict[str, int] = {}
     place = ""
     for line in text.splitlines():
@@ -62,9 +63,13 @@ def parse(text: str) -> tuple[tuple[Instruction, ...], Listing]:
         elif label := LABEL.match(line.strip()):
             heads[label[1]] = len(found)
         elif instruction := INSTRUCTION.match(line):
-            found.append(Instruction(instruction[1], instruction[2].strip()))
+            found.append(Instruction(instruction[2], instruction[3].strip()))
             places.append(place)
-    end = 1 + max((i for i, one in enumerate(found) if one.opcode == "EXIT"), default=len(found) - 1)
+            always.append(not instruction[1])
+    exits = [i for i, one in enumerate(found) if one.opcode == "EXIT"]
+    # The last exit may leave a loop whose branch back stands behind it.
+    ends = (i for i in range(exits[-1], len(found)) if always[i] and found[i].opcode in ("EXIT", "BRA"))
+    end = 1 + next(ends, exits[-1])
     branches, accesses = {}, set()
     for i, one in enumerate(found[:end]):
         if one.opcode.startswith("BRA") and (target := re.search(r"`\((\.L\w+)\)", one.operands)):

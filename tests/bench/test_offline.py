@@ -176,3 +176,18 @@ def test_summary_shows_the_worst_launch():
     assert " ".join(row.split()) == "some bf16/fp32 90 2 255 8 3 4096 4 16"
     assert offline.report_broken(compiled)
     assert not offline.report_broken(compiled[:1])
+
+
+def test_the_summary_covers_one_generation_wholly_and_of_the_others_each_kernel_and_types():
+    def made(kernel, stride):
+        signature = (("N", "i32"), ("stride_wn", stride))
+        return Launch(
+            "module", f"_{kernel}_kernel", signature, (), ((0,), (1,)) if stride == "aligned" else (), (), True
+        )
+
+    case = Case(torch.bfloat16, torch.float32, "token", 16)
+    other = case._replace(adapter_dtype=torch.bfloat16)
+    found = {made("norm", "aligned"): case, made("norm", "odd"): case, made("norm", "other"): case}
+    found |= {made("merge", "aligned"): other}
+    assert offline.summarised(found, (9, 0)) == found
+    assert list(offline.summarised(found, (8, 0))) == [made("norm", "odd"), made("merge", "aligned")]

@@ -117,6 +117,15 @@ def test_two_loops_of_the_same_lines_are_told_apart_by_their_order():
     assert rounds_of(code(UNROLLED), twice) == {Span(0, 4): 10, Span(5, 6): 4}
 
 
+def test_a_loop_may_end_behind_the_last_exit():
+    instructions, listing = parse(
+        TEXT.replace("EXIT ;", "NOP ;")
+        .replace("@P0 BRA `(.L_x_2)", "@P0 EXIT")
+        .replace("/*0090*/                   STG.E desc[UR4][R2.64], R8", "/*0090*/                   BRA `(.L_x_0)")
+    )
+    assert listing.loops[0] == Span(1, 9) and len(instructions) == 10
+
+
 def test_a_lost_loop_is_refused():
     with pytest.raises(ValueError, match=r"no loop with the lines \['norm.py:9'\]"):
         rounds_of(code(TEXT.replace("norm.py", "other.py"), parse_ptx(PTX)), [Loop({"norm.py:9"}, 10)])
