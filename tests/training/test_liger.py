@@ -3,10 +3,7 @@
 What only a GPU can show: compiled kernels, their speed, and the memory that CUDA's allocator sees.
 """
 
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 from types import MethodType
 
 import pytest
@@ -16,7 +13,7 @@ import triton
 import dora_kernels as dk
 from tests.support.tiny_models import VOCAB, bert, llama
 from tests.tolerances import FUSED_LOSS_BF16, SAME_FP32, TWIN
-from training.model.liger import FUSED_LOSS_ONLY, use_fused_loss
+from training.model.liger import FUSED_LOSS_ONLY, apply_liger_kernel, use_fused_loss
 
 pytestmark = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
 
@@ -161,25 +158,18 @@ def test_one_model_is_patched_and_no_other():
 
 
 @pytest.mark.parametrize(("kernel", "spoiled"), [("swiglu", {"gate_proj", "up_proj"}), ("rope", {"q_proj", "k_proj"})])
-def test_why_the_other_kernels_stay_off(kernel, spoiled):
+def test_why_the_other_kernels_stay_off(kernel, spoiled, monkeypatch):
     """They overwrite what DoRA layers keep. Should a release stop that, this test says so, and they may be allowed."""
-    # In a process of its own: these patches stay.
-    script = f"""
-from tests.support import interpreter
-interpreter.install()
-from tests.training.test_liger import adapted, loss_and_gradients
-from training.model.liger import FUSED_LOSS_ONLY, apply_liger_kernel
-expected_loss, expected = loss_and_gradients(adapted())
-model = adapted()
-apply_liger_kernel(model, FUSED_LOSS_ONLY | {{"fused_linear_cross_entropy": False, {kernel!r}: True}})
-loss, gradients = loss_and_gradients(model)
-assert abs(loss - expected_loss) < {SAME_FP32}, "the forward is right"
-wrong = [name for name, g in expected.items() if (gradients[name] - g).norm() > 0.1 * g.norm()]
-assert all(name.endswith("magnitude") for name in wrong), wrong
-print("wrong:", *sorted({{name.split(".")[-2] for name in wrong}}))
-"""
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split("wrong:")[1].split() == sorted(spoiled)
+    from transformers.models.llama import modeling_llama as module
+
+    for name, value in dict(vars(module)).items():
+        monkeypatch.setattr(module, name, value)  # Liger replaces some for the whole process; undone after the test
+    expected_loss, expected = loss_and_gradients(adapted())
+    model = adapted()
+    apply_liger_kernel(model, FUSED_LOSS_ONLY | {"fused_linear_cross_entropy": False, kernel: True})
+    loss, gradients = loss_and_gradients(model)
+    assert abs(loss - expected_loss) < SAME_FP32, "the forward is right"
+    wrong = [name for name, g in expected.items() if (gradients[name] - g).norm() > 0.1 * g.norm()]
+    assert all(name.endswith("magnitude") for name in wrong), wrong
+    assert {name.split(".")[-2] for name in wrong} == spoiled
     assert not FUSED_LOSS_ONLY[kernel]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dora_kernels as dk
-from tests.support.training_runs import arguments, data, demo_rows, metrics, numbers, run, write_rows  # noqa: F401
+from tests.support.training_runs import arguments, data, demo_rows, metrics, numbers, one_layer_base, run, write_rows  # noqa: F401
 from tests.tolerances import MERGED_LOGITS, SAME_FP32
 from training import demo
 from training.__main__ import main
@@ -161,8 +161,9 @@ def test_a_quantised_run(data, whole, tmp_path, engine):  # noqa: F811
 
 def test_the_references_command(tmp_path, monkeypatch, capsys):
     """As printed, on the CPU, with its placeholders filled in and a stub for the hub. Compiling to machine code takes
-    minutes here, so the compiler's last stage is left out: the graphs are captured and run eagerly. The rows have one
-    length, as each other one is captured anew."""
+    minutes here, so the compiler's last stage is left out: the graphs are captured and run eagerly, of one layer. The
+    rows have one length, as each other one is captured anew."""
+    base_model = one_layer_base(tmp_path / "base")
     tokenizer, alike = AutoTokenizer.from_pretrained(demo.BASE), defaultdict(list)
     for row in demo_rows(400):
         alike[len(tokenizer(row["prompt"] + row["completion"])["input_ids"])].append(row)
@@ -184,7 +185,7 @@ def test_the_references_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
     out = tmp_path / "out"
     command = [
-        *("--base_model", str(demo.BASE), "--data_path", str(rows), "--output_dir", str(out)),
+        *("--base_model", str(base_model), "--data_path", str(rows), "--output_dir", str(out)),
         *("--batch_size", "1", "--num_epochs", "3", "--learning_rate", "3e-4", "--cutoff_len", "512"),
         *("--val_set_size", "16", "--use_compile", "True", "--use_peft", "--quantize", "--eval_step", "10"),
         *("--save_step", "100", "--device", "cpu", "--lora_r", "16", "--lora_alpha", "32", "--lora_dropout", "0.05"),
@@ -201,7 +202,7 @@ def test_the_references_command(tmp_path, monkeypatch, capsys):
     # What was pushed is read by transformers itself, which drops magnitudes in PEFT's spelling.
     assert torch.equal(
         logits(AutoModelForCausalLM.from_pretrained(uploaded, dtype=torch.float32)),
-        logits(peft.PeftModel.from_pretrained(base(), out)),
+        logits(peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_model), out)),
     )
 
 
