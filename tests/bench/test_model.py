@@ -197,5 +197,7 @@ def test_the_predicted_peak_is_that_of_the_plan():
     planned = planned_model(config, lora_r=16)
     plan = predict(planned, batch_size=1, cutoff_len=2048, loss="whole")
     contestant = model_field.contestants(BF16, 16)["ours fp32, auto"]
-    row = model_counts.predict_step(Run("llama-3-8b", 0, 1, 2048, 16), contestant, BF16, HOPPER, lambda operation: ("memory", 0.0))
+    row = model_counts.predict_step(
+        Run("llama-3-8b", 0, 1, 2048, 16), contestant, BF16, HOPPER, lambda operation: ("memory", 0.0)
+    )
     assert row["peak_bytes"] == pytest.approx(plan.peak - plan.weights, rel=0.05)
