@@ -46,6 +46,10 @@ def why_not_class(module: nn.Module, classes: tuple[type, ...] = LINEAR_CLASSES)
     return None
 
 
+PLAIN = (bool, int, float, str, type(None))
+"""The settings of a layer that can be compared: an object of its own may change what forward computes."""
+
+
 @cache
 def _computes_linear(cls: type[nn.Linear], *settings: tuple[str, object]) -> bool:
     """Whether a small new layer of the class computes x Wᵀ + b in both modes, with the same settings as the layer."""
@@ -72,8 +76,7 @@ def _settings(module: nn.Module) -> tuple[tuple[str, object], ...]:
     """What a layer carries beside its parameters and sizes."""
     known = {*vars(nn.Linear(1, 1)), "_is_hf_initialized", "_hf_hook", "forward", "_old_forward"}
     extra = {name: value for name, value in vars(module).items() if name not in known}
-    # Only plain values can be compared: an object of its own may change what forward computes.
-    plain = all(isinstance(value, (bool, int, float, str, type(None))) for value in extra.values())
+    plain = all(isinstance(value, PLAIN) for value in extra.values())
     return tuple(sorted(extra.items())) if plain else (("objects", True),)
 
 

@@ -6,9 +6,10 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..layers.support import why_not
+from ..layers.support import LINEAR_CLASSES, PLAIN, why_not
 from ..ops.base_weights import weight_of
 
+FORWARDS = tuple(cls.forward for cls in LINEAR_CLASSES)
 PARTS = ("lora_A", "lora_B", "lora_magnitude_vector", "lora_dropout")
 
 
@@ -73,7 +74,12 @@ def _state_of(layer: nn.Module) -> list:
         names, (*modules["lora_A"]._modules,), layer._disable_adapters, bool(layer.merged_adapters),
         layer.fan_in_fan_out, layer.cast_input_dtype_enabled, dora.ENABLE_DORA_CACHING,
     ]  # fmt: skip
-    inside = [modules["base_layer"]]
+    base = modules["base_layer"]
+    if type(base).forward not in FORWARDS:
+        # It may compute x Wᵀ + b under some settings alone.
+        settings = base.__dict__
+        state += (*settings, *[value if isinstance(value, PLAIN) else None for value in settings.values()])
+    inside = [base]
     for name in names:
         state += (type(layer.lora_variant.get(name)), type(layer.scaling.get(name)))
         inside += [modules[part]._modules.get(name) for part in PARTS]

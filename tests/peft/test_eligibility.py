@@ -20,10 +20,10 @@ from tests.support.peft_models import FP64, count_fused, dora_config, trained
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def peft_model():
-    """One layer with two trained adapters; "default" is active."""
+def peft_model(kind=nn.Linear):
+    """One layer of the class `kind` with two trained adapters; "default" is active."""
     torch.manual_seed(0)
-    model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 12, dtype=torch.float64)), config())
+    model = peft.get_peft_model(nn.Sequential(kind(16, 12, dtype=torch.float64)), config())
     model.add_adapter("other", config())
     for seed, adapter in enumerate(("default", "other")):
         trained(model, seed, adapter)
@@ -184,6 +184,29 @@ def test_a_change_is_seen_at_the_next_call(change, fused):
     assert relative_error(found, expected) < FP64
     again, _ = call(patched)
     assert torch.equal(again, found)
+
+
+class Scaled(nn.Linear):
+    """Computes x Wᵀ + b as long as its factor is 1."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.factor = 1.0
+
+    def forward(self, x):
+        return self.factor * super().forward(x)
+
+
+def test_a_setting_of_the_base_layers_own_class_is_seen():
+    plain = peft_model(Scaled)
+    patched = copy.deepcopy(plain)
+    patch_peft(patched)
+    for factor, fused in ((1.0, True), (2.0, False), (1.0, True)):
+        for model in (plain, patched):
+            layer_of(model).base_layer.factor = factor
+        (expected, _), (found, is_fused) = call(plain), call(patched)
+        assert is_fused == fused
+        assert relative_error(found, expected) < FP64
 
 
 def test_to_another_dtype_is_seen():

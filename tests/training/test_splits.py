@@ -105,6 +105,16 @@ def test_files_that_are_no_rows_are_not_read_and_named(tmp_path):
     assert places(read_source(str(tmp_path))) == {"train": ["notes.txt, row 1"]}
 
 
+def test_a_model_or_a_run_in_the_folder_is_no_data(tmp_path):
+    for name in ("rows.jsonl", "metrics.jsonl", "out/metrics.jsonl", "out/checkpoint-2/manifest.json"):
+        write(tmp_path / name)
+    for name in ("base/config.json", "base/vocab.json", "out/adapter_config.json", "more/rows.json"):
+        write(tmp_path / name)
+    source = read_source(str(tmp_path))
+    assert places(source) == {"train": ["more/rows.json, row 1", "rows.jsonl, row 1"]}
+    assert "base/vocab.json" in source.notes[1] and "out/checkpoint-2/manifest.json" in source.notes[1]
+
+
 # Lists in README.md
 
 

@@ -13,6 +13,9 @@ WORDS = {
 }
 # Files that the Hub and `save_to_disk` put beside rows.
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
+# Files of a model or of a run. A folder below the data folder that holds one is not data.
+NO_DATA = ("config.json", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "trainer_state.json")
+NO_DATA += ("metrics.jsonl", "skipped_rows.jsonl", "cut_rows.jsonl")
 
 
 def named_split(name: str) -> str | None:
@@ -81,7 +84,14 @@ def files_by_split(folder: Path, suffixes: tuple[str, ...]) -> tuple[dict[str, l
     if listed := _listed(folder):
         splits = {split: [path for path in files if path in paths] for split, paths in listed.items()}
     else:
-        data = [path for path in files if path.suffix.lower() in suffixes and path.name.lower() not in METADATA]
+        elsewhere = {path.parent for path in files if path.name in NO_DATA} - {folder}
+        data = [
+            path
+            for path in files
+            if path.suffix.lower() in suffixes
+            and path.name.lower() not in (*METADATA, *NO_DATA)
+            and elsewhere.isdisjoint(path.parents)
+        ]
         # Text beside rows with columns is a readme or a licence more often than it is data.
         if any(path.suffix.lower() != ".txt" for path in data):
             data = [path for path in data if path.suffix.lower() != ".txt"]
