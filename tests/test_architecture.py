@@ -10,7 +10,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dora_kernels"
 OPS = PACKAGE / "ops"
 # From the ground up: a module imports what stands on lower floors, or in its own folder.
-FLOORS = [{"versions", "config"}, {"ops"}, {"layers"}, {"models", "peft"}, {"adapters"}, {"__init__"}]
+FLOORS = [
+    {"versions", "config"}, {"ops"}, {"layers", "doctor"}, {"models", "peft"}, {"adapters"}, {"__init__", "__main__"},
+]  # fmt: skip
 # The same inside `ops/`, whose modules build on each other.
 OPS_FLOORS = [
     {"__init__", "base_weights", "chunked", "gpus", "types"},

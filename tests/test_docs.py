@@ -102,7 +102,7 @@ def parse(words):
             source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")
             assert all(f'"{word}"' in source for word in words if word.startswith("--")), words
         else:
-            assert module in {"pip", "torch.utils.collect_env"}, module
+            assert module in {"dora_kernels", "pip", "torch.utils.collect_env"}, module
     else:
         assert words[0] in {"pip", "pytest", "pre-commit", ".ci/run"}, words
 
