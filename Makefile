@@ -2,8 +2,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
-# The tests of what other libraries change: torch.compile, their models and trainers, and PyTorch's counts.
-OLDEST_FAST := ops/test_compile ops/test_dora_linear models/test_apply peft/test_patch peft/test_files bench/test_model
+# The tests of what other libraries change: torch.compile, and their models and trainers.
+OLDEST_FAST := ops/test_compile ops/test_dora_linear models/test_apply peft/test_patch peft/test_files
 
 .PHONY: demo test scorecard scorecard-fast oldest oldest-fast lint wheel offline peft-suite peft-suite-kernels clean
 
