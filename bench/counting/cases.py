@@ -90,7 +90,8 @@ def roof_cases() -> Iterable[Case]:
         for rank in (16, 64):
             yield Case(BF16, BF16, space, rank, tokens=8192)
     yield Case(BF16, FP32, "weight", 16, 1024, 4096, 8192)
-    yield Case(BF16, FP32, "weight", 16, tokens=8192, nf4="nested")
+    for rank in (16, 64):
+        yield Case(BF16, FP32, "weight", rank, tokens=8192, nf4="nested")
 
 
 def _nf4(dtype_pairs, ranks, kinds) -> Iterable[Case]:
