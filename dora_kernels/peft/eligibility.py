@@ -75,9 +75,9 @@ def _state_of(layer: nn.Module) -> list:
         layer.fan_in_fan_out, layer.cast_input_dtype_enabled, dora.ENABLE_DORA_CACHING,
     ]  # fmt: skip
     base = modules["base_layer"]
-    if type(base).forward not in FORWARDS:
-        # It may compute x Wᵀ + b under some settings alone.
-        settings = base.__dict__
+    settings = base.__dict__
+    if type(base).forward not in FORWARDS and settings.get("quant_state") is None:
+        # It may compute x Wᵀ + b under some settings alone. bitsandbytes' 4-bit layers always do.
         state += (*settings, *[value if isinstance(value, PLAIN) else None for value in settings.values()])
     inside = [base]
     for name in names:
