@@ -20,7 +20,7 @@ def test_shared_memory_limits_occupancy():
     """Hopper Tuning Guide: 228 KB a multiprocessor, of which a block takes at most 227 and the system 1."""
     assert resident_programs(32, 227 << 10, 4, HOPPER) == 1
     assert resident_programs(32, 113 << 10, 4, HOPPER) == 2
-    assert resident_programs(32, 76 << 10, 4, HOPPER) == 2
+    assert resident_programs(32, (75 << 10) + 512, 4, HOPPER) == 2
     assert resident_programs(32, 75 << 10, 4, HOPPER) == 3
 
 

@@ -3,9 +3,9 @@
     python -m tests.support.kill_training --points 100 --stops 100 --seed 0
 
 One process imports everything once and forks a child per attempt; `--points` of them get SIGKILL, `--stops` SIGTERM.
-Every other kill waits for a save to begin. A chain of attempts ends when a run has finished: its losses and its
-adapter must be those of the untouched run, bit for bit. Exits non-zero otherwise, and if a kill cost more than
-`SAVE_STEP` steps.
+Every other kill waits for a save to begin and strikes at a random moment of it; kills go on until one was in a save.
+A chain of attempts ends when a run has finished: its losses and its adapter must be those of the untouched run, bit
+for bit. Exits non-zero otherwise, and if a kill cost more than `SAVE_STEP` steps.
 """
 
 import argparse
@@ -65,6 +65,23 @@ def wait_until(child: int, condition) -> int | None:
     return None
 
 
+def saving(out: Path) -> bool:
+    """Whether a save into `out` has begun and not ended, or was cut."""
+    return any(out.glob(".tmp-*"))
+
+
+def save_time(child: int, out: Path) -> tuple[float, int]:
+    """The seconds that the child's shortest save took, and its status at its end."""
+    shortest = float("inf")
+    while (status := wait_until(child, lambda: saving(out))) is None:
+        began = time.perf_counter()
+        status = wait_until(child, lambda: not saving(out))
+        shortest = min(shortest, time.perf_counter() - began)
+        if status is not None:
+            break
+    return shortest, status
+
+
 class Harness:
     """Chains of interrupted attempts in `folder`, each against one untouched run."""
 
@@ -74,8 +91,8 @@ class Harness:
         self.base = one_layer_base(folder / "base")
         started = time.perf_counter()
         child = start(self.words(folder / "whole"), folder / "log")
-        _, status = os.waitpid(child, 0)
-        self.check(status == 0, "the untouched run failed")
+        self.save_seconds, status = save_time(child, folder / "whole")
+        self.check(status == 0 and self.save_seconds < float("inf"), "the untouched run failed or never saved")
         self.seconds = time.perf_counter() - started
         self.whole = metrics(folder / "whole")
 
@@ -87,11 +104,15 @@ class Harness:
             raise SystemExit(f"{what}; the last child said:\n{(self.folder / 'log').read_text()}")
 
     def chains(self, number: int, points: int) -> dict[str, int]:
-        """Interrupts attempts with signal `number` until `points` of them were hit, and finishes the last chain."""
+        """Interrupts attempts with signal `number`, at least `points` of them, and finishes the last chain."""
         done = {"points": 0, "chains": 0, "in a save": 0, "most steps lost": 0}
-        while done["points"] < points:
+
+        def enough() -> bool:
+            return done["points"] >= points and (number != signal.SIGKILL or done["in a save"] > 0)
+
+        while not enough():
             out = self.folder / f"chain-{number}-{done['chains']}"
-            while not self.attempt(out, number if done["points"] < points else 0, done):
+            while not self.attempt(out, 0 if enough() else number, done):
                 pass
             self.compare(out)
             shutil.rmtree(out)
@@ -103,9 +124,8 @@ class Harness:
         before = locked(out)
         child = start(self.words(out, "--resume"), self.folder / "log")
         if number == signal.SIGKILL and done["points"] % 2:
-            # Writing, renaming and rotating take some 50 ms: aim at a save, and strike at a random moment of it.
-            status = wait_until(child, lambda: any(out.glob(".tmp-*")))
-            delay = self.random.uniform(0, 0.05)
+            status = wait_until(child, lambda: saving(out))
+            delay = self.random.uniform(0, self.save_seconds)
         else:
             # The handler of SIGTERM stands from the moment the folder is locked.
             status = wait_until(child, lambda: locked(out) > before) if number == signal.SIGTERM else None
@@ -120,7 +140,7 @@ class Harness:
         finished = (out / WEIGHTS).exists() and os.waitstatus_to_exitcode(status) == 0
         if number == signal.SIGKILL and os.WIFSIGNALED(status):
             done["points"] += 1
-            done["in a save"] += any(out.glob(".tmp-*"))
+            done["in a save"] += saving(out)
             logged = max((row["step"] for row in read(out)), default=0)
             newest = newest_checkpoint(out, report=lambda text: self.check(False, f"a damaged checkpoint: {text}"))
             lost = logged - (step_of(newest) if newest else 0)

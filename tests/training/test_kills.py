@@ -10,6 +10,5 @@ def test_killed_and_stopped_runs_end_with_the_same_bits():
     ended = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     kills, stops = ended.stdout.splitlines()
-    assert kills.startswith("SIGKILL points: 8") and stops.startswith("SIGTERM points: 2"), ended.stdout
-    # Half of the kills wait for a save to begin; that all of them come too late would be a broken harness.
-    assert int(re.search(r"in a save: (\d+)", kills)[1]) >= 1, kills
+    number, in_a_save = map(int, re.match(r"SIGKILL points: (\d+), .* in a save: (\d+),", kills).groups())
+    assert number >= 8 and in_a_save >= 1 and stops.startswith("SIGTERM points: 2"), ended.stdout
