@@ -58,8 +58,14 @@ def _adapted(a, *, programs_k: int, blocks_k: int) -> Traffic:
 
 
 def _weight(a, block_n: int, block_k: int) -> tuple[int, int]:
-    """Bytes loaded, and unique ones, of W once: a matrix, or NF4 with its tables and statistics."""
+    """Bytes loaded, and unique ones, of W once: a matrix, or what is packed with its tables and statistics."""
     elements, form = a.N * a.K, a.FORMAT
+    if form.fp8:
+        rows, columns = form.scale_rows or a.N, form.scale_columns or a.K
+        scales = triton.cdiv(a.N, rows) * triton.cdiv(a.K, columns)
+        # Of a block's columns each row loads one scale, or each element its own.
+        loads = a.N * triton.cdiv(a.K, block_k) if not form.scale_columns or columns % block_k == 0 else elements
+        return elements + 4 * loads, elements + 4 * scales
     if form.nf4_block == 0:
         return elements * _size(a.w_ptr), elements * _size(a.w_ptr)
     tiles = triton.cdiv(a.N, block_n) * triton.cdiv(a.K, block_k)
@@ -78,7 +84,7 @@ def _weight(a, block_n: int, block_k: int) -> tuple[int, int]:
     return loaded, unique
 
 
-def _nf4_decode(a) -> Traffic:
+def _decode(a) -> Traffic:
     loaded, unique = _weight(a, a.BLOCK_N, a.BLOCK_K)
     return Traffic(loaded, unique, a.N * a.K * _size(a.decoded_ptr))
 
@@ -207,7 +213,7 @@ ACCOUNTS: dict[str, Callable[[SimpleNamespace], Traffic]] = {
     "_weight_norm_finish_kernel": _weight_norm_finish,
     "_merge_fused_kernel": _merge_fused,
     "_merge_scale_kernel": _merge_scale,
-    "_nf4_decode_kernel": _nf4_decode,
+    "_decode_kernel": _decode,
     "_rescale_fwd_kernel": _rescale_fwd,
     "_rescale_bwd_kernel": _rescale_bwd,
     "_rescale_bwd_finish_kernel": _rescale_bwd_finish,

@@ -13,7 +13,7 @@ import torch
 
 from ..versions import require
 from . import reference
-from .base_weights import Nf4Weight, Weight, dense, is_packed, note_of, readable
+from .base_weights import Packed, Weight, dense, is_packed, note_of, readable
 from .gpus import HALF_PRODUCT_SPEEDUP, MIN_CAPABILITY, RANK_PER_BYTE, SHORTEST_LAUNCH, WEIGHT_SPACE_FACTOR
 
 try:
@@ -134,7 +134,7 @@ def explained(plan: Plan, weight: Weight) -> Plan:
 
 
 @contextmanager
-def operations_for(weight: Weight, impl: str = "auto") -> Iterator[tuple[ModuleType, torch.Tensor | Nf4Weight]]:
+def operations_for(weight: Weight, impl: str = "auto") -> Iterator[tuple[ModuleType, torch.Tensor | Packed]]:
     """Inside, without gradients and on the weight's GPU: the operations, and the weight as they read it."""
     ops = implementation(choose_impl(weight.device, impl)[0])
     base = readable(weight)

@@ -25,6 +25,7 @@ from dora_kernels.ops.base_weights import (
     stored_rounding,
     weight_of,
 )
+from tests.support.fp8 import linear_fp8
 from tests.support.nf4 import decoded, linear_4bit
 from tests.support.oracle import relative_error
 from tests.tolerances import ORACLE_FP32
@@ -113,11 +114,11 @@ def test_nothing_dense_is_kept_for_the_backward(name):
 def test_each_format_recognises_its_own_layers_alone():
     torch.manual_seed(0)
     layers = {name: make(torch.randn(48, 64)) for name, make in LIBRARIES.items() if name != "bitsandbytes (fp4)"}
-    layers["nf4"] = linear_4bit(torch.randn(48, 64))
+    layers |= {"nf4": linear_4bit(torch.randn(48, 64)), "fp8": linear_fp8(48, 64)}
     found = {name: [each for each in FORMATS if each.recognises(layer)] for name, layer in layers.items()}
     assert [len(formats) for formats in found.values()] == [1] * len(FORMATS)
     assert {formats[0] for formats in found.values()} == set(FORMATS)
-    assert {name for name, layer in layers.items() if needs_its_layer(layer)} == {"bitsandbytes (int8)", "HQQ"}
+    assert {name for name, layer in layers.items() if needs_its_layer(layer)} == {"bitsandbytes (int8)", "HQQ", "fp8"}
     assert not any(each.recognises(nn.Linear(8, 4)) for each in FORMATS)
 
 

@@ -4,15 +4,15 @@ import importlib
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
 import dora_kernels as dk
-from dora_kernels.ops import kernels, reference
+from dora_kernels.ops import reference
 from dora_kernels.ops.base_weights import of_params4bit, weight_of
 from dora_kernels.ops.types import Rounding
-from tests.support.buffers import count_launches, guard_bands
+from tests.support.buffers import count_launches
 from tests.support.nf4 import decoded, linear_4bit
 from tests.support.oracle import Problem, errors, exact, make_problem, relative_error, solve
+from tests.support.packed import compare
 from tests.tolerances import ORACLE_FP32, TWIN
 
 # (N, K): whole blocks; blocks wider than a row, straddling in even and odd places; one row; splits of K.
@@ -41,25 +41,6 @@ def factors(N, K, R, parity=False, dtype=torch.bfloat16, **options):
     problem = make_problem(1, N, K, R, dtype, torch.float32)
     linear = linear_4bit(problem.weight, **options)
     return weight_of(linear, nf4_parity=parity), problem.lora_A, problem.lora_B, problem.magnitude
-
-
-def guarded(guard, weight):
-    """Its memory between guard bands."""
-    tensors = {name: guard(t) for name, t in weight._asdict().items() if isinstance(t, torch.Tensor) and t.ndim}
-    return weight._replace(**tensors)
-
-
-def compare(operation, weight, *arguments, **options):
-    with guard_bands() as guard:
-        banded = [guard(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-        found = getattr(kernels, operation)(guarded(guard, weight), *banded, **options)
-    expected = getattr(reference, operation)(weight, *arguments, **options)
-    for ours, twin in zip(tree_leaves(found), tree_leaves(expected), strict=True):
-        if twin is None:
-            assert ours is None
-            continue
-        assert ours.dtype == twin.dtype and ours.shape == twin.shape
-        assert relative_error(ours, twin) <= TWIN[twin.dtype]
 
 
 @every_shape

@@ -18,15 +18,18 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import bitsandbytes_4bit, bitsandbytes_8bit, hqq, torchao
+from . import bitsandbytes_4bit, bitsandbytes_8bit, fp8, hqq, torchao
 from .bitsandbytes_4bit import Nf4Weight, of_params4bit
+from .fp8 import Fp8Weight
 from .library import LibraryWeight
 from .sharding import sharding_of
 
 __all__ = [
     "FORMATS",
+    "Fp8Weight",
     "LibraryWeight",
     "Nf4Weight",
+    "Packed",
     "Weight",
     "dense",
     "is_packed",
@@ -41,7 +44,10 @@ __all__ = [
     "weight_of",
 ]
 
-Weight = torch.Tensor | Nf4Weight | LibraryWeight
+Packed = Nf4Weight | Fp8Weight
+"""What the operations decode themselves."""
+
+Weight = torch.Tensor | Packed | LibraryWeight
 
 
 class Format(NamedTuple):
@@ -51,7 +57,7 @@ class Format(NamedTuple):
     """
 
     recognises: Callable[[nn.Module], bool]
-    read: Callable[[nn.Module, bool], Nf4Weight | LibraryWeight]
+    read: Callable[[nn.Module, bool], Packed | LibraryWeight]
     needs_its_layer: bool
 
 
@@ -59,6 +65,7 @@ FORMATS = (
     Format(hqq.recognises, hqq.read, needs_its_layer=True),
     Format(bitsandbytes_4bit.recognises, bitsandbytes_4bit.read, needs_its_layer=False),
     Format(bitsandbytes_8bit.recognises, bitsandbytes_8bit.read, needs_its_layer=True),
+    Format(fp8.recognises, fp8.read, needs_its_layer=True),
     Format(torchao.recognises, torchao.read, needs_its_layer=False),
 )
 
@@ -67,8 +74,8 @@ def weight_of(module: nn.Module, *, nf4_parity: bool = False) -> Weight:
     """The frozen weight [N, K] of a linear layer, as its format is read.
 
     Raises:
-        ValueError: a weight that was not quantised yet, whose scales are on another device, or that bitsandbytes
-            repacked for inference on a CPU.
+        ValueError: a weight that was not quantised yet, whose scales are on another device or of an unknown shape, or
+            that bitsandbytes repacked for inference on a CPU.
     """
     if (found := _format_of(module)) is not None:
         return found.read(module, nf4_parity)
@@ -81,19 +88,19 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def needs_its_layer(module: nn.Module) -> bool:
-    """Whether the weight cannot be read without the layer that holds it: HQQ's, and bitsandbytes' in 8 bits."""
+    """Whether the weight cannot be read without the layer that holds it: HQQ's, FP8, bitsandbytes' in 8 bits."""
     found = _format_of(module)
     return found is not None and found.needs_its_layer
 
 
 def _format_of(module: nn.Module) -> Format | None:
     weight = getattr(module, "weight", None)
-    if type(weight) is nn.Parameter and weight.is_floating_point():
+    if type(weight) is nn.Parameter and weight.is_floating_point() and not fp8.recognises(module):
         return None
     return next((each for each in FORMATS if each.recognises(module)), None)
 
 
-def readable(weight: Weight) -> torch.Tensor | Nf4Weight:
+def readable(weight: Weight) -> torch.Tensor | Packed:
     """The weight as the operations read it; another library's format is dequantised.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Blocks of the frozen weight W [N, K], and of V = W + s B A: W is a matrix or `Nf4Weight`, decoded as it is read."""
+"""Blocks of the frozen weight W [N, K], and of V = W + s B A: W is a matrix, or packed and decoded as it is read."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..base_weights import Nf4Weight
+from ..base_weights import Fp8Weight, Packed
 from .blocks import Matrix, addresses, lora_dot, offsets_2d
 from .launch import TRITON_DTYPES
 
@@ -18,6 +18,9 @@ class Format(NamedTuple):
     nested_block: int = 0  # scales that share a scale; 0 where they are fp32
     whole_blocks: bool = False  # no block, and no byte, holds elements of two output features
     dtype: tl.dtype = tl.float32  # to which decoded values are rounded
+    fp8: bool = False
+    scale_rows: int = 0  # output features that share an FP8 scale; 0 for all
+    scale_columns: int = 0  # input features that do; 0 for all
 
     @property
     def straddles(self) -> bool:
@@ -29,7 +32,7 @@ class WeightMemory(NamedTuple):
     """W as a kernel sees it; pointers that its format lacks are stand-ins."""
 
     data: Any
-    absmax: Any
+    absmax: Any  # of FP8 the scales
     code: Any
     nested_absmax: Any
     nested_code: Any
@@ -38,10 +41,15 @@ class WeightMemory(NamedTuple):
     stride_k: Any
 
 
-def weight_arguments(weight: torch.Tensor | Nf4Weight) -> tuple[WeightMemory, Format]:
+def weight_arguments(weight: torch.Tensor | Packed) -> tuple[WeightMemory, Format]:
     """A kernel's first eight arguments, and its FORMAT."""
     if isinstance(weight, torch.Tensor):
         return WeightMemory(*(weight,) * 6, *weight.stride()), Format()
+    if isinstance(weight, Fp8Weight):
+        codes, scales = weight.codes.view(torch.uint8), weight.scales.float().contiguous()
+        rows, columns = (0 if part >= size else part for part, size in zip(weight.block, weight.shape, strict=True))
+        memory = WeightMemory(codes, scales, *(scales,) * 4, *codes.stride())
+        return memory, Format(fp8=True, scale_rows=rows, scale_columns=columns)
     w = weight
     nested = (w.nested_absmax, w.nested_code, w.offset) if w.nested_blocksize else (w.absmax,) * 3
     dtype = TRITON_DTYPES[w.dtype] if w.parity else tl.float32
@@ -103,14 +111,38 @@ def nf4_block(w, offs_n, start_k, N, K, FORMAT: tl.constexpr, BLOCK_K: tl.conste
 
 
 @triton.jit
+def fp8_block(w, offs_n, start_k, N, K, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """W [len(offs_n), BLOCK_K] from column `start_k` on, zero outside [N, K]."""
+    offs_k = start_k + tl.arange(0, BLOCK_K)
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    codes = tl.load(addresses(Matrix(w.data, w.stride_n, w.stride_k), offs_n, offs_k), mask=mask, other=0).to(tl.int32)
+    # Sign, four bits of exponent and three of mantissa, moved to where fp32 has them, subnormal numbers included. GPUs
+    # before 8.9 have no such type.
+    bits = ((codes & 0x80) << 24) | ((codes & 0x7F) << 20)
+    values = bits.to(tl.float32, bitcast=True) * 2.0**120  # the difference of the exponents' biases
+    values = tl.where((codes & 0x7F) == 0x7F, float("nan"), values)
+    row = offs_n * 0 if FORMAT.scale_rows == 0 else offs_n // FORMAT.scale_rows
+    WIDTH: tl.constexpr = FORMAT.scale_columns
+    if WIDTH == 0:
+        scales = tl.load(w.absmax + row, mask=offs_n < N, other=0.0)[:, None]
+    elif WIDTH % BLOCK_K == 0:  # one scale for a block's every row
+        scales = tl.load(w.absmax + row * tl.cdiv(K, WIDTH) + start_k // WIDTH, mask=offs_n < N, other=0.0)[:, None]
+    else:
+        scales = tl.load(w.absmax + offsets_2d(row, offs_k // WIDTH, tl.cdiv(K, WIDTH), 1), mask=mask, other=0.0)
+    return values * scales
+
+
+@triton.jit
 def weight_block(w, offs_n, start_k, N, K, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr):
     """W [len(offs_n), BLOCK_K] from column `start_k` on, zero outside [N, K]."""
-    if FORMAT.nf4_block == 0:
+    if FORMAT.fp8:
+        block = fp8_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
+    elif FORMAT.nf4_block > 0:
+        block = nf4_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
+    else:
         offs_k = start_k + tl.arange(0, BLOCK_K)
         mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
         block = tl.load(addresses(Matrix(w.data, w.stride_n, w.stride_k), offs_n, offs_k), mask=mask, other=0.0)
-    else:
-        block = nf4_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
     return block
 
 
@@ -130,7 +162,7 @@ def adapted_block(
 
 
 @triton.jit
-def _nf4_decode_kernel(
+def _decode_kernel(
     # pointers and strides
     w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, stride_wn, stride_wk, decoded_ptr,
     # sizes
@@ -142,18 +174,18 @@ def _nf4_decode_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     start_k = tl.program_id(1) * BLOCK_K
     offs_k = start_k + tl.arange(0, BLOCK_K)
-    block = nf4_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K).to(decoded_ptr.dtype.element_ty)
+    block = weight_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K).to(decoded_ptr.dtype.element_ty)
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
     tl.store(addresses(Matrix(decoded_ptr, K, 1), offs_n, offs_k), block, mask=mask)
 
 
-def decode(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
+def decode(weight: Packed, dtype: torch.dtype) -> torch.Tensor:
     """Twin of `reference.decode`."""
     N, K = weight.shape
     w, weight_format = weight_arguments(weight)
     decoded = torch.empty(N, K, dtype=dtype, device=weight.device)
     block_n, block_k = 32, 128
-    _nf4_decode_kernel[(triton.cdiv(N, block_n), triton.cdiv(K, block_k))](
+    _decode_kernel[(triton.cdiv(N, block_n), triton.cdiv(K, block_k))](
         *w, decoded, N, K, weight_format, block_n, block_k, num_warps=4
     )
     return decoded

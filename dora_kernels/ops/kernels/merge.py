@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..base_weights import Nf4Weight, stored_rounding
+from ..base_weights import Packed, stored_rounding
 from ..gpus import Gpu, gpu_of
 from ..types import NormScale, Rounding
 from .base_weight import WeightMemory, adapted_block, weight_arguments
@@ -132,7 +132,7 @@ def _merge_scale_kernel(
 
 
 def merge(
-    weight: torch.Tensor | Nf4Weight,
+    weight: torch.Tensor | Packed,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor | None,

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..base_weights import Nf4Weight
+from ..base_weights import Packed
 from ..gpus import Gpu, gpu_of
 from ..types import NEAREST, NormScale, Rounding
 from .base_weight import WeightMemory, adapted_block, weight_arguments
@@ -185,7 +185,7 @@ def _weight_norm_finish_kernel(
 
 
 def launch_weight_norm(
-    weight: torch.Tensor | Nf4Weight,
+    weight: torch.Tensor | Packed,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
@@ -216,7 +216,7 @@ def launch_weight_norm(
 
 
 def empty_results(
-    weight: torch.Tensor | Nf4Weight,
+    weight: torch.Tensor | Packed,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
@@ -230,7 +230,7 @@ def empty_results(
 
 
 def weight_norm(
-    weight: torch.Tensor | Nf4Weight,
+    weight: torch.Tensor | Packed,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,

@@ -1,15 +1,25 @@
-"""Rows of the frozen weight W [N, K]: a matrix, or `Nf4Weight`, decoded as it is read."""
+"""Rows of the frozen weight W [N, K]: a matrix, or packed and decoded as it is read."""
 
 import torch
 
-from ..base_weights import Nf4Weight
+from ..base_weights import Fp8Weight, Nf4Weight, Packed
 from ..chunked import row_chunks
 
 
-def weight_rows(weight: torch.Tensor | Nf4Weight, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-    """W[rows] [rows, K] in `dtype`; NF4 is decoded in fp32."""
+def weight_rows(weight: torch.Tensor | Packed, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+    """W[rows] [rows, K] in `dtype`; what is packed is decoded in fp32."""
     if isinstance(weight, torch.Tensor):
         return weight[rows].to(dtype)
+    return (_fp8_rows if isinstance(weight, Fp8Weight) else _nf4_rows)(weight, rows).to(dtype)
+
+
+def _fp8_rows(weight: Fp8Weight, rows: slice) -> torch.Tensor:
+    height, width = weight.block
+    scales = weight.scales.float()[torch.arange(rows.start, rows.stop, device=weight.device) // height]
+    return weight.codes[rows].float() * scales.repeat_interleave(width, 1)[:, : weight.shape[1]]
+
+
+def _nf4_rows(weight: Nf4Weight, rows: slice) -> torch.Tensor:
     columns = weight.shape[1]
     first, last = rows.start * columns, rows.stop * columns
     pairs = weight.packed[first // 2 : (last + 1) // 2]
@@ -19,10 +29,10 @@ def weight_rows(weight: torch.Tensor | Nf4Weight, rows: slice, dtype: torch.dtyp
     decoded = weight.code[nibbles.int()] * _absmax(weight)[blocks]
     if weight.parity:
         decoded = decoded.to(weight.dtype)
-    return decoded.view(-1, columns).to(dtype)
+    return decoded.view(-1, columns)
 
 
-def decode(weight: Nf4Weight, dtype: torch.dtype) -> torch.Tensor:
+def decode(weight: Packed, dtype: torch.dtype) -> torch.Tensor:
     """W [N, K] in `dtype`, rounded once, to nearest (with `parity` to the dtype it was quantised from, first)."""
     decoded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     for rows in row_chunks(*weight.shape):

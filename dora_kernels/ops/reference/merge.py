@@ -2,7 +2,7 @@
 
 import torch
 
-from ..base_weights import Nf4Weight, stored_rounding
+from ..base_weights import Packed, stored_rounding
 from ..chunked import chunk_buffer, row_chunks
 from ..types import NormScale, Rounding
 from .rounding import round_to
@@ -10,7 +10,7 @@ from .weight_norm import accumulate_dtype, adapted_rows, row_norm, scale_of
 
 
 def merge(
-    weight: torch.Tensor | Nf4Weight,
+    weight: torch.Tensor | Packed,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor | None,

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..base_weights import Nf4Weight
+from ..base_weights import Packed
 from ..chunked import chunk_buffer, row_chunks
 from ..types import NEAREST, NormScale, Rounding
 from .base_weight import weight_rows
@@ -12,7 +12,7 @@ MIN_RATIO = 2.0**-40
 """|m| / n is held at or above this, so that m can be trained away from 0: see `scale_of`."""
 
 
-def accumulate_dtype(*tensors: torch.Tensor | Nf4Weight) -> torch.dtype:
+def accumulate_dtype(*tensors: torch.Tensor | Packed) -> torch.dtype:
     """fp64 where an input is fp64, else fp32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
@@ -31,7 +31,7 @@ def scale_of(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
 
 
 def adapted_rows(
-    weight: torch.Tensor | Nf4Weight,
+    weight: torch.Tensor | Packed,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     scaling: float,
@@ -50,7 +50,7 @@ def row_norm(adapted: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
 
 
 def weight_norm(
-    weight: torch.Tensor | Nf4Weight,
+    weight: torch.Tensor | Packed,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
