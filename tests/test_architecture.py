@@ -15,7 +15,7 @@ FLOORS = [
 ]  # fmt: skip
 # The same inside `ops/`, whose modules build on each other.
 OPS_FLOORS = [
-    {"__init__", "base_weights", "chunked", "gpus", "types"},
+    {"__init__", "base_weights", "chunked", "gpus", "output", "types"},
     {"checks", "kernels", "reference"},
     {"dispatch", "forms"},
     {"dora_linear"},
@@ -159,6 +159,7 @@ FORBIDDEN = {
     "environment variables": r"os\.environ|os\.getenv|\bgetenv\(",
     # Of Triton, and PyTorch's operations that sum by them on a GPU.
     "float atomics": r"\batomic_|index_add|scatter_add|index_put|scatter_reduce",
+    # A cache that trusts them goes stale: fused optimizers and `.data` do not count.
     "version counters": r"\._version\b",
     "the autotuner": r"\bautotune\b",
     # Whoever adds one holds it to torch.library.opcheck.
@@ -166,9 +167,13 @@ FORBIDDEN = {
 }
 
 
+# Autograd trusts version counters too, when a saved tensor was written over.
+EXEMPT = {"version counters": {OPS / "output.py"}}
+
+
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_what_the_engine_does_without(what):
-    for path in sources():
+    for path in {*sources()} - EXEMPT.get(what, set()):
         # Unparsed, so that comments may say why; docstrings are text too.
         code = "\n".join(ast.unparse(node) for node in parse(path).body if not isinstance(node, ast.Expr))
         assert not re.search(FORBIDDEN[what], code), f"{path} uses {what}"

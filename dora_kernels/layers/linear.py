@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from ..ops import dispatch
 from ..ops.base_weights import Weight, is_quantized, needs_its_layer, weight_of
 from ..ops.dora_linear import dora_linear
+from ..ops.output import OutputUse
 from ..ops.types import NormScale, Rounding
 from .frozen import Freezable
 from .support import LINEAR_CLASSES, REMEDY, is_offloaded, why_not_format
@@ -73,6 +74,7 @@ class DoraLinear(Freezable):
         self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
         self.lora_dropout, self.dropout_mode = lora_dropout, dropout_mode
         self.space, self.impl, self.rounding, self.salt = space, impl, rounding, salt
+        self.output_use = OutputUse()
         self.requires_grad_(False)
         if adapter_dtype is None:
             adapter_dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
@@ -215,6 +217,7 @@ class DoraLinear(Freezable):
             training=self.training,
             salt=self.salt,
             frozen_scale=self.frozen_scale,
+            output_use=self.output_use,
         )
         return y if self.compute_dtype is None else y.to(x.dtype)
 

@@ -41,6 +41,7 @@ from .forms import (
     weight_backward,
     weight_forward,
 )
+from .output import OutputUse, WriteCounter
 from .types import Rounding
 
 
@@ -48,7 +49,8 @@ class DoraLinearFunction(torch.autograd.Function):
     """y [M, N] and the six gradients, in the form that `call` names.
 
     dm is read off y where that is exact, as y's consumer usually keeps y anyway; else the product before the bias is
-    kept, never both. Under dropout `x_dropped` [M, K] feeds A alone (mode "lora"), or A and the (g − 1) term ("peft").
+    kept, never both. Where the model wrote over y meanwhile, dm is read off a product that the backward computes again
+    from x. Under dropout `x_dropped` [M, K] feeds A alone (mode "lora"), or A and the (g − 1) term ("peft").
     """
 
     @staticmethod
@@ -62,7 +64,11 @@ class DoraLinearFunction(torch.autograd.Function):
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:6]]
         # A quantised weight is no tensor: its library's memory, which nothing here writes.
         ctx.quantized = None if isinstance(weight, torch.Tensor) else weight
-        ctx.save_for_backward(*saved.for_backward(needs)._replace(weight=weight if ctx.quantized is None else None))
+        saved = saved.for_backward(needs)._replace(weight=weight if ctx.quantized is None else None)
+        ctx.writes = None
+        if saved.output is y:
+            y, saved, ctx.writes = _shared_with_the_model(y, saved, call)
+        ctx.save_for_backward(*saved)
         return y
 
     @staticmethod
@@ -70,7 +76,10 @@ class DoraLinearFunction(torch.autograd.Function):
         # torch's once_differentiable lets a constant grad_y pass, and a gradient penalty would be dropped in silence.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("dora_linear cannot differentiate twice: call backward without create_graph=True")
-        call, saved = ctx.call, Saved(*_saved_tensors(ctx))
+        call, saved = ctx.call, Saved(*ctx.saved_tensors)
+        if ctx.writes is not None and ctx.writes.has_moved:
+            saved = saved._replace(output=None)
+            _note_written(call, saved)
         if ctx.quantized is not None:
             saved = saved._replace(weight=ctx.quantized)
         asked = Gradients(*(dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad)))
@@ -85,16 +94,28 @@ def _without_autocast(device):
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def _saved_tensors(ctx):
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "output 0 of DoraLinearFunction" not in str(error):
-            raise
+def _shared_with_the_model(y, saved, call):
+    """y as the model gets it, what is kept, and the counter of the writes to y that the backward must ask."""
+    # Compiled code counts no writes. It leaves out a copy that neither is written nor leaves the graph.
+    if torch.compiler.is_compiling() or (call.output_use is not None and call.output_use.is_written):
+        return y.clone(), saved, None
+    if y.is_inference():
+        return y, saved, None
+    # `data` has a counter of its own: saved tensors are read only all together, and a write to one would refuse all.
+    return y, saved._replace(output=y.data), WriteCounter(y)
+
+
+def _note_written(call, saved):
+    """Lets the layer's later calls give away a copy. Raises where y cannot be computed again."""
+    if call.output_use is not None:
+        call.output_use.is_written = True
+    if saved.lora_x is None or call.dropout is not None:
+        is_layer = call.output_use is not None
+        remedy = "run the step again: the layer now gives away a copy" if is_layer else "write over a copy of it"
         raise RuntimeError(
-            f"{error} This is a DoRA layer's output, from which its magnitude's gradient is read. If the model must "
-            "write over it, let it write over a copy: layer.register_forward_hook(lambda layer, args, y: y.clone())"
-        ) from error
+            "the model wrote in place over a DoRA layer's output, from which the magnitude's gradient is read, and the "
+            f"layer's input was not kept, as it has lora_dropout > 0 or a frozen lora_A; {remedy}"
+        )
 
 
 def dora_linear(
@@ -115,6 +136,7 @@ def dora_linear(
     nf4_parity: bool = False,
     salt: int = 0,
     frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None,
+    output_use: OutputUse | None = None,
 ) -> torch.Tensor:
     """g ⊙ (x Wᵀ + s x Aᵀ Bᵀ) + b with g = m / ‖W + s B A‖, the norm detached (DoRA, arXiv 2402.09353 §4.3).
 
@@ -137,6 +159,8 @@ def dora_linear(
             by default it stays fp32 until W' is rounded once, to nearest, which is unbiased there.
         salt: any 32-bit number; layers with different salts dither differently.
         frozen_scale: (n, g) of these very parameters, for inference only.
+        output_use: shared by the calls of one layer. A backward that finds the output written over in place, which
+            costs it one more GEMM, lets later calls return a copy.
 
     Returns:
         [..., out_features] in x's dtype (under autocast: autocast's).
@@ -170,6 +194,6 @@ def dora_linear(
     # PEFT casts before it drops: the mask is the same either way.
     x_dropped = None if dropout is None else F.dropout(x, lora_dropout).to(dtype).reshape(tokens, x.shape[-1])
     x_flat = x.to(dtype).reshape(tokens, x.shape[-1])
-    call = Call(plan.space, plan.impl, float(scaling), Rounding(rounding, int(salt)), dropout, trains)
+    call = Call(plan.space, plan.impl, float(scaling), Rounding(rounding, int(salt)), dropout, trains, output_use)
     y = DoraLinearFunction.apply(x_flat, x_dropped, lora_A, lora_B, magnitude, bias, weight, frozen_scale, call)
     return y.view(*x.shape[:-1], weight.shape[0])

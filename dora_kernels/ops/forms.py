@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from .base_weights import Weight, dense, readable
 from .chunked import mm_fp32
+from .output import OutputUse
 from .types import NormScale, Rounding
 
 
@@ -20,6 +21,7 @@ class Call(NamedTuple):
     rounding: Rounding
     dropout: str | None  # the mode, where dropout is active
     trains: bool
+    output_use: OutputUse | None = None
 
 
 class Inputs(NamedTuple):
@@ -52,7 +54,8 @@ NO_GRADIENTS = Gradients(*(False,) * 6)
 class Saved(NamedTuple):
     """What the backward reads.
 
-    dm comes from `base_out` or from `output`: at most one tensor of the output's size is kept.
+    dm comes from `base_out` or from `output`: at most one tensor of the output's size is kept. Where neither is left,
+    as the model wrote over `output`, the backward computes one of `lora_x` again.
     """
 
     lora_x: torch.Tensor | None  # [M, K], what A multiplied
@@ -65,6 +68,11 @@ class Saved(NamedTuple):
     weight_norm: torch.Tensor
     mag_norm_scale: torch.Tensor
     weight: Weight
+
+    @property
+    def product(self) -> torch.Tensor | None:
+        """What dm is read from."""
+        return self.output if self.base_out is None else self.base_out
 
     @property
     def norm_scale(self) -> NormScale:
@@ -117,6 +125,8 @@ def token_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sav
     peft_dropout = call.dropout == "peft"
     # s g ⊙ B is small and rounded once; in fp16 it may underflow while B is young, so there g comes in through dZ.
     through_base = not peft_dropout and grad_y.dtype == torch.float16
+    if asked.magnitude is not None and saved.product is None:
+        saved = saved._replace(base_out=F.linear(saved.lora_x, dense(saved.weight, grad_y.dtype, ops)))
     needs_input = asked.x is not None or asked.x_dropped is not None
     needs_base = asked.x_dropped is not None if peft_dropout else asked.x is not None or through_base
     grad_magnitude, grad_B, grad_bias, grad_base = _rescale_bwd(
@@ -156,18 +166,24 @@ def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sa
 
     W' is merged again with the saved n and g: nothing of its size was kept.
     """
+    if asked.magnitude is not None and saved.product is None:
+        saved = saved._replace(output=F.linear(saved.lora_x, _merged_again(ops, call, saved, grad_y.dtype)))
     grad_magnitude, grad_B, grad_bias, _ = _rescale_bwd(ops, call, grad_y, saved, asked)
     grad_x = grad_A = None
     if asked.lora_A is not None:
         grad_h = grad_y @ _scaled_B(ops, call, grad_y, saved)
         grad_A = _grad_A(grad_h, saved.lora_x, asked.lora_A)
     if asked.x is not None:
-        merged, _, _ = ops.merge(
-            readable(saved.weight), saved.lora_A, saved.lora_B, None, call.scaling, dtype=grad_y.dtype,
-            rounding=call.rounding, norm_scale=saved.norm_scale,
-        )  # fmt: skip
-        grad_x = grad_y @ merged
+        grad_x = grad_y @ _merged_again(ops, call, saved, grad_y.dtype)
     return Gradients(grad_x, None, grad_A, grad_B, grad_magnitude, grad_bias)
+
+
+def _merged_again(ops, call, saved, dtype):
+    """W' [N, K], to the bits of the forward."""
+    return ops.merge(
+        readable(saved.weight), saved.lora_A, saved.lora_B, None, call.scaling, dtype=dtype,
+        rounding=call.rounding, norm_scale=saved.norm_scale,
+    )[0]  # fmt: skip
 
 
 def _norm_and_cast(ops, call, inputs, weight):
@@ -202,7 +218,7 @@ def _rescale_bwd(ops, call, grad_y, saved, asked, needs_base=False, scale_shift=
     """dm, dB, db and dZ of one pass over dy, None where one is not asked for."""
     from_base = saved.base_out is not None
     return ops.rescale_bwd(
-        grad_y, saved.base_out if from_base else saved.output, saved.h, saved.lora_B,
+        grad_y, saved.product, saved.h, saved.lora_B,
         saved.norm_scale, call.scaling,
         saved_is="base" if from_base else "output",
         base_bias=saved.base_bias,

@@ -15,6 +15,7 @@ from ..layers.support import check_weights_loaded
 from ..ops import dispatch
 from ..ops.base_weights import Weight, weight_of
 from ..ops.dora_linear import dora_linear
+from ..ops.output import OutputUse
 from ..ops.types import NormScale
 from .eligibility import active_adapters, fused_adapter, why_left_to_peft
 
@@ -28,6 +29,7 @@ class Fusion:
     exact_magnitudes: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     # Inside `frozen_adapters`: A, B, m and s, of which the layer keeps the norm.
     frozen_factors: tuple | None = None
+    output_use: OutputUse = field(default_factory=OutputUse)
     # The state in which the layer was last found to be fused, and its adapter: see `fused_adapter`.
     remembered: tuple[list, str] | None = None
 
@@ -73,6 +75,7 @@ class FusedForward(Freezable):
             dropout_mode="peft",
             training=self.training,
             frozen_scale=self.frozen_scale if self._is_frozen_for(*factors, scaling) else None,
+            output_use=self.dora_fusion.output_use,
             **self.dora_fusion.options,
         )
         return y if dense else y.to(x.dtype)

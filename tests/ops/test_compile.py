@@ -54,9 +54,12 @@ def test_one_graph_holds_the_kernels_that_run_eagerly(case, captured):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_compiling_adds_no_copies(case, captured):
+def test_compiling_adds_no_copies_but_that_of_an_output_that_is_kept(case, captured):
     names = captured[case]["forward"] + captured[case]["backward"]
-    assert not [name for name in names if name.partition(".")[0] in ("clone", "copy", "copy_", "_to_copy")]
+    copies = [name.partition(".")[0] for name in names]
+    copies = [name for name in copies if name in ("clone", "copy", "copy_", "_to_copy")]
+    # Inductor takes that one out again, unless the output leaves the graph beside what is kept of it.
+    assert copies == ([] if "bias" in case or "dropout" in case else ["clone"])
 
 
 def test_compiled_kernels_do_not_run_on_a_cpu(captured):
