@@ -28,7 +28,7 @@ from .peft_config import (
     WEIGHTS_NAME,
     adapter_fields,
     read_config,
-    warn_of_experts,
+    warn_of_peft,
     without_absent_modules,
     write_config,
 )
@@ -73,7 +73,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=directory) as temporary:
         staged = Path(temporary)
         write_config(adapter_fields(model), staged)
-        warn_of_experts(model, staged)
+        warn_of_peft(model, staged, spelled)
         header = {"format": "pt"} | digests(tensors, read_config(staged))
         save_with_header(spelled, staged / WEIGHTS_NAME, header)
         move_files(staged, directory, (CONFIG_NAME, WEIGHTS_NAME))

@@ -35,6 +35,7 @@ NAMES = (
     "convergence",
     "determinism",
     "order",
+    "families",
 )
 
 

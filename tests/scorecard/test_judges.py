@@ -11,7 +11,19 @@ import torch
 from tests.support.oracle import make_problem, solve
 from tests.test_architecture import FORBIDDEN
 
-from . import convergence, determinism, errors, failure_modes, kills, order, peft_suite, processes, shim, stops
+from . import (
+    convergence,
+    determinism,
+    errors,
+    failure_modes,
+    families,
+    kills,
+    order,
+    peft_suite,
+    processes,
+    shim,
+    stops,
+)
 
 
 def records(row, **figures):
@@ -26,6 +38,7 @@ GOOD = {
     convergence: {"difference": 1e-7},
     determinism: {},
     order: {"passed": 2000},
+    families: {"unreadable": False},
 }
 
 
@@ -73,6 +86,15 @@ def test_a_test_of_two_processes_that_vanished():
     changed = good(order)
     changed[-1] |= {"passed": 1999}
     assert not order.judge(changed).met
+
+
+def test_families_that_could_not_be_built_are_not_counted():
+    found = records(families, not_built="ValueError")
+    for record in found[: families.LEAST - 1]:
+        record |= {"unreadable": False}
+        del record["not_built"]
+    verdict = families.judge(found)
+    assert not verdict.met and f"{len(found) - families.LEAST + 1} more cannot be built" in verdict.measured
 
 
 def test_the_load_ends_with_its_scope():
