@@ -4,6 +4,7 @@
 machine with a GPU, compiles them instead. One process cannot do both: a kernel is bound when it is decorated.
 """
 
+import gc
 import os
 import random
 import re
@@ -51,6 +52,12 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "0"
         # Without it cuBLAS is not deterministic, and says so on each call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_collection_finish():
+    # Libraries are a million objects that live as long as the process: no collection need look through them again.
+    gc.collect()
+    gc.freeze()
 
 
 def _interpreted():
