@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from bench import predict, report
+from bench import predict, report, step
 from bench.__main__ import COMMANDS, main
 from bench.contestants import layer as contestants
 from bench.counting import gpus
@@ -16,6 +16,8 @@ from bench.measuring.shapes import PRESETS, layer_shapes
 from bench.rows import records
 from bench.rows.session import Session
 from tests.tolerances import SAME_FP32
+from training import demo
+from training.minimal.batches import read_splits
 
 DEVICE = torch.device("cpu")
 # A tree with changes is never done; with a commit of that name it is.
@@ -91,7 +93,9 @@ def test_no_case_is_started_after_the_deadline(tmp_path, capsys):
     assert f"{len(layer_shapes('tiny'))} cases left" in capsys.readouterr().out
 
 
-def test_report_shows_every_row_and_draws(tiny, tmp_path, capsys):
+def test_report_shows_every_row_and_draws(tiny, tmp_path, capsys, monkeypatch):
+    rows = {split: rows[:16] for split, rows in read_splits(demo.DATA).items()}
+    monkeypatch.setattr(step, "read_splits", lambda path: rows)  # held-out losses take most of a short run's time
     assert main(["step", "--steps", "2", "--batch", "2", "--output", str(tmp_path / "s.jsonl"), "--device", "cpu"]) == 0
     capsys.readouterr()
     assert main(["report", str(tiny), str(tmp_path / "s.jsonl"), "--full", "--plots", str(tmp_path / "plots")]) == 0
