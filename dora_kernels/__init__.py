@@ -14,6 +14,7 @@ from .layers.frozen import frozen_adapters
 from .layers.linear import DoraLinear
 from .models.apply import apply_dora
 from .models.merge import merge_dora, unmerge_dora
+from .models.merged_weights import merged_weights
 from .ops.dora_linear import dora_linear
 from .peft import PatchReport, patch_peft, patched_peft, unpatch_peft
 
@@ -28,6 +29,7 @@ __all__ = [
     "frozen_adapters",
     "load_adapter",
     "merge_dora",
+    "merged_weights",
     "patch_peft",
     "patched_peft",
     "save_adapter",

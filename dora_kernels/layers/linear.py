@@ -137,11 +137,10 @@ class DoraLinear(Freezable):
         """W' = g ⊙ (W + s B A) [out_features, in_features], in fp32, rounded once to `dtype`, or to the weight's;
         `base` [out_features, in_features] takes the place of W."""
         weight = self.base_weight if base is None else base.to(self.lora_A.device)
-        with dispatch.operations_for(weight, self.impl) as (ops, base):
-            return ops.merge(
-                base, self.lora_A, self.lora_B, self.magnitude, self.scaling,
-                dtype=dtype or base.dtype, rounding=Rounding(self.rounding, self.salt),
-            )[0]  # fmt: skip
+        return dispatch.merged_weight(
+            weight, self.lora_A, self.lora_B, self.magnitude, self.scaling,
+            dtype=dtype, rounding=Rounding(self.rounding, self.salt), impl=self.impl,
+        )  # fmt: skip
 
     def train(self, mode: bool = True) -> "DoraLinear":
         if mode:

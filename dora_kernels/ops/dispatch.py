@@ -15,6 +15,7 @@ from ..versions import require
 from . import reference
 from .base_weights import Packed, Weight, dense, is_packed, note_of, readable
 from .gpus import HALF_PRODUCT_SPEEDUP, MIN_CAPABILITY, RANK_PER_BYTE, SHORTEST_LAUNCH, WEIGHT_SPACE_FACTOR
+from .types import Rounding
 
 try:
     require("triton>=3.6")
@@ -215,3 +216,20 @@ def _why_no_triton(device: torch.device) -> str | None:
     if device.type == "cpu" and kernels.interpreted():
         return None
     return f"the tensors are on {device.type}"
+
+
+def merged_weight(
+    weight: Weight,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+    *,
+    dtype: torch.dtype | None,
+    rounding: Rounding,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """W' = g ⊙ (W + s B A) [N, K], in fp32, rounded once to `dtype`, or to the weight's."""
+    with operations_for(weight, impl) as (ops, base):
+        dtype = dtype or weight.dtype
+        return ops.merge(base, lora_A, lora_B, magnitude, scaling, dtype=dtype, rounding=rounding)[0]

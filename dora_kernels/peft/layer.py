@@ -16,7 +16,7 @@ from ..ops import dispatch
 from ..ops.base_weights import Weight, weight_of
 from ..ops.dora_linear import dora_linear
 from ..ops.output import OutputUse
-from ..ops.types import NormScale
+from ..ops.types import NormScale, Rounding
 from .eligibility import active_adapters, fused_adapter, why_left_to_peft
 
 
@@ -90,6 +90,18 @@ class FusedForward(Freezable):
     def weight_norm(self) -> NormScale:
         """n and g of the active adapter, as forward computes them."""
         return norm_and_scale(*self._factors(), self.dora_fusion.options["impl"])
+
+    def merged_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W' [out_features, in_features] of the active adapter, in fp32, rounded once to `dtype`, or to the weight's.
+
+        Raises:
+            ValueError: the layer is left to PEFT in its present state.
+        """
+        if reason := why_left_to_peft(self):
+            raise ValueError(f"it is left to PEFT: {reason}")
+        options = self.dora_fusion.options
+        rounding = Rounding(options["rounding"], options["salt"])
+        return dispatch.merged_weight(*self._factors(), dtype=dtype, rounding=rounding, impl=options["impl"])
 
     def freeze(self) -> None:
         """Keeps n and g of the active adapter; a layer that is left to PEFT stays as it is."""
