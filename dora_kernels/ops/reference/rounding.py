@@ -20,8 +20,15 @@ def _fmix32(h: torch.Tensor) -> torch.Tensor:
 
 
 def dither_hash(rows: torch.Tensor, columns: torch.Tensor, salt: int) -> torch.Tensor:
-    """fmix32(fmix32(row ^ salt) + column): [rows], [columns] int64 -> [rows, columns] in 0 … 2³² − 1."""
-    return _fmix32((_fmix32((rows & _LOW32) ^ (salt & _LOW32))[:, None] + columns[None, :]) & _LOW32)
+    """a(row) · k(column) + b(row) modulo 2³²: [rows], [columns] int64 -> [rows, columns] int32.
+
+    a and b are hashes of the row and the salt, a is odd, and k is a hash of the column. The upper 16 bits pass for
+    independent noise, the lower ones do not.
+    """
+    row_hash = _fmix32((rows & _LOW32) ^ (salt * 0x9E3779B9 & _LOW32))
+    column_hash = (columns * 0x9E3779B9) & _LOW32
+    column_hash = (column_hash ^ (column_hash >> 15)).int()
+    return (row_hash | 1).int()[:, None] * column_hash[None, :] + (row_hash * 0xC2B2AE35).int()[:, None]
 
 
 def round_to(x: torch.Tensor, dtype: torch.dtype, rounding: Rounding, first_row: int = 0) -> torch.Tensor:
@@ -35,16 +42,16 @@ def round_to(x: torch.Tensor, dtype: torch.dtype, rounding: Rounding, first_row:
     rows = torch.arange(first_row, first_row + x.shape[0], device=x.device)
     noise = dither_hash(rows, torch.arange(x.shape[1], device=x.device), rounding.salt)
     if dtype == torch.bfloat16:
-        bits = x.view(torch.int32) + (noise & 0xFFFF).to(torch.int32)
+        bits = x.view(torch.int32) + ((noise >> 16) & 0xFFFF)
         dithered = (bits & ~0xFFFF).view(torch.float32)
-        # The largest NaN pattern plus a hash would wrap to zero, and an infinity would become NaN.
-        moves = torch.isfinite(x)
+        # The largest NaN pattern plus noise would wrap to zero. Infinity stays: its lower half is zero.
+        moves = ~x.isnan()
     else:
         # fp16 has subnormals inside fp32's normal range: the step is its ulp, or 2⁻²⁴ where that is larger.
         binade = (x.view(torch.int32) & 0x7F800000).view(torch.float32)
         step = (binade * 2.0**-10).clamp_min(2.0**-24)
         # 13 random bits, as many as an fp32 mantissa has beyond fp16's: the sum below is exact.
-        steps = torch.floor(x.abs() / step + (noise & 0x1FFF).to(torch.float32) * 2.0**-13)
+        steps = torch.floor(x.abs() / step + ((noise >> 19) & 0x1FFF).to(torch.float32) * 2.0**-13)
         dithered = torch.copysign((steps * step).clamp_max(65504.0), x)
         # From here on nearest gives infinity: a GradScaler must see the overflow. NaN compares false.
         moves = x.abs() < 65520.0
