@@ -213,16 +213,21 @@ class _Layer:
         return kept + self._adapter(mlp.down_proj)
 
     def _adapter(self, linear: nn.Linear, output_is_kept: bool = False) -> int:
-        """What a DoRA layer keeps beside its input: h, and its output, or with a bias the product before it."""
+        """What a DoRA layer keeps beside its input: its output, or with a bias what comes before; in token space h."""
         if not self._is_adapted(linear):
             return 0
-        shares = output_is_kept and linear.bias is None
-        return self.tokens * (self.planned.rank + (0 if shares else linear.out_features)) * BF16
+        output = 0 if output_is_kept and linear.bias is None else linear.out_features
+        return self.tokens * (output + (self.planned.rank if self._space(linear) == "token" else 0)) * BF16
 
     def _transient(self, linear: nn.Linear) -> int:
         """W', or a dequantised W, in weight space; dZ in token space; nothing for a plain frozen linear."""
         if not self._is_adapted(linear):
             return linear.weight.numel() * BF16 if self.planned.quantize else 0
+        elements = linear.weight.numel() if self._space(linear) == "weight" else self.tokens * linear.out_features
+        return elements * BF16
+
+    def _space(self, linear: nn.Linear) -> str:
+        """The form that a DoRA layer takes."""
         problem = dispatch.Problem(
             tokens=self.tokens,
             out_features=linear.out_features,
@@ -233,8 +238,7 @@ class _Layer:
             has_bias=linear.bias is not None,
             is_packed=self.planned.quantize,
         )
-        plan = dispatch.choose(problem)
-        return (linear.weight.numel() if plan.space == "weight" else self.tokens * linear.out_features) * BF16
+        return dispatch.choose(problem).space
 
     def _is_adapted(self, linear: nn.Module) -> bool:
         return id(linear) in self.adapted

@@ -194,10 +194,11 @@ def overhead_elements(
         # dZ and dm from dy and y; dh A, which the base's GEMM reads and adds to.
         backward = launch(3 * mn) + grad_h + grad_A + launch(mk) + mk
     else:
-        # A bias that is added after the product was saved costs one more pass over the output; h is for dB alone.
+        # A bias that is added after the product was saved costs one more pass over the output. h, for dB alone, is made
+        # in the backward, of A in x's dtype.
         norm_and_merge, merge = launch(2 * nk, 2 * nk), launch(2 * nk, nk)
-        forward = norm_and_merge + (h if trains else 0) + (launch(2 * mn) if keeps_product else 0)
-        backward = launch(2 * mn) + grad_h + grad_A + merge
+        forward = norm_and_merge + (launch(2 * mn) if keeps_product else 0)
+        backward = launch(0) + h + launch(2 * mn) + grad_h + grad_A + merge
     return forward + (backward if trains else 0)
 
 

@@ -143,15 +143,15 @@ def token_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sav
 
 
 def weight_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients) -> tuple[torch.Tensor, Saved]:
-    """W' = g ⊙ (W + s B A) [N, K], then y = x W'ᵀ + b; h = x Aᵀ [M, R] for dB alone."""
+    """W' = g ⊙ (W + s B A) [N, K], then y = x W'ᵀ + b. h = x Aᵀ [M, R], for dB alone, waits for the backward."""
     x, _, lora_A, lora_B, magnitude, bias, weight, frozen_scale = inputs
     given = None if frozen_scale is None else NormScale(*frozen_scale)
-    A_dtype = x.dtype if needs.lora_B and lora_A.dtype != x.dtype else None
-    merged, norm_scale, A_cast = ops.merge(
+    merged, norm_scale, _ = ops.merge(
         readable(weight), lora_A, lora_B, magnitude, call.scaling,
-        dtype=x.dtype, rounding=call.rounding, norm_scale=given, A_dtype=A_dtype,
+        dtype=x.dtype, rounding=call.rounding, norm_scale=given,
     )  # fmt: skip
-    h = x @ (lora_A if A_cast is None else A_cast).T if needs.lora_B else None
+    # Where dA is not asked for, h is smaller to keep than x.
+    h = _lora_product(ops, call, x, lora_A) if needs.lora_B and not needs.lora_A else None
     bias = None if bias is None else bias.to(x.dtype)
     if needs.magnitude and bias is not None:
         output = x @ merged.T
@@ -168,6 +168,8 @@ def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sa
     """
     if asked.magnitude is not None and saved.product is None:
         saved = saved._replace(output=F.linear(saved.lora_x, _merged_again(ops, call, saved, grad_y.dtype)))
+    if asked.lora_B is not None and saved.h is None:
+        saved = saved._replace(h=_lora_product(ops, call, saved.lora_x, saved.lora_A))
     grad_magnitude, grad_B, grad_bias, _ = _rescale_bwd(ops, call, grad_y, saved, asked)
     grad_x = grad_A = None
     if asked.lora_A is not None:
@@ -184,6 +186,12 @@ def _merged_again(ops, call, saved, dtype):
         readable(saved.weight), saved.lora_A, saved.lora_B, None, call.scaling, dtype=dtype,
         rounding=call.rounding, norm_scale=saved.norm_scale,
     )[0]  # fmt: skip
+
+
+def _lora_product(ops, call, x, lora_A):
+    """h = x Aᵀ [M, R] in x's dtype."""
+    same = lora_A.dtype == x.dtype
+    return x @ (lora_A if same else ops.scaled_cast(lora_A, x.dtype, rounding=call.rounding)).T
 
 
 def _norm_and_cast(ops, call, inputs, weight):

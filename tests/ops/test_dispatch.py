@@ -81,8 +81,8 @@ def spaces(tokens, shape, **options):
 @pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
 def test_the_form_changes_at_most_once_with_the_tokens(shape, trains, rank, gpu):
     chosen = spaces(range(1, 40000, 50), shape, trains=trains, rank=rank)
-    # k and v are so small at r = 16 that launches count: weight space has one less.
-    always_weight = shape == LLAMA["kv_proj"] and rank == 16
+    # k and v are so small at r = 16 that launches count: weight space has one less in inference.
+    always_weight = shape == LLAMA["kv_proj"] and rank == 16 and not trains
     assert (chosen[0], chosen[-1]) == ("weight" if always_weight else "token", "weight")
     assert sum(a != b for a, b in itertools.pairwise(chosen)) == (0 if always_weight else 1)
 
