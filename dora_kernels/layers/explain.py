@@ -5,6 +5,7 @@ from typing import NamedTuple
 from torch import nn
 
 from ..ops import dispatch
+from .probe import probe
 from .support import fused_experts
 
 
@@ -23,16 +24,21 @@ class Explanation(NamedTuple):
 
 
 class Explanations(tuple[Explanation, ...]):
-    """The layers' explanations in order; `str()` is one line each, and one for each stack of experts.
+    """The layers' explanations in order; `str()` is one line each, one for each stack of experts, and one on `unseen`.
 
-    `experts` holds by path how many parameters of fused experts stay frozen.
+    `experts` holds by path how many parameters of fused experts stay frozen. `unseen` is why the
+    probe of what the model does with its layers stopped, None if it did not.
     """
 
     experts: dict[str, int] = {}  # noqa: RUF012 (replaced, never changed)
+    unseen: str | None = None
 
     def __str__(self) -> str:
-        frozen = (f"{path}: {size} parameters of fused experts stay frozen" for path, size in self.experts.items())
-        return "\n".join([*(str(explanation) for explanation in self), *frozen])
+        lines = [str(explanation) for explanation in self]
+        lines += [f"{path}: {size} parameters of fused experts stay frozen" for path, size in self.experts.items()]
+        if self.unseen is not None:
+            lines.append(f"only the first step will tell layers that are not called: {self.unseen}")
+        return "\n".join(lines)
 
 
 def explain(model: nn.Module, tokens: int) -> Explanations:
@@ -49,8 +55,18 @@ def explain(model: nn.Module, tokens: int) -> Explanations:
     if not layers:
         raise ValueError("explain found no DoraLinear in the model; call apply_dora, or patch_peft a PEFT model, first")
     explanations = Explanations(
-        Explanation(name, layer.out_features, layer.in_features, layer.rank, layer.plan(tokens))
+        Explanation(name, layer.out_features, layer.in_features, layer.rank, _plan(layer, tokens))
         for name, layer in layers
     )
     explanations.experts = fused_experts(model)
+    if layers[0][1] is not model:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
+        explanations.unseen = probe(base).stopped
     return explanations
+
+
+def _plan(layer: nn.Module, tokens: int) -> dispatch.Plan:
+    plan = layer.plan(tokens)
+    if plan.impl == "peft" or not layer.output_use.is_written:
+        return plan
+    return plan._replace(reason=f"{plan.reason}; the model writes over its output, of which a copy is kept")

@@ -151,14 +151,14 @@ def check_weights_loaded(module: nn.Module, act: str) -> None:
 
 
 _MAMBA = frozenset({"falcon_mamba", "mamba"})
-_NOT_CALLED = {
-    "dt_proj": _MAMBA | {"jamba"},
-    "out_proj": _MAMBA | {"bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "wavlm", "zamba2"},
+_FUSED = {
+    "dt_proj": _MAMBA,
+    "out_proj": _MAMBA | {"bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2"},
     "x_proj": _MAMBA,
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), frozenset({"wavlm"})),
 }
-"""By a layer's own name, the model types of transformers that read its weight instead of calling it: Mamba-like models
-hand it to a fused kernel, some only on a GPU, WavLM to PyTorch's attention function."""
+"""By a layer's own name, the model types of transformers that hand its weight to a fused Mamba kernel on a GPU.
+
+A probe needs no GPU, and sees them call the layer."""
 
 # What DoRA layers keep for dm and Liger's kernels write over, by the layer's own name.
 _SWIGLU, _ROPE = (
@@ -168,11 +168,12 @@ _SWIGLU, _ROPE = (
 
 
 def why_not_called(model: nn.Module, path: str) -> str | None:
-    """Why an adapter at `path` would do nothing: the model reads the layer's weight without calling it. Else None."""
+    """Why an adapter at `path` would do nothing in a fused kernel, which reads the layer's weight. Else None."""
     parent, name = _split(model, path)
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    if kind in _NOT_CALLED.get(name, ()):
-        return f"is not called: {kind}'s attention or Mamba kernels read its weight"
+    if kind in _FUSED.get(name, ()):
+        return f"is not always called: {kind}'s fused kernels read its weight"
+    # Nor does a probe see these: PyTorch's fast path is off while it watches.
     if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
         return f"is not always called: {type(parent).__name__}'s fused inference reads its weight"
     return None

@@ -1,8 +1,7 @@
 """`apply_dora`: a Hugging Face model in, the same model with DoRA layers out. Everything is checked before anything is
 changed.
 
-Activation checkpointing needs nothing from us: transformers gives the embeddings' output a gradient when it is switched
-on, before `apply_dora` or after, so that `use_reentrant=True` reaches the adapters too.
+Activation checkpointing may be switched on before `apply_dora` or after, in either of its kinds.
 """
 
 import copy
@@ -16,8 +15,11 @@ from torch import nn
 from ..config import DoraConfig
 from ..layers import Model
 from ..layers.linear import DoraLinear
+from ..layers.probe import Probe, probe
 from ..layers.support import fused_experts, why_not, why_not_called, why_not_class, why_overwritten
 from ..ops.base_weights import keep_packing
+from .first_step import warn_after_first_step
+from .hooks import add_hooks
 from .lost_state import batches_seen, warn_when_saved
 from .modules import check_model, check_not_sharded, dora_layers, listed, replace_module
 from .targets import find_saved, find_targets, is_all_linear, rank_and_alpha
@@ -63,6 +65,10 @@ def apply_dora(model: Model, config: DoraConfig) -> Model:
     model.dora_config = config
     if batches := batches_seen(model):
         model.dora_batches = batches
+    for path in probe(model).written & layers.keys():
+        layers[path].output_use.is_written = True
+    add_hooks(model)
+    warn_after_first_step(model)
     warn_when_saved(model)
     return model
 
@@ -82,11 +88,11 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
         raise ValueError("The model was merged with keep_base=True; unmerge_dora it, or load the base afresh")
     targets = find_targets(model, config)
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    reasons, left_out = {}, {}
+    reasons, left_out, seen = {}, {}, probe(model)
     for path, module in targets.items():
         if paths[id(module)] > 1:
             reasons[path] = "is used in several places under several names"
-        elif reason := why_not_class(module) or why_not_called(model, path):
+        elif reason := why_not_class(module) or why_not_called(model, path) or _why_passed_by(seen, path):
             (left_out if is_all_linear(config.target_modules) else reasons)[path] = reason
         elif reason := why_not(module) or why_overwritten(model, path):
             reasons[path] = reason
@@ -105,6 +111,13 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
     if is_all_linear(config.target_modules):
         _warn_of_left_out(model, left_out)
     return targets
+
+
+def _why_passed_by(seen: Probe, path: str) -> str | None:
+    """Why an adapter would not act wherever the model computes with the layer's weight, or None."""
+    if path in seen.reads:
+        return f"is not always called: the model reads its weight ({seen.reads[path]})"
+    return None
 
 
 def _warn_of_left_out(model: nn.Module, left_out: dict[str, str]) -> None:

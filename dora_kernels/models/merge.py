@@ -7,6 +7,7 @@ import torch
 from ..layers import Model
 from ..layers.linear import DoraLinear
 from ..ops.chunked import row_chunks
+from .hooks import add_hooks, remove_hooks
 from .lost_state import save_silently, warn_when_saved
 from .merge_quantized import check_base, dense_dtype, dense_linear, quantized_layers, remove_marks, restore_marks
 from .modules import check_model, check_not_sharded, dora_layers, replace_module
@@ -99,6 +100,7 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
     if hasattr(model, "dora_config"):
         del model.dora_config
     save_silently(model)
+    remove_hooks(model)
     return model
 
 
@@ -120,6 +122,7 @@ def unmerge_dora(model: Model) -> Model:
     if unmerged["ties"] is not None:
         retie(model, **unmerged["ties"])
     model.dora_config = unmerged["config"]
+    add_hooks(model)
     warn_when_saved(model)
     del model.dora_unmerged
     return model

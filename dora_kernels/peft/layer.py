@@ -75,7 +75,7 @@ class FusedForward(Freezable):
             dropout_mode="peft",
             training=self.training,
             frozen_scale=self.frozen_scale if self._is_frozen_for(*factors, scaling) else None,
-            output_use=self.dora_fusion.output_use,
+            output_use=self.output_use,
             **self.dora_fusion.options,
         )
         return y if dense else y.to(x.dtype)
@@ -148,6 +148,10 @@ class FusedForward(Freezable):
         )
         options = self.dora_fusion.options
         return dispatch.explained(dispatch.choose(problem, options["space"], options["impl"]), weight)
+
+    @property
+    def output_use(self) -> OutputUse:
+        return self.dora_fusion.output_use
 
     @property
     def rank(self) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..config import DoraConfig
 from ..layers import Model
+from ..layers.probe import probe
 from ..layers.support import why_overwritten
 from ..ops import dispatch
 from ..ops.base_weights import keep_packing, weight_of
@@ -76,6 +77,7 @@ def patch_peft(
             dispatch.choose_impl(weight_of(each.layer.base_layer).device, impl)
     keep_packing(model)
     fuse_layers(found, options)
+    note_written(model)
     report = PatchReport(
         {path: each.unfusable or each.base or why_not_active(each.layer) for path, each in found.items()}
     )
@@ -134,6 +136,15 @@ def fuse_layers(found: dict[str, Surveyed], options: dict) -> None:
             layer.__class__ = FUSED[type(layer)]
         if not layer.merged and base is None:
             make_fresh_exact(layer, options["impl"])
+
+
+def note_written(model: nn.Module) -> None:
+    """Lets the fused layers give away a copy of an output that the model writes over, as a trial run has shown."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for path in probe(base).written:
+        layer = base.get_submodule(path)
+        if hasattr(layer, "dora_fusion"):
+            layer.output_use.is_written = True
 
 
 def unfuse_layer(layer: nn.Module) -> None:

@@ -142,7 +142,7 @@ REFUSALS = {
     with_replaced_forward: (ValueError, "had its forward replaced"),
     with_hook: (ValueError, "register them after apply_dora"),
     with_shared_module: (ValueError, r"0 \(Linear\) is used in several places"),
-    with_mamba: (ValueError, r"dt_proj \(Linear\) is not called: mamba's.*out_proj.*x_proj"),
+    with_mamba: (ValueError, r"dt_proj \(Linear\) is not always called: mamba's.*out_proj.*x_proj"),
     with_dora: (ValueError, "has DoRA layers already .*q_proj"),
     with_peft: (ValueError, "patch_peft"),
     with_peft_inside: (ValueError, "patch_peft"),

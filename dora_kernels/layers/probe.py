@@ -1,0 +1,182 @@
+"""What a model does with its linear layers, seen by running a copy that has no values.
+
+The copy has the model's own modules, but fake tensors in place of its parameters and buffers: a forward computes shapes
+alone, so that a large model takes no memory and little time, and no weight and no random generator is touched.
+"""
+
+import random
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..ops.output import WriteCounter
+from .probe_inputs import inputs_of
+from .valueless import linear_layers, repeats, signature, valueless
+
+SECONDS = 5.0
+"""The longest that the forwards of a probe run, in processor time: another program's load changes no result."""
+
+aten = torch.ops.aten
+
+
+class Probe(NamedTuple):
+    """What was seen, by the layers' paths."""
+
+    reads: dict[str, str]  # the operation that took the layer's weight outside the layer's own forward
+    written: frozenset[str]  # the layers whose output was written over in place
+    stopped: str | None  # why a forward ended early, so that some layers were not seen
+
+
+SEEN: dict[tuple, Probe] = {}
+"""By what models are built of: the same modules do the same."""
+
+
+def probe(model: nn.Module) -> Probe:
+    """Runs a copy of `model` in training and in inference, and watches its linear layers.
+
+    A layer of PEFT's or of ours counts as the linear layer below it. Of modules that repeat in a list the first runs,
+    and what was seen there holds for all. What a fused kernel of a GPU reads is not seen.
+    """
+    built = (repr(getattr(model, "config", None)), signature(model))
+    if built not in SEEN:
+        if len(SEEN) == 64:
+            SEEN.clear()
+        SEEN[built] = _probe(model)
+    return SEEN[built]
+
+
+def _probe(model: nn.Module) -> Probe:
+    layers, like, watch, stopped = linear_layers(model), repeats(model), Watch(), None
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _undisturbed():
+            twin = valueless(model, like)
+            inputs = inputs_of(twin)
+            watch.start(twin, [path for path in layers if not any(path.startswith(f"{r}.") for r in like)])
+            with Undecided(), watch:
+                with torch.enable_grad():
+                    twin.train()(**inputs)
+                with torch.no_grad():
+                    twin.eval()(**inputs)
+    except Exception as error:  # Whatever a model does to tensors without values.
+        stopped = f"{type(error).__name__}: {error}".partition("\n")[0]
+    seen, written = {path: _path_of_first(path, like) for path in layers}, watch.written()
+    return Probe(
+        {path: watch.reads[first] for path, first in seen.items() if first in watch.reads},
+        frozenset(path for path, first in seen.items() if first in written),
+        stopped,
+    )
+
+
+def _path_of_first(path: str, like: dict[str, str]) -> str:
+    """The path of the layer that ran in this one's place."""
+    for repeat, first in like.items():
+        if path.startswith(f"{repeat}."):
+            return first + path.removeprefix(repeat)
+    return path
+
+
+class Watch(TorchFunctionMode):
+    """Notes which operation takes a layer's weight outside its forward, and the writes to what its forward returned."""
+
+    def __init__(self):
+        self.reads: dict[str, str] = {}
+        self._outputs: list[tuple[str, WriteCounter]] = []
+        self._paths: dict[int, str] = {}  # by the weight's identity
+        self._running: set[str] = set()
+
+    def start(self, model: nn.Module, paths: list[str]) -> None:
+        self._until = time.thread_time() + SECONDS
+        for path in paths:
+            layer = model.get_submodule(path)
+            # Where it was tied, the layer gets one of its own: an embedding may read its own too.
+            layer.weight = nn.Parameter(torch.empty_like(layer.weight), requires_grad=False)
+            self._paths[id(layer.weight)] = path
+            layer.forward = self._watched(path, layer.forward)
+
+    def written(self) -> frozenset[str]:
+        return frozenset(path for path, counter in self._outputs if counter.has_moved)
+
+    def _watched(self, path, forward):
+        def watched(*args, **kwargs):
+            if time.thread_time() > self._until:
+                raise TimeoutError(f"it takes longer than {SECONDS:g} s")
+            self._running.add(path)
+            try:
+                y = forward(*args, **kwargs)
+            finally:
+                self._running.discard(path)
+            if isinstance(y, torch.Tensor):
+                self._outputs.append((path, WriteCounter(y)))
+            return y
+
+        return watched
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        for value in (*args, *kwargs.values()):
+            for tensor in value if type(value) in (list, tuple) else (value,):
+                path = self._paths.get(id(tensor))
+                # Its shape, dtype or device may be read: that is no use of its values.
+                if path is not None and path not in self._running and _has_tensor(result):
+                    self.reads.setdefault(path, getattr(function, "__name__", str(function)))
+        return result
+
+
+def _has_tensor(result) -> bool:
+    return any(isinstance(part, torch.Tensor) for part in (result if type(result) in (list, tuple) else (result,)))
+
+
+class Undecided(TorchDispatchMode):
+    """Answers what depends on values that are not there: a number is 0, and of a selection one element is left."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is aten._grouped_mm.default:  # known without values in bf16 alone
+            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        try:
+            return function(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            if function is not aten._local_scalar_dense.default:
+                raise
+            dtype = args[0].dtype
+            return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
+        except DynamicOutputShapeException:
+            if function is aten.nonzero.default:
+                return args[0].new_zeros((1, args[0].ndim), dtype=torch.long)
+            if function is aten.index.Tensor:
+                return aten.index.Tensor(args[0], _first_of_each(args[1]))
+            raise
+
+
+def _first_of_each(indices):
+    """Boolean masks as the index of one element."""
+    chosen = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            chosen += [index.new_zeros(1, dtype=torch.long)] * index.ndim
+        else:
+            chosen.append(index)
+    return chosen
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Leaves the random generators as they were, from which a model may draw, and shows no warning twice."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])

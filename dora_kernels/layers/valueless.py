@@ -1,0 +1,118 @@
+"""A copy of a model without values: fake tensors, and one of the layers that repeat."""
+
+import copy
+
+import torch
+from torch import nn
+
+from ..ops.base_weights import is_quantized
+from .support import LINEAR_CLASSES
+
+ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers by path, quantised and wrapped ones too."""
+    found: dict[str, nn.Module] = {}
+    last = None
+    for path, module in model.named_modules():
+        # PEFT's layers hold the one below, and the modules of the adapter.
+        inside = last is not None and path.startswith(f"{last}.")
+        if path and not inside and (_wraps(module) or isinstance(module, LINEAR_CLASSES) or is_quantized(module)):
+            found[path] = module
+            last = path
+    return found
+
+
+def _wraps(module: nn.Module) -> bool:
+    """Whether it is a linear layer with an adapter, PEFT's or ours."""
+    return hasattr(module, "in_features") and hasattr(module, "lora_A")
+
+
+def repeats(model: nn.Module) -> dict[str, str]:
+    """The paths of modules in a list that are like one before them, and that one's path."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{repeat}.") for repeat in found):
+            continue
+        firsts: dict[tuple, str] = {}
+        for name, child in module.named_children():
+            own = f"{path}.{name}" if path else name
+            if any(True for _ in child.children()) and (first := firsts.setdefault(signature(child), own)) != own:
+                found[own] = first
+    return found
+
+
+def signature(module: nn.Module) -> tuple:
+    """Classes, shapes and settings. A whole number is none: it may be the layer's own."""
+    return tuple(
+        (
+            path,
+            type(part),
+            tuple((name, tuple(p.shape)) for name, p in part._parameters.items() if p is not None),
+            tuple((k, v) for k, v in vars(part).items() if type(v) in (bool, float, str, type(None))),
+        )
+        for path, part in module.named_modules()
+    )
+
+
+def valueless(model: nn.Module, like: dict[str, str]) -> nn.Module:
+    """A copy whose tensors are all fake. Call it in a `FakeTensorMode`.
+
+    Quantised and wrapped linear layers become an `nn.Linear`, the modules of `like` a `Repeat`.
+    """
+    stand_ins = {path: Repeat() for path in like}
+    known: dict[int, object] = {id(model.get_submodule(path)): repeat for path, repeat in stand_ins.items()}
+    dtype = next((p.dtype for p in model.parameters() if p.dtype in ACTIVATIONS), torch.float32)
+    for layer in linear_layers(model).values():
+        if id(layer) not in known and (_wraps(layer) or is_quantized(layer)):
+            known[id(layer)] = _plain_layer(layer, dtype)
+    for module in model.modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in known:
+                known[id(tensor)] = _fake(tensor)
+    twin = copy.deepcopy(model, known)
+    firsts = {path: Recorded(twin.get_submodule(path)) for path in set(like.values())}
+    for path, repeat in stand_ins.items():
+        repeat.first = firsts[like[path]]
+    for module in twin.modules():
+        # accelerate's hooks, which move tensors between devices.
+        if "_old_forward" in vars(module):
+            module.forward = module._old_forward
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False
+    return twin
+
+
+class Recorded:
+    """A module whose last output is kept."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.output = module, None
+        self._forward, module.forward = module.forward, self.forward
+
+    def forward(self, *args, **kwargs):
+        self.output = self._forward(*args, **kwargs)
+        return self.output
+
+
+class Repeat(nn.Module):
+    """Returns what the module that it repeats returned last, and has its attributes."""
+
+    first: Recorded | None = None
+
+    def forward(self, *args, **kwargs):
+        return self.first.module(*args, **kwargs) if self.first.output is None else self.first.output
+
+    def __getattr__(self, name):
+        return getattr(self.first.module, name)
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _plain_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
+    base = getattr(layer, "base_layer", None) or layer
+    return nn.Linear(layer.in_features, layer.out_features, base.bias is not None, device="cpu", dtype=dtype)

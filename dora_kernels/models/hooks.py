@@ -1,0 +1,21 @@
+"""The hooks that an adapted model carries."""
+
+from torch import nn
+
+from .checkpointing import give_gradient, pass_gradients
+from .passed_head import HOOKS, refuse_passed_head
+
+OURS = {give_gradient, *HOOKS}
+
+
+def add_hooks(model: nn.Module) -> None:
+    remove_hooks(model)
+    pass_gradients(model)
+    refuse_passed_head(model)
+
+
+def remove_hooks(model: nn.Module) -> None:
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in OURS]:
+                del hooks[key]
