@@ -72,15 +72,16 @@ def valueless(model: nn.Module, like: dict[str, str]) -> nn.Module:
             if isinstance(tensor, torch.Tensor) and id(tensor) not in known:
                 known[id(tensor)] = _fake(tensor)
     twin = copy.deepcopy(model, known)
+    for module in twin.modules():
+        # A forward that was put on a module, as accelerate and TRL do, and a hook may hold on to the model itself.
+        vars(module).pop("forward", None)
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+            getattr(module, hooks).clear()
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False
     firsts = {path: Recorded(twin.get_submodule(path)) for path in set(like.values())}
     for path, repeat in stand_ins.items():
         repeat.first = firsts[like[path]]
-    for module in twin.modules():
-        # accelerate's hooks, which move tensors between devices.
-        if "_old_forward" in vars(module):
-            module.forward = module._old_forward
-        if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing = False
     return twin
 
 

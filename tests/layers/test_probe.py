@@ -172,6 +172,19 @@ def test_nothing_is_touched():
     assert torch.equal(torch.get_rng_state(), generators[2])
 
 
+def test_what_hangs_on_a_model_is_not_called():
+    """A hook may count or collect, and a forward put on the instance, as TRL's, may be the original model's."""
+    model, calls = llama(), []
+    model.model.layers[0].register_forward_hook(lambda *args: calls.append("hook"))
+    model.lm_head.register_forward_pre_hook(lambda *args: calls.append("pre-hook"))
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: calls.append("forward") or forward(*args, **kwargs)
+    room.SEEN.clear()
+    assert probe(model).stopped is None and not calls
+    model(torch.zeros(1, 2, dtype=torch.long))
+    assert calls == ["forward", "hook", "pre-hook"]
+
+
 def test_a_model_without_weights_will_do():
     with torch.device("meta"):
         model = longcat()
