@@ -132,6 +132,25 @@ def test_what_is_kept_between_forward_and_backward(space, case, impl):
     y.backward(p.grad_y)
 
 
+@SPACES
+@pytest.mark.parametrize(
+    ("trained", "kept"),
+    [
+        (("lora_A", "lora_B", "magnitude"), {"x", "y"}),
+        (("lora_B", "magnitude"), {"y"}),
+        (("lora_A", "lora_B"), {"x"}),
+        (("x", "lora_B"), set()),
+    ],
+    ids=["all", "without A", "without m", "B alone"],
+)
+def test_what_no_gradient_needs_is_not_kept(trained, kept, space):
+    p, saved = problem(bias=False), set()
+    tensors = tensors_of(p, trained)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.add(t.data_ptr()) or t, lambda t: t):
+        y = forward(p, tensors, space=space, impl="reference")
+    assert {name for name, t in {"x": tensors["x"], "y": y}.items() if t.data_ptr() in saved} == kept
+
+
 IN_PLACE = {
     "add_": lambda y: y.add_(1.0),
     "mul_": lambda y: y.mul_(2.0),

@@ -1,10 +1,12 @@
 """Base, adapter and autocast dtypes of patched PEFT layers: PEFT's dtypes come out, and errors no larger than its."""
 
+import peft
 import pytest
 import torch
 
 from dora_kernels.peft import patch_peft
-from tests.support.oracle import NAMES, errors, exact, make_problem, peft_model, solve_peft
+from tests.support.nf4 import linear_4bit
+from tests.support.oracle import NAMES, errors, exact, make_problem, peft_model, relative_error, solve_peft
 from tests.support.peft_models import count_fused
 from tests.tolerances import UNIT_ROUNDOFF
 
@@ -53,6 +55,23 @@ def test_a_bf16_adapter_on_an_fp32_base():
     for name, error in errors(actual, truth).items():
         assert actual[name].dtype == expected[name].dtype, name
         assert error <= 4 * UNIT_ROUNDOFF[torch.bfloat16], name
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_4_bit_layer_answers_in_its_inputs_dtype(compute_dtype, dtype):
+    """It computes in a dtype of its own, as bitsandbytes' layer does."""
+    model = peft.get_peft_model(
+        torch.nn.ModuleDict({"linear": linear_4bit(torch.randn(48, 64), compute_dtype=compute_dtype)}),
+        peft.LoraConfig(r=4, use_dora=True, target_modules=["linear"]),
+    )
+    layer, x = model.base_model.model["linear"], torch.randn(5, 64, dtype=dtype)
+    expected = layer(x)
+    patch_peft(model)
+    with count_fused() as calls:
+        actual = layer(x)
+    assert len(calls) == 1 and actual.dtype == expected.dtype == dtype
+    assert relative_error(actual, expected) <= 8 * UNIT_ROUNDOFF[torch.bfloat16]
 
 
 @pytest.mark.parametrize("where", ["no_autocast", "float64"])
