@@ -154,6 +154,9 @@ def _roundings(operations):
     options = {"rounding": Rounding("dithered", 0xC0FFEE42)}
     norm_scale, _ = reference.weight_norm(*factors, problem.magnitude, problem.scaling)
     base_out, h = problem.x @ problem.weight.T, problem.x @ problem.lora_A.bfloat16().T
+    merged, forward_scale, _ = operations.merge(
+        *factors, problem.magnitude, problem.scaling, dtype=torch.bfloat16, **options
+    )
     needs = {"magnitude_dtype": None, "B_dtype": None, "bias_dtype": None, "needs_base": True}
     return {
         "rescale_fwd": operations.rescale_fwd(
@@ -162,9 +165,9 @@ def _roundings(operations):
         "rescale_bwd": operations.rescale_bwd(
             problem.grad_y, None, None, problem.lora_B, norm_scale, 1.0, saved_is="output", **needs, **options
         )[3],
-        "merge": operations.merge(*factors, problem.magnitude, problem.scaling, dtype=torch.bfloat16, **options)[0],
+        "merge": merged,
         "merge_again": operations.merge(
-            *factors, None, problem.scaling, dtype=torch.bfloat16, norm_scale=norm_scale, **options
+            *factors, None, problem.scaling, dtype=torch.bfloat16, norm_scale=forward_scale, **options
         )[0],
         "scaled_cast": operations.scaled_cast(problem.weight.float() / 3, torch.bfloat16, **options),
     }
