@@ -48,7 +48,7 @@ def move_files(staged: Path, directory: Path, names: Iterable[str]) -> None:
         for name in names:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staged / name, directory / name)
-    except OSError:
+    except BaseException:  # an interruption too
         for name, content in backups.items():
             if (staged / name).exists():
                 break

@@ -9,6 +9,7 @@ from ..ops.base_weights import is_quantized
 from .support import LINEAR_CLASSES
 
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PLAIN = (bool, float, str, type(None))
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -50,7 +51,7 @@ def signature(module: nn.Module) -> tuple:
             path,
             type(part),
             tuple((name, tuple(p.shape)) for name, p in part._parameters.items() if p is not None),
-            tuple((k, v) for k, v in vars(part).items() if type(v) in (bool, float, str, type(None))),
+            tuple((k, v) for k, v in vars(part).items() if type(v) in PLAIN and k != "training"),
         )
         for path, part in module.named_modules()
     )

@@ -1,6 +1,6 @@
-"""Reentrant activation checkpointing: a module whose input has no gradient would get none for its parameters either.
+"""Reentrant activation checkpointing: layers whose input has no gradient would get none for their parameters either.
 
-transformers gives the embeddings' output a gradient. A vision tower's first layer has no embeddings before it.
+transformers gives the embeddings' output a gradient. The first layer of a vision tower has no embeddings before it.
 """
 
 import torch
@@ -10,19 +10,32 @@ from ..layers.linear import DoraLinear
 
 
 def pass_gradients(model: nn.Module) -> None:
-    """Lets each checkpointed module with a DoRA layer inside give its input a gradient."""
+    """Lets each module that holds a list of checkpointed layers, with DoRA layers inside, give its input a gradient."""
     for module in model.modules():
-        if hasattr(module, "gradient_checkpointing") and any(isinstance(part, DoraLinear) for part in module.modules()):
-            module.register_forward_pre_hook(give_gradient)
+        layers = [layer for layer in _layers(module) if hasattr(layer, "gradient_checkpointing")]
+        if any(isinstance(part, DoraLinear) for layer in layers for part in layer.modules()):
+            module.register_forward_pre_hook(give_gradient, with_kwargs=True)
 
 
-def give_gradient(module: nn.Module, args: tuple) -> tuple | None:
-    """The arguments, the first with a gradient, where `module` recomputes its forward in the reentrant way."""
-    checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-    is_reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", False)
-    if not (module.gradient_checkpointing and module.training and is_reentrant and torch.is_grad_enabled()):
+def give_gradient(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """The arguments, the first tensor of numbers with a gradient, where the layers run their forward again in the
+    reentrant way."""
+    if not (module.training and torch.is_grad_enabled() and any(map(_is_reentrant, _layers(module)))):
         return None
-    tensors = [value for value in args if isinstance(value, torch.Tensor)]
-    if not tensors or not tensors[0].is_floating_point() or any(tensor.requires_grad for tensor in tensors):
+    given = [*args, *(value for name, value in kwargs.items() if "mask" not in name)]
+    tensors = [value for value in given if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if not tensors or any(tensor.requires_grad for tensor in tensors):
         return None
-    return tuple(value.detach().requires_grad_() if value is tensors[0] else value for value in args)
+    leaf = tensors[0].detach().requires_grad_()
+    args = tuple(leaf if value is tensors[0] else value for value in args)
+    return args, {name: leaf if value is tensors[0] else value for name, value in kwargs.items()}
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    return [layer for child in module.children() if isinstance(child, nn.ModuleList) for layer in child]
+
+
+def _is_reentrant(layer: nn.Module) -> bool:
+    checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+    options = getattr(checkpoint, "keywords", {})
+    return getattr(layer, "gradient_checkpointing", False) and options.get("use_reentrant", False)

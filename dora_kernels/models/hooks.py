@@ -19,3 +19,4 @@ def remove_hooks(model: nn.Module) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if hook in OURS]:
                 del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)

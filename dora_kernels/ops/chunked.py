@@ -8,7 +8,14 @@ CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32: the L2 caches of two cores, and few e
 
 
 def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices that cover `rows` rows, each of about `CHUNK_ELEMENTS` elements and at least one row."""
+    """Slices that cover `rows` rows, each of about `CHUNK_ELEMENTS` elements and at least one row.
+
+    One slice of all in compiled code, which would hold a copy of the loop's body for each chunk, and for each number of
+    tokens a graph of its own.
+    """
+    if torch.compiler.is_compiling():
+        yield slice(0, rows)
+        return
     step = _rows_per_chunk(columns)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
@@ -16,7 +23,9 @@ def row_chunks(rows: int, columns: int) -> Iterator[slice]:
 
 def chunk_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Memory for the largest of `row_chunks(rows, columns)`, to be written over in each turn: it stays in cache."""
-    return torch.empty(min(rows, _rows_per_chunk(columns)), columns, dtype=dtype, device=device)
+    if not torch.compiler.is_compiling():
+        rows = min(rows, _rows_per_chunk(columns))
+    return torch.empty(rows, columns, dtype=dtype, device=device)
 
 
 def _rows_per_chunk(columns: int) -> int:

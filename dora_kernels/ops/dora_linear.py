@@ -166,8 +166,13 @@ def dora_linear(
         [..., out_features] in x's dtype (under autocast: autocast's).
 
     Raises:
-        ValueError: shapes, devices or options that do not fit. TypeError: dtypes that do not fit.
+        ValueError: shapes, devices or options that do not fit. TypeError: dtypes that do not fit. RuntimeError: inside
+            `torch.jit.trace`, which cannot record it.
     """
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot record a DoRA layer: merge_dora the model first, or use torch.compile"
+        )
     if type(weight).__name__ == "Params4bit":
         weight = of_params4bit(weight, weight.quant_state, nf4_parity=nf4_parity)
     check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_dropout, dropout_mode)

@@ -52,7 +52,8 @@ class FusedForward(Freezable):
         # A wrapper made while the layer was patched may call this after it was unpatched.
         if not isinstance(self, FusedForward):
             return type(self).forward(self, x, *args, **kwargs)
-        adapter = None if args or kwargs else fused_adapter(self)
+        # torch.jit.trace records PyTorch's own operations: those of PEFT's forward, which have the same meaning.
+        adapter = None if args or kwargs or torch.jit.is_tracing() else fused_adapter(self)
         weight = None if adapter is None else _readable_base(self)
         if weight is None or not _accepts(self, x, weight):
             self._check_loaded(x)

@@ -295,3 +295,19 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="before merge_dora"):
         save_adapter(model, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["full", "interrupted"])
+def test_a_first_save_that_fails_leaves_nothing(error, tmp_path, monkeypatch):
+    model = apply_dora(llama(), DoraConfig(r=2, target_modules=["q_proj"]))
+    replace = os.replace
+
+    def fails_at_the_weights(source, target):
+        if str(target).endswith(".safetensors"):
+            raise error
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails_at_the_weights)
+    with pytest.raises(type(error)):
+        save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -221,3 +221,14 @@ def test_made_on_the_meta_device_and_loaded():
         empty(x)
     empty.load_state_dict(layer.state_dict(), assign=True)
     assert torch.equal(empty(x), layer(x))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_a_trace_is_refused_until_the_layer_is_merged():
+    model = dk.apply_dora(nn.Sequential(nn.Linear(8, 4)), dk.DoraConfig(r=2))
+    x = torch.linspace(-1, 1, 16).reshape(2, 8)
+    with pytest.raises(RuntimeError, match="cannot record a DoRA layer: merge_dora the model first"):
+        torch.jit.trace(model, x)
+    y = model(x)
+    traced = torch.jit.trace(dk.merge_dora(model), x)
+    assert relative_error(traced(x), y) <= SAME_FP32

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import dora_kernels as dk
 from tests.support.buffers import count_launches
@@ -89,6 +90,19 @@ def test_the_number_of_tokens_may_change():
         for tokens in (6, 17, 300):
             x = torch.randn(tokens, layer.in_features, dtype=torch.bfloat16)
             assert torch.equal(compiled(x), layer(x)), tokens
+
+
+@pytest.mark.parametrize("space", ["token", "weight"])
+def test_the_reference_is_compiled_once_for_all_numbers_of_tokens(space):
+    layer, _, _ = problem(torch.randn, space=space)
+    torch._dynamo.reset()
+    compiled = CompileCounterWithBackend("aot_eager")
+    forward = torch.compile(layer, fullgraph=True, backend=compiled)
+    for tokens in (6, 17, 30, 41):
+        x = torch.randn(tokens, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+        gradients = [torch.autograd.grad(call(x).sum(), [x, layer.magnitude]) for call in (layer, forward)]
+        assert all(map(torch.equal, *gradients)), tokens
+    assert compiled.frame_count == 2, "the first number of tokens is taken for a constant, the second for a symbol"
 
 
 @pytest.mark.parametrize("space", ["token", "weight"])

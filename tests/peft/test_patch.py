@@ -283,3 +283,22 @@ def test_compiled_without_a_graph_break():
     compiled = torch.compile(patched, fullgraph=True, backend="aot_eager")
     actual = {name.removeprefix("_orig_mod."): value for name, value in step(compiled).items()}
     assert_close(actual, step(plain))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+def test_a_trace_records_pefts_own_forward():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 4)).double()
+    model = trained(peft.get_peft_model(net, dora_config(r=2, target_modules=["0", "2"]))).eval()
+    expected = infer_rows(model)
+    patch_peft(model)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, torch.zeros(2, 8, dtype=torch.float64))
+    assert_close({"y": infer_rows(traced)}, {"y": expected})
+    assert_close({"y": infer_rows(model)}, {"y": expected})
+
+
+def infer_rows(model):
+    """For another number of rows than was traced."""
+    with torch.no_grad():
+        return model(torch.linspace(-1, 1, 40, dtype=torch.float64).reshape(5, 8))
