@@ -5,7 +5,7 @@ OLDEST := .venv-oldest
 # The tests of what other libraries change: torch.compile, and their models and trainers.
 OLDEST_FAST := ops/test_compile ops/test_dora_linear models/test_apply peft/test_patch peft/test_files
 
-.PHONY: demo test scorecard scorecard-fast oldest oldest-fast lint wheel offline peft-suite peft-suite-kernels clean
+.PHONY: demo test scorecard scorecard-fast oldest oldest-fast lint wheel offline rehearse peft-suite peft-suite-kernels clean
 
 demo: $(VENV)/.installed  ## fine-tune the embedded model on the embedded data
 	$(BIN)/python -m training
@@ -44,6 +44,9 @@ wheel: $(VENV)/.installed  ## build the sdist and from it the wheel; import the 
 
 offline: $(VENV)/.installed  ## compile every kernel for every supported GPU and compare with the golden file
 	$(BIN)/python -m bench offline --check
+
+rehearse: $(VENV)/.installed  ## run a day of benchmarks on a CPU that stands in for a GPU, cut after each step
+	$(BIN)/python -m pytest -n 0 tests/bench/day_rehearsal.py
 
 peft-suite: $(VENV)/.peft-suite  ## run PEFT's own DoRA tests with the engine in them; fetches their source distribution
 	$(BIN)/python -m tests.peft_suite build/peft-suite --engines reference
