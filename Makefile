@@ -19,8 +19,9 @@ scorecard: $(VENV)/.peft-suite  ## measure the reliability scorecard and write t
 scorecard-fast: $(VENV)/.installed  ## measure the rows of the scorecard that take seconds
 	$(BIN)/python -m tests.scorecard --fast
 
-oldest: $(OLDEST)/.installed  ## run the tests and compile the kernels with the oldest supported versions; fetches 3 GB
+oldest: $(OLDEST)/.installed  ## run the tests, the day's rehearsal and the kernels' compilation with the oldest versions; fetches 3 GB
 	$(OLDEST)/bin/python -m pytest -n 2
+	$(OLDEST)/bin/python -m pytest -n 0 tests/bench/day_rehearsal.py
 	$(OLDEST)/bin/python -m bench offline --check
 
 oldest-fast: $(OLDEST)/.installed  ## run the tests that depend most on the versions of other libraries

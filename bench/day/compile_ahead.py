@@ -17,10 +17,16 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 
 import torch
+import triton
 
-from ..measuring.shapes import PRESETS
+from ..counting.cases import BF16, FP16, FP32, Case
+from ..counting.launches import launches, target_of
+from ..measuring.shapes import BREAK_EVEN, PRESETS
+from ..offline import parse_capability
 from .folder import ROOT, cache_of
+from .step import Done
 
+SECONDS = 1.5 / (os.cpu_count() or 1)  # a kernel, until they were counted
 BATCH = 4  # launches that a process compiles between two reports
 REHEARSED = 2  # kernels that a rehearsal compiles
 
@@ -30,10 +36,14 @@ def total(day) -> int:
     return day.folder.step("compile").get("kernels") or (REHEARSED if day.rehearsed else 250)
 
 
-def run(day, step, seconds: float):
-    """Runs this file as a command for so long at most."""
-    from .steps import Done
+def seconds_left(day) -> float:
+    """What compiling the others will take."""
+    left = day.folder.step("compile")["left"]
+    return SECONDS * (total(day) if left is None else left)
 
+
+def run(day, step, seconds: float) -> Done:
+    """Runs this file as a command for so long at most."""
     major, minor = torch.cuda.get_device_capability(day.device)
     command = [sys.executable, "-m", "bench.day.compile_ahead"]
     command += ["--capability", f"{major}.{minor}", "--preset", day.preset, "--seconds", str(seconds)]
@@ -53,11 +63,8 @@ def run(day, step, seconds: float):
     return Done(int(not found), 1 if left is None else left)
 
 
-def cases(preset: str) -> Iterator:
+def cases(preset: str) -> Iterator[Case]:
     """The calls of `dora_linear` whose kernels the day launches."""
-    from ..counting.cases import BF16, FP16, FP32, Case
-    from .steps import BREAK_EVEN
-
     of = PRESETS[preset]
     tokens, ranks = BREAK_EVEN[preset]
     sizes = {(shape, m, r) for _, shape, m, r in of.layers()}
@@ -65,17 +72,13 @@ def cases(preset: str) -> Iterator:
     for shape, m, r in sorted(sizes, key=lambda size: (size[2], -size[1])):
         for adapter_dtype in (FP32, BF16):
             for space in ("token", "weight"):
-                case = Case(BF16, adapter_dtype, space, r, shape.out_features, shape.in_features, m, bias=shape.bias)
-                yield case
+                yield Case(BF16, adapter_dtype, space, r, shape.out_features, shape.in_features, m, bias=shape.bias)
     shape = next(of.layers())[1]
     for types in ((FP32, FP32), (FP16, FP32)):
         yield Case(*types, "token", of.ranks[0], shape.out_features, shape.in_features, 515)
 
 
 def main() -> int:
-    from ..counting.launches import launches
-    from ..offline import parse_capability
-
     parser = argparse.ArgumentParser()
     parser.add_argument("--capability", type=parse_capability, required=True)
     parser.add_argument("--preset", choices=PRESETS, required=True)
@@ -95,11 +98,6 @@ def main() -> int:
 
 def compiled(batches: list, jobs: int, deadline: float) -> Iterator[int]:
     """How many each finished batch has compiled; after the deadline none is begun."""
-    if jobs == 1:
-        for batch in batches:
-            if time.monotonic() < deadline:
-                yield _compile(batch)
-        return
     # Spawned, for a process that has started LLVM's threads must not be forked.
     with ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn")) as pool:
         for future in as_completed([pool.submit(_compile, batch) for batch in batches]):
@@ -110,14 +108,10 @@ def compiled(batches: list, jobs: int, deadline: float) -> Iterator[int]:
 
 
 def _compile(batch) -> int:
-    import triton
-
-    from ..counting.launches import target_of
-
-    capability, launches = batch
-    for launch in launches:
+    capability, found = batch
+    for launch in found:
         triton.compile(launch.source(), target=target_of(capability), options=dict(launch.options))
-    return len(launches)
+    return len(found)
 
 
 if __name__ == "__main__":

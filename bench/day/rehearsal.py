@@ -14,7 +14,7 @@ from .stand_in_gpu import LOST, StandInGpu, stand_in_gpu
 
 FAULTS = {
     ("layer", 1): ("Event", 5, torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")),
-    ("kernels", 2): ("Event.record", 9, RuntimeError(LOST)),
+    ("questions", 3): ("Event.record", 9, RuntimeError(LOST)),
 }
 """By step and case, counted from 1: the call of CUDA's interface, which one of them, and the error that it raises."""
 _HERE: list[StandInGpu] = []

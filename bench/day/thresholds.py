@@ -2,8 +2,9 @@
 
 WEIGHT_SPACE_FACTOR: the factor on weight space's predicted overhead with which `dispatch`'s choices lose least time,
 over the cases in which both forms were timed. RANK_PER_BYTE: the rank at which an element of s·B·A takes as long as a
-byte, from the fastest product in fp32 precision that our kernels reached. SHORTEST_LAUNCH: elements of 2 bytes that
-move in the time of the shortest launch. Nothing is changed: a person reads them and changes the file.
+byte, from the fastest product in fp32 precision that our kernels reached. HALF_PRODUCT_SPEEDUP: a GEMM in tf32, three
+times, over one in bf16. SHORTEST_LAUNCH: elements of 2 bytes that move in the time of the shortest launch. Nothing is
+changed: a person reads them and changes the file.
 """
 
 import itertools
@@ -22,6 +23,7 @@ from ..rows.compare import seconds
 from ..rows.records import groups, read_rows
 from . import predicted
 from .folder import RESULTS, THRESHOLDS, Folder
+from .step import Done
 
 LONG_RANK = 64  # from which the product takes the time, not the bytes
 
@@ -38,10 +40,8 @@ class Timed(NamedTuple):
         return self.measured[chosen] / min(self.measured.values()) - 1
 
 
-def run(day, step, allowed_seconds: float):
+def run(day, step, allowed_seconds: float) -> Done:
     """Writes what is proposed."""
-    from .steps import Done
-
     write(day.folder, by_bytes_and_flops)
     day.folder.step(step.name)["cases"] = 1
     # Until everything before has been measured there will be more to read.
@@ -67,6 +67,7 @@ def propose(found: list[dict[str, dict]], device: str, capability: tuple[int, in
         "capability": list(capability),
         "WEIGHT_SPACE_FACTOR": weight_space_factor(list(timed(found)), capability),
         "RANK_PER_BYTE": rank_per_byte(found),
+        "HALF_PRODUCT_SPEEDUP": half_product_speedup(found),
         "SHORTEST_LAUNCH": shortest_launch(found),
         "roofs": {roof: correction._asdict() for roof, correction in wrong.items()},
     }
@@ -128,6 +129,15 @@ def rank_per_byte(found: Iterable[dict[str, dict]]) -> dict | None:
         return None
     # Two operations for each element and unit of rank.
     return {"today": gpus.RANK_PER_BYTE, "proposed": max(rates) / 2, "operations": len(rates)}
+
+
+def half_product_speedup(found: Iterable[dict[str, dict]]) -> dict | None:
+    """From the measured GEMMs, which are of one size."""
+    for group in found:
+        half, tf32 = seconds(group.get(kernels.GEMM)), seconds(group.get(roofs.TF32))
+        if half and tf32:
+            return {"today": gpus.HALF_PRODUCT_SPEEDUP, "proposed": 3 * tf32 / half}
+    return None
 
 
 def shortest_launch(found: Iterable[dict[str, dict]]) -> dict | None:

@@ -1,7 +1,6 @@
 """The process of a day that uses the GPU: runs the steps that are left, one after another, until its time is over."""
 
 import argparse
-import importlib
 import os
 import signal
 import sys
@@ -14,10 +13,12 @@ from pathlib import Path
 import torch
 
 from ..measuring import clocks
-from ..rows.session import EVERYBODY, Session
-from . import rehearsal, report
-from .folder import RESULTS, Folder, cache_of
-from .steps import STEPS, Step
+from ..rows.session import EVERYBODY
+from . import compile_ahead, rehearsal, report
+from .folder import Folder, cache_of
+from .session import DaySession
+from .step import Step
+from .steps import STEPS
 
 REPORTING = 5.0  # seconds that are kept for the last report
 
@@ -34,30 +35,6 @@ class Day:
     def left(self) -> float:
         """Seconds until this slice is over."""
         return self._deadline - time.monotonic()
-
-
-class DaySession(Session):
-    """A session that says what is running, so that a process which dies with it is known by it."""
-
-    def __init__(self, day: Day, step: Step, seconds: float):
-        self.day, self.step = day, step
-        super().__init__(
-            argparse.Namespace(
-                preset=day.preset, device="cuda", threads=None, output=day.folder.path / RESULTS,
-                commit=day.folder.state["commit"], minutes=seconds / 60, repetitions=None, again=False,
-            )
-        )  # fmt: skip
-        self.assumed = step.seconds_a_case(day.folder.step(step.name))
-
-    def measure(self, command, case, call):
-        known = self.day.folder.step(self.step.name)
-        known["cases"] += 1
-        self.day.folder.begin(self.step.name, command, case)
-        if self.day.rehearsed:
-            rehearsal.plan_faults(self.step.name, known["cases"])
-        found = super().measure(command, case, call)
-        self.day.folder.end()
-        return found
 
 
 def main() -> int:
@@ -117,7 +94,8 @@ def work(day: Day, steps: list[Step]) -> int:
 def run(day: Day, step: Step, seconds: float) -> None:
     """Runs one step for so many seconds at most, and leaves the folder whole."""
     known = day.folder.step(step.name)
-    known["cost"] = step.cost(day, known)
+    known["cost"] = step.cost(day, known, compile_ahead.seconds_left(day))
+    day.folder.save()
     print(f"\n== {step.name}: {step.title}\n   {known['cost']}; at most {seconds:.0f} s now", flush=True)
     began = time.monotonic()
     try:
@@ -162,5 +140,4 @@ def record_death(day: Day) -> None:
 
 
 if __name__ == "__main__":
-    # Under one name, however it is started: steps import this module.
-    sys.exit(importlib.import_module("bench.day.worker").main())
+    sys.exit(main())

@@ -117,8 +117,8 @@ PRESETS = {
         ("tiny",),
         (8,),
         (4,),
-        (Run("tiny", 0, 2, 8, 4), Run("tiny", 0, 2, 8, 4, checkpointing=True)),
-        shapes=("q,o_proj", "down_proj"),
+        (Run("tiny", 0, 2, 8, 4, checkpointing=True),),
+        shapes=("down_proj",),
         repetitions=2,
     ),
     "compile": Preset(("llama-3-8b",), (512, 8192), (16, 384), (Run("llama-3-8b", 8, 2, 4096, 16),), compiled=True),
@@ -146,3 +146,6 @@ PRESETS = {
     ),
     "tiny": Preset(("tiny",), (8,), (4,), (Run("tiny", 0, 2, 8, 4),), dtype="fp32", repetitions=2),
 }
+
+BREAK_EVEN = {"day": ((512, 2048, 4096, 8192), (16, 64, 384)), "rehearsal": ((8, 16), (4,))}
+"""By preset, the tokens and ranks between which `dispatch` changes its mind."""

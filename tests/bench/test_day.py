@@ -9,7 +9,7 @@ import torch
 
 from bench.day import conductor, folder, report, steps, worker
 from bench.day.folder import FILES, KERNELS, PART, STATE, Folder, commit_of_tree
-from bench.day.steps import Done, Step
+from bench.day.step import Done, Step
 from bench.day.worker import Day, work
 from bench.rows.records import read_rows
 
@@ -58,6 +58,7 @@ def test_steps_run_in_order_within_their_minutes_and_then_what_is_left(tmp_path,
     printed = capsys.readouterr().out
     assert "== a: a title\n   3 cases of 30.0 s (assumed), about 90 s" in printed
     assert "1 cases of 30.0 s (as measured), about 30 s" in printed
+    assert "s to compile kernels" in printed
 
 
 def test_another_slice_goes_on(tmp_path, gpu, capsys):
@@ -162,7 +163,7 @@ def test_a_tree_without_history_is_known_by_its_sources(tmp_path, monkeypatch):
 
 
 def slice_of(path, **options):
-    defaults = {"out": path, "minutes": 1.0, "steps": None, "commit": "test", "rehearse": True}
+    defaults = {"out": path, "minutes": 1.0, "steps": None, "commit": "test", "rehearse": True, "report": False}
     return argparse.Namespace(**(defaults | options))
 
 

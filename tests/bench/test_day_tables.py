@@ -97,7 +97,10 @@ def test_the_other_constants_come_from_rates():
     launch = {"command": "roofs", "case": {}, "seconds": {"total": {"median": 3e-6 * roofs.IN_A_ROW}}}
     found = thresholds.shortest_launch([{kernels.COPY: copy, roofs.LAUNCH: launch}])
     assert found["proposed"] == pytest.approx(6e6)
-    assert thresholds.rank_per_byte([]) is None and thresholds.shortest_launch([]) is None
+    gemms = {kernels.GEMM: total, roofs.TF32: {"seconds": {"total": {"median": 2e-3}}}}
+    assert thresholds.half_product_speedup([{kernels.COPY: copy}, gemms])["proposed"] == pytest.approx(6)
+    for propose in (thresholds.rank_per_byte, thresholds.half_product_speedup, thresholds.shortest_launch):
+        assert propose([]) is None
 
 
 def test_a_measured_roof_replaces_an_assumed_one():

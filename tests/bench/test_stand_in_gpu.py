@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 import dora_kernels as dk
 from bench.day.stand_in_gpu import CUDA, LOST, stand_in_gpu
@@ -29,6 +30,12 @@ def test_the_engine_takes_the_gpus_way_forward_and_backward(gpu):
     layer(torch.randn(8, 32, device="cuda", requires_grad=True)).sum().backward()
     # The engine makes the tensor's GPU the current one for each half.
     assert gpu.calls["device"] >= 2 and layer.lora_B.grad is not None
+
+
+def test_what_a_checkpoint_recomputes_is_taken_for_what_it_was(gpu):
+    x = torch.ones(3, device="cuda", requires_grad=True)
+    torch.utils.checkpoint.checkpoint(lambda x: (x * x).sin(), x, use_reentrant=False).sum().backward()
+    assert torch.allclose(x.grad, 2 * torch.ones(3).cos())
 
 
 def test_a_replayed_graph_computes_anew_in_the_same_memory(gpu):
