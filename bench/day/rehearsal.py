@@ -46,8 +46,10 @@ def rehearsed() -> Iterator[StandInGpu]:
             stack.enter_context(mock.patch.object(module, name, small))
         gpu = stack.enter_context(stand_in_gpu())
         _HERE.append(gpu)
-        yield gpu
-        print(f"\nCUDA was asked: {', '.join(f'{name} {times}' for name, times in sorted(gpu.calls.items()))}")
+        try:
+            yield gpu
+        finally:
+            print(f"\nCUDA was asked: {', '.join(f'{name} {times}' for name, times in sorted(gpu.calls.items()))}")
 
 
 def plan_faults(step: str, case: int) -> None:
