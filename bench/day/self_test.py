@@ -12,12 +12,12 @@ from triton.runtime.jit import JITFunction
 
 from dora_kernels import doctor
 from dora_kernels.ops import dispatch
-from dora_kernels.ops.base_weights import Nf4Weight
 
 from ..contestants.layer import ALPHA_OVER_RANK, DTYPE_NAMES, make_problem
 from ..counting.operations import Work, operations
 from ..gates import kernels as kernel_gate
 from ..measuring.shapes import PRESETS, Preset, Shape, layer_shapes
+from .packed_weights import FORMATS
 
 COMMAND = "selftest"
 TOKENS = 515  # odd: the last blocks are not full
@@ -27,19 +27,19 @@ TYPES = ((BF16, FP32), (BF16, BF16), (FP32, FP32), (FP16, FP32))
 
 
 class Case(NamedTuple):
-    """`form` is a form of the layer, or None for the kernels one by one, which may read a weight in 4 bits."""
+    """`form` is a form of the layer, or None for the kernels one by one, whose weight may be `packed` in a format."""
 
     shape: Shape
     rank: int
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     form: doctor.Form | None = None
-    nf4: bool = False
+    packed: str = ""
 
     def row(self) -> dict:
         """As results name it."""
         what = "kernels" if self.form is None else f"{self.form.space} space"
-        types = f"{DTYPE_NAMES[self.dtype]}/{DTYPE_NAMES[self.adapter_dtype]}{', NF4' if self.nf4 else ''}"
+        types = f"{DTYPE_NAMES[self.dtype]}/{DTYPE_NAMES[self.adapter_dtype]}{', ' * bool(self.packed)}{self.packed}"
         sizes = {"out": self.shape.out_features, "in": self.shape.in_features, "tokens": TOKENS, "rank": self.rank}
         return {"what": what, "types": types, **sizes}
 
@@ -53,7 +53,8 @@ def cases(preset: Preset, device: torch.device) -> Iterator[Case]:
     problems += [(shapes[0], rank, *TYPES[0]) for rank in other_ranks]
     for problem in problems:
         yield Case(*problem)
-    yield Case(shapes[0], first, *TYPES[0], nf4=True)
+    for packed in FORMATS:
+        yield Case(shapes[0], first, *TYPES[0], packed=packed)
     forms = list(doctor.forms(device))
     for shape, rank, *types in problems:
         for form in forms:
@@ -94,13 +95,15 @@ def check_kernels(case: Case, device: torch.device) -> dict[str, dict]:
         problem = make_problem(case.shape, TOKENS, case.rank, case.dtype, device)
         factors = [factor.to(case.adapter_dtype) for factor in problem[3:6]]
         problem = problem._replace(lora_A=factors[0], lora_B=factors[1], magnitude=factors[2])
-        packed, exact = random_nf4(*problem.weight.shape, device) if case.nf4 else (problem.weight, problem.weight)
-        (norm, scale), _ = ops.weight_norm(packed, *factors, ALPHA_OVER_RANK)
+        weight = exact = problem.weight
+        if case.packed:
+            weight, exact = FORMATS[case.packed](*weight.shape, device)
+        (norm, scale), _ = ops.weight_norm(weight, *factors, ALPHA_OVER_RANK)
         base_out, h = problem.x @ exact.to(case.dtype).T, problem.x @ problem.lora_A.to(case.dtype).T
-        works = operations(ops, problem._replace(weight=packed), norm, scale, base_out, h)
+        works = operations(ops, problem._replace(weight=weight), norm, scale, base_out, h)
         truths = kernel_gate.truths(problem._replace(weight=exact), norm, scale, base_out, h)
-        if case.nf4:
-            works["decode"] = Work(lambda: ops.decode(packed, case.dtype), ())
+        if case.packed:
+            works["decode"] = Work(lambda: ops.decode(weight, case.dtype), ())
             truths["decode"] = lambda: (exact,)
         made: dict[str, deque] = {}
 
@@ -120,28 +123,6 @@ def check_kernels(case: Case, device: torch.device) -> dict[str, dict]:
         }
         for name in works
     }
-
-
-def random_nf4(N: int, K: int, device: torch.device) -> tuple[Nf4Weight, torch.Tensor]:
-    """A weight of random codes whose statistics are quantised, too, and its values in fp64 by the format's formula."""
-    generator = torch.Generator(device).manual_seed(0)
-    blocks = -(-N * K // 64)
-
-    def codes(count: int) -> torch.Tensor:
-        return torch.randint(256, (count,), generator=generator, dtype=torch.uint8, device=device)
-
-    def positive(count: int) -> torch.Tensor:
-        return torch.rand(count, generator=generator, device=device) + 0.5
-
-    packed, absmax, code = codes(-(-N * K // 2)), codes(blocks), torch.linspace(-0.1, 0.1, 16, device=device)
-    nested, nested_code, offset = positive(-(-blocks // 256)), positive(256), torch.tensor(0.4, device=device)
-    weight = Nf4Weight(
-        packed, absmax, code, nested, nested_code, offset, torch.Size((N, K)), torch.bfloat16, 64, 256, parity=False
-    )
-    largest = nested_code.double()[absmax.int()] * nested.double().repeat_interleave(256)[:blocks] + offset.double()
-    nibbles = torch.stack([packed // 16, packed % 16], dim=1).flatten()[: N * K]
-    values = code.double()[nibbles.int()] * largest.repeat_interleave(64)[: N * K]
-    return weight, values.view(N, K)
 
 
 def named(failure: str, made: deque) -> str:
