@@ -148,7 +148,8 @@ class _Capture(TorchDispatchMode):
     def replay(self) -> None:
         for func, args, kwargs, out in self.steps:
             for old, new in zip(tree_leaves(out), tree_leaves(func(*args, **kwargs))):
-                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                # A tensor whose `data` was replaced since has no such memory.
+                if isinstance(old, torch.Tensor) and old.shape == new.shape and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
 
