@@ -186,6 +186,7 @@ def _replacements(gpu: StandInGpu) -> Iterator[tuple[object, str, object]]:
         "is_available": lambda *_: True, "is_initialized": lambda: True, "device_count": lambda: 1,
         "current_device": lambda: 0, "get_device_name": lambda *_: NAME,
         "get_device_capability": lambda *_: CAPABILITY, "get_device_properties": lambda *_: properties,
+        "is_current_stream_capturing": lambda: gpu.capture is not None,
         "set_device": counted("set_device"), "synchronize": counted("synchronize"),
         "empty_cache": counted("empty_cache"), "_sleep": counted("_sleep"),
         "memory_allocated": counted("memory_allocated", 0), "max_memory_allocated": counted("max_memory_allocated", 0),

@@ -38,6 +38,13 @@ def test_what_a_checkpoint_recomputes_is_taken_for_what_it_was(gpu):
     assert torch.allclose(x.grad, 2 * torch.ones(3).cos())
 
 
+def test_an_optimizer_steps(gpu):
+    parameter = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW([parameter], lr=0.5, weight_decay=0.0).step()
+    assert torch.allclose(parameter, torch.full((3,), 0.5))
+
+
 def test_a_replayed_graph_computes_anew_in_the_same_memory(gpu):
     x = torch.ones(3, device="cuda")
     graph = torch.cuda.CUDAGraph()
