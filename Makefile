@@ -4,8 +4,9 @@ BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 # The tests of what other libraries change: torch.compile, and their models and trainers.
 OLDEST_FAST := ops/test_compile ops/test_dora_linear models/test_apply peft/test_patch peft/test_files
+REHEARSAL := tests/bench/day_rehearsal.py tests/bench/day_compiles_ahead.py
 
-.PHONY: demo test scorecard scorecard-fast oldest oldest-fast lint wheel offline peft-suite peft-suite-kernels clean
+.PHONY: demo test scorecard scorecard-fast oldest oldest-fast lint wheel offline rehearse peft-suite peft-suite-kernels clean
 
 demo: $(VENV)/.installed  ## fine-tune the embedded model on the embedded data
 	$(BIN)/python -m training
@@ -19,8 +20,9 @@ scorecard: $(VENV)/.peft-suite  ## measure the reliability scorecard and write t
 scorecard-fast: $(VENV)/.installed  ## measure the rows of the scorecard that take seconds
 	$(BIN)/python -m tests.scorecard --fast
 
-oldest: $(OLDEST)/.installed  ## run the tests and compile the kernels with the oldest supported versions; fetches 3 GB
+oldest: $(OLDEST)/.installed  ## run the tests, the day's rehearsal and the kernels' compilation with the oldest versions; fetches 3 GB
 	$(OLDEST)/bin/python -m pytest -n 2
+	$(OLDEST)/bin/python -m pytest -n 0 $(REHEARSAL)
 	$(OLDEST)/bin/python -m bench offline --check
 
 oldest-fast: $(OLDEST)/.installed  ## run the tests that depend most on the versions of other libraries
@@ -44,6 +46,9 @@ wheel: $(VENV)/.installed  ## build the sdist and from it the wheel; import the 
 
 offline: $(VENV)/.installed  ## compile every kernel for every supported GPU and compare with the golden file
 	$(BIN)/python -m bench offline --check
+
+rehearse: $(VENV)/.installed  ## run a day of benchmarks on a CPU that stands in for a GPU, killed once on the way
+	$(BIN)/python -m pytest -n 0 $(REHEARSAL)
 
 peft-suite: $(VENV)/.peft-suite  ## run PEFT's own DoRA tests with the engine in them; fetches their source distribution
 	$(BIN)/python -m tests.peft_suite build/peft-suite --engines reference

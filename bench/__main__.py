@@ -10,6 +10,8 @@ COMMANDS = {
     "layer": "time one DoRA linear layer against the frozen base, PEFT's LoRA and PEFT's DoRA",
     "model": "time a training step of a whole model with random weights",
     "all": "kernels, layer and model of one preset, within a number of minutes",
+    "roofs": "measure what a GPU reaches: copies, L2, products of each format, the shortest launch",
+    "day": "all that is measured on a GPU at hand, in slices of some minutes; --rehearse runs it on a CPU",
     "step": "train the embedded model, ours and PEFT's on the same data and seed: loss curves",
     "questions": "time the choices that the design rests on, each against its alternative",
     "predict": "the tables of kernels, layer and model for a GPU that is not here, from counted bytes and FLOPs",

@@ -4,7 +4,9 @@ Both roofs are measured in the same run, interleaved with the kernels: a device-
 matrices (bf16 on a GPU; fp32 on a CPU, where the reference runs in the kernels' place and the bytes are those that the
 kernels would move). The floor's bytes are the operation's arguments and results, once each; "MB" is what its launches
 move across the memory bus, `loads` what the programs load, the L2 cache's work included. The floor of products in fp32
-precision on a GPU is that of three tf32 products, each at half bf16's rate. Every operation is held to fp64 first.
+precision on a GPU is that of three tf32 products, each at half bf16's rate. Every operation is held to fp64 first, and
+each repetition to the first. On a GPU "profiler ms" is the sum of the kernels in the GPU's own profile. Bytes over time
+that are more than the measured copy's, by over 5 %, are marked: such a row is not to be believed.
 """
 
 import argparse
@@ -21,6 +23,8 @@ from .counting.operations import operations
 from .counting.roofs import longest
 from .counting.traffic import Operation, counting
 from .gates import kernels as kernel_gate
+from .measuring.outputs import Outputs
+from .measuring.profiler import profile, profiled_seconds
 from .measuring.timing import interleaved
 from .rows.compare import seconds
 from .rows.session import Session
@@ -30,6 +34,8 @@ from .rows.tables import milliseconds, table
 COMMAND = "kernels"
 COPY, GEMM = "device copy", "GEMM"
 ROOF_BYTES, ROOF_FLOPS = 1 << 30, 1 << 40  # of a predicted copy and GEMM: any would do
+COPY_ELEMENTS, GEMM_SIDE = {"cuda": 1 << 28, "cpu": 1 << 22}, {"cuda": 8192, "cpu": 512}
+PLAUSIBLE = 1.05  # times the measured copy bandwidth
 SLOWER = {"bf16": 1, "tf32x3": 6, "fp32": 1, "fp64": 1}
 """How many times longer than bf16's a product takes on a GPU. On a CPU all are fp32's, as the measured GEMM is."""
 
@@ -93,12 +99,18 @@ def measure(shape, tokens: int, rank: int, dtype: torch.dtype, device: torch.dev
         roofs, sizes = roof_calls(device)
         calls = roofs | {name: work.call for name, work in works.items() if name not in failed}
         phases = {name: _whole(call) for name, call in calls.items()}
-        times, failed_later = interleaved(phases, device, repetitions=repetitions, head_start=True)
-    failed |= failed_later
+        kept = [tensor for work in works.values() for tensor in work.tensors]
+        times, failed_later = interleaved(
+            phases, device, repetitions=repetitions, head_start=True, inspect=Outputs(kept)
+        )
+        failed |= failed_later
+        profiles = {name: profile(works[name].call, device) for name in works if name not in failed}
     results = {}
     for name in (*roofs, *works):
         done = {part: t._asdict() for part, t in times[name].items()} if name in times else {}
         results[name] = {"impl": impl, "seconds": done, "failed": failed.get(name), **(sizes | counted)[name]}
+        if profiles.get(name):
+            results[name]["profile"] = profiles[name]
         if name in errors:
             results[name]["errors"] = errors[name]
     return results
@@ -148,7 +160,8 @@ def predict(shape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs, lim
 def roof_calls(device: torch.device) -> tuple[dict[str, Callable], dict[str, dict]]:
     """The copy and the GEMM that stand for the roofs, and what they move and multiply."""
     gpu = device.type == "cuda"
-    elements, side, dtype = (1 << 28, 8192, torch.bfloat16) if gpu else (1 << 22, 512, torch.float32)
+    elements, side = COPY_ELEMENTS[device.type], GEMM_SIDE[device.type]
+    dtype = torch.bfloat16 if gpu else torch.float32
     source, target = torch.ones(elements, dtype=dtype, device=device), torch.empty(elements, dtype=dtype, device=device)
     # Random: products of zeros draw less power and run at a higher clock.
     left, right = torch.randn(2, side, side, device=device).to(dtype)
@@ -172,35 +185,63 @@ def floor(row: dict, group: dict[str, dict]) -> float | None:
     return max(row.get("compulsory_bytes", row["memory_bytes"]) / bandwidth, product)
 
 
+def bandwidth(row: dict | None) -> float | None:
+    """Bytes a second across the memory bus."""
+    time = seconds(row)
+    return row["memory_bytes"] / time if time else None
+
+
+def implausible(row: dict, group: dict[str, dict]) -> bool:
+    """Whether a row claims more bytes a second than memory has: its time, its bytes or the copy's must be wrong."""
+    claimed, copied = bandwidth(row), bandwidth(group.get(COPY))
+    return bool(claimed and copied) and claimed > PLAUSIBLE * copied
+
+
 def kernels_table(group: dict[str, dict]) -> str:
-    """One row per operation; the measured or assumed rates first. Predictions name the roof of each launch."""
-    rows, predicted = [], any("roofs" in row for row in group.values())
+    """One row per operation; the measured or assumed rates first. Spreads and profiles are columns where there are any.
+
+    Predictions name the roof of each launch.
+    """
+    predicted = any("roofs" in row for row in group.values())
+    spread = any("low" in (row.get("seconds") or {}).get("total", {}) for row in group.values())
+    profiled = any("profile" in row for row in group.values())
+    header = ["operation", "ms", "MB", "loads MB", "GB/s", "TFLOP/s", "floor ms", "× floor"]
+    header += ["roof"] * predicted + ["± %"] * spread + ["profiler ms"] * profiled
+    rows, notes = [], []
     for name, row in group.items():
         time = seconds(row)
         if time is None:
-            rows.append((f"{name}: {row['failed']}", *["-"] * (7 + predicted)))
+            rows.append((f"{name}: {row['failed']}", *["-"] * (len(header) - 1)))
             continue
-        lowest = floor(row, group)
-        rows.append(
-            (
-                f"{name} ({row['impl']})" if "launches" in row else name,
-                milliseconds(time),
-                f"{row['memory_bytes'] / 1e6:.1f}",
-                f"{row['loaded_bytes'] / 1e6:.1f}",
-                f"{row['memory_bytes'] / time / 1e9:.0f}",
-                f"{sum(row['flops'].values()) / time / 1e12:.2f}",
-                milliseconds(lowest),
-                f"{time / lowest:.2f}" if lowest else "-",
-                *([", ".join(row.get("roofs", "-"))] if predicted else []),
-            )
-        )
-    header = ("operation", "ms", "MB", "loads MB", "GB/s", "TFLOP/s", "floor ms", "× floor")
-    return table((*header, "roof") if predicted else header, rows)
+        lowest, mark = floor(row, group), ""
+        if name != COPY and implausible(row, group):
+            mark = " (!)"
+            notes.append(f"(!) {name}: more than {PLAUSIBLE} × the measured copy; not to be believed")
+        total = row["seconds"]["total"]
+        cells = [
+            f"{name} ({row['impl']})" if "launches" in row else name,
+            milliseconds(time),
+            f"{row['memory_bytes'] / 1e6:.1f}",
+            f"{row['loaded_bytes'] / 1e6:.1f}",
+            f"{row['memory_bytes'] / time / 1e9:.0f}{mark}",
+            f"{sum(row['flops'].values()) / time / 1e12:.2f}",
+            milliseconds(lowest),
+            f"{time / lowest:.2f}" if lowest else "-",
+        ]
+        if predicted:
+            cells.append(", ".join(row.get("roofs", "-")))
+        if spread:
+            cells.append(f"{50 * (total['high'] - total['low']) / time:.0f}" if "low" in total else "-")
+        if profiled:
+            cells.append(milliseconds(profiled_seconds(row)))
+        rows.append(cells)
+    return "\n".join([table(header, rows), *notes])
 
 
 def _whole(call: Callable):
     def phases():
-        call()
+        returned = call()
         yield "call"
+        return returned
 
     return phases

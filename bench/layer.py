@@ -11,6 +11,8 @@ import argparse
 from .contestants.layer import DTYPES, Contestant, Problem, contestants, left_out, make_problem
 from .gates.layer import broken, errors, truth
 from .measuring.memory import peak_bytes
+from .measuring.outputs import Outputs
+from .measuring.profiler import profile
 from .measuring.timing import attempt, interleaved, release
 from .rows.compare import group_table
 from .rows.session import Session
@@ -75,11 +77,14 @@ def measure(problem: Problem, field: dict[str, Contestant], repetitions: int) ->
             continue
         phases[name] = entry.phases(problem)
     # The first pass of a compiled contestant compiles it.
-    times, failed = interleaved(phases, device, repetitions=repetitions)
+    kept = [tensor for tensor in problem if tensor is not None]
+    times, failed = interleaved(phases, device, repetitions=repetitions, inspect=Outputs(kept))
     for name, run_phases in phases.items():
         if name in failed:
             results[name]["failed"] = failed[name]
             continue
         results[name]["seconds"] = {part: t._asdict() for part, t in times[name].items()}
+        if profiled := profile(lambda p=run_phases: list(p()), device):
+            results[name]["profile"] = profiled
         results[name]["peak_bytes"], _ = attempt(lambda p=run_phases: peak_bytes(lambda: list(p()), device), who=name)
     return results

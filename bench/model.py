@@ -122,12 +122,15 @@ def one(base: nn.Module, contestant: Contestant, ids, expected: First | None, ch
     (trained,) = built
     found = trained.first
     result = {"failed": wrong(trained, expected, DTYPES[session.preset.dtype]), "loss": found.loss.item()}
+    result["frozen_bytes"] = sum(parameter.nbytes for parameter in base.parameters())
     if result["failed"]:
         return result, found
     steps = min(STEPS, session.repetitions)
     times, failed = interleaved({"step": trained.step}, session.device, repetitions=steps, warmup=0)
     if failed:
         return result | {"failed": failed["step"]}, found
+    if not all(p.isfinite().all() for p in trained.parameters):
+        return result | {"failed": "wrong: a timed step made a parameter infinite or NaN"}, found
     seconds = {part: t._asdict() for part, t in times["step"].items()}
     return result | {"peak_bytes": peak, "seconds": seconds}, found
 

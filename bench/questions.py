@@ -1,14 +1,15 @@
 """Times the choices that the engine's design rests on, each against its alternative, on the GPU at hand.
 
-Norm and merge in one launch, whose second read of W should hit L2, at several BLOCK_N, against two launches; what
-`addmm_` with beta = 1 costs; dx as one GEMM, with A in the tail of W's buffer, against two; a CUDA graph of a layer
-against its launches one by one; PEFT's norm by an identity matrix against its whole layer. Calls are interleaved and
-start from a cold L2 cache. On a CPU there are neither launches nor graphs: those two questions are left out.
+Token against weight space, whose break-even `dispatch` predicts. Norm and merge in one launch, whose second read of W
+should hit L2, at several BLOCK_N, against two launches. What `addmm_` with beta = 1 costs. dx as one GEMM, with A in
+the tail of W's buffer, against two. A CUDA graph of a layer against its launches one by one. PEFT's norm by an identity
+matrix against its whole layer. Calls are interleaved and start from a cold L2 cache. On a CPU there are neither
+launches nor graphs: those two questions are left out.
 """
 
 import argparse
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from typing import NamedTuple
 from unittest import mock
@@ -38,9 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     session = Session(args)
+    run(session)
+    return session.finish()
+
+
+def run(session: Session, names: Collection[str] | None = None) -> None:
+    """Asks every question, or those named, of every case of the session's preset."""
     dtype = DTYPES[session.preset.dtype]
     for case, *sizes in session.preset.layers():
         for name, question in QUESTIONS.items():
+            if names is not None and name not in names:
+                continue
             asked = {"question": name} | case
             if (question.on_a_gpu and session.device.type != "cuda") or session.skips(COMMAND, asked):
                 continue
@@ -49,7 +58,6 @@ def main(args: argparse.Namespace) -> int:
             )
             if results:
                 print(answers(results), flush=True)
-    return session.finish()
 
 
 class Question(NamedTuple):
@@ -180,7 +188,18 @@ def identity_norm(problem: Problem) -> Calls:
     return found
 
 
+def token_or_weight(problem: Problem) -> Calls:
+    """A layer's forward and backward in each form, and the frozen base's, which is in both."""
+    field = contestants(problem.x.dtype, problem.x.device, reference=False)
+    kinds = ("frozen base", "ours fp32, token", "ours fp32, weight")
+    chosen = {kind: entry for kind in kinds for name, entry in field.items() if name.startswith(kind)}
+    entries = {kind: entry.build(problem).phases(problem) for kind, entry in chosen.items()}
+    return {kind: lambda phases=phases: list(phases()) for kind, phases in entries.items()}
+
+
+FORMS = "token or weight space"
 QUESTIONS = {
+    FORMS: Question(token_or_weight),
     "norm and merge, W from L2": Question(second_read, on_a_gpu=True),
     "addmm_ with beta = 1": Question(beta),
     "dx in one GEMM": Question(longer_gemm),

@@ -2,6 +2,7 @@
 
 `pytest` runs the kernels under Triton's interpreter on CPU tensors and skips tests marked `gpu`. `pytest -m gpu`, on a
 machine with a GPU, compiles them instead. One process cannot do both: a kernel is bound when it is decorated.
+`pytest -m gpu --rehearse-gpu` runs the GPU's tests in small on a CPU.
 """
 
 import gc
@@ -14,6 +15,8 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from tests.support.gpu_rehearsal import rehearsed_gpu, shrink_parameters
 
 # No import of Triton up here: it decorates its own library when imported, so the choice must come first.
 
@@ -31,6 +34,12 @@ def skip_reason(interpreted, cuda):
     return "this process runs the interpreter; use `pytest -m gpu`" if interpreted else None
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--rehearse-gpu", action="store_true", help="run tests marked gpu on a CPU that stands in for one, in small"
+    )
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: compiled kernels on a CUDA GPU; run them with `pytest -m gpu`")
     # numpy's, from within the interpreter: NaN and infinity are inputs here, and a GPU says nothing.
@@ -43,6 +52,8 @@ def pytest_configure(config):
     torch.set_num_threads(1)
     if "triton" in sys.modules:
         raise pytest.UsageError("Triton was imported before tests/conftest.py could choose interpreter or GPU")
+    if config.option.rehearse_gpu and torch.cuda.is_available():
+        raise pytest.UsageError("--rehearse-gpu stands in for a GPU, and here is one: run `pytest -m gpu`")
     if wants_interpreter(config.option.markexpr, torch.cuda.is_available()):
         os.environ.setdefault("TRITON_INTERPRET", "1")
         from tests.support import interpreter
@@ -68,7 +79,10 @@ def pytest_report_header():
     return f"kernels: {'Triton interpreter, CPU' if _interpreted() else 'compiled'}"
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.option.rehearse_gpu:
+        shrink_parameters(items)
+        return
     reason = skip_reason(_interpreted(), torch.cuda.is_available())
     for item in items:
         if reason and item.get_closest_marker("gpu"):
@@ -95,6 +109,15 @@ hypothesis.settings.load_profile("dora")
 def device(request):
     """Runs the test twice: interpreted on CPU tensors, and compiled under `pytest -m gpu`."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def _stand_in(request):
+    if request.config.option.rehearse_gpu and request.node.get_closest_marker("gpu"):
+        with rehearsed_gpu(request.module):
+            yield
+    else:
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -58,6 +58,7 @@ class Launch(NamedTuple):
     divisible: tuple[tuple[int, ...], ...]
     options: tuple[tuple[str, object], ...]
     contiguous: bool  # every matrix argument, along one of its dimensions
+    specialized: tuple[tuple[int, ...], ...] = ()  # the arguments whose divisibility Triton looked at
 
     @property
     def name(self) -> str:
@@ -73,7 +74,8 @@ class Launch(NamedTuple):
         return {self.signature[path[0]][0]: value for path, value in self.constexprs}
 
     def source(self) -> ASTSource:
-        attrs = {path: [["tt.divisibility", 16]] for path in self.divisible}
+        # Also those that are not divisible: Triton finds a compiled kernel by all of them.
+        attrs = {path: [["tt.divisibility", 16]] if path in self.divisible else [] for path in self.specialized}
         kernel = getattr(importlib.import_module(self.module), self.kernel)
         return ASTSource(kernel, dict(self.signature), dict(self.constexprs), attrs)
 
@@ -155,6 +157,7 @@ class Recorder:
             tuple(path for path, hints in attrs.items() if hints),
             tuple((name, value) for name, value in kwargs.items() if name not in signature),
             all(1 in tensor.stride() for tensor in tensors if tensor.ndim == 2),
+            tuple(attrs),
         )
         return launch, bound
 

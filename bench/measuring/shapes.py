@@ -50,6 +50,20 @@ class Run(NamedTuple):
     quantize: str = ""  # "" or "nf4"
 
 
+def model_flops(run: Run) -> int:
+    """Of one step: what the frozen base needs, forward (2 a weight and token) and backward to the inputs (2 more).
+
+    Causal attention counts half of its scores, 2·s·h a token and layer forward and twice that backward. Not counted are
+    the adapter, recomputed activations, and embeddings, which are looked up.
+    """
+    m = MODELS[run.model]
+    layers, tokens = run.layers or m.num_hidden_layers, run.batch * run.sequence
+    kv_features = m.hidden_size // m.num_attention_heads * m.num_key_value_heads
+    layer_weights = m.hidden_size * (2 * m.hidden_size + 2 * kv_features + 3 * m.intermediate_size)
+    attention = 6 * run.sequence * m.hidden_size
+    return tokens * (4 * (layers * layer_weights + m.hidden_size * m.vocab_size) + layers * attention)
+
+
 class Preset(NamedTuple):
     """What `--preset` runs: the grid of `kernels` and `layer`, and the runs of `model`."""
 
@@ -87,6 +101,26 @@ PRESETS = {
             Run("llama-3-8b", 0, 1, 4096, 384, checkpointing=True),
         ),
     ),
+    # What `bench day` measures, the first cases first.
+    "day": Preset(
+        ("llama-3-8b",),
+        (8192, 512),
+        (16, 384),
+        (
+            Run("llama-3-8b", 0, 2, 4096, 16),
+            Run("llama-3-8b", 0, 2, 4096, 16, checkpointing=True),
+            Run("llama-3-8b", 0, 2, 4096, 384, checkpointing=True),
+        ),
+    ),
+    # The same on a CPU that stands in for a GPU, in small.
+    "rehearsal": Preset(
+        ("tiny",),
+        (8,),
+        (4,),
+        (Run("tiny", 0, 2, 8, 4, checkpointing=True),),
+        shapes=("down_proj",),
+        repetitions=2,
+    ),
     "compile": Preset(("llama-3-8b",), (512, 8192), (16, 384), (Run("llama-3-8b", 8, 2, 4096, 16),), compiled=True),
     "full": Preset(
         ("llama-3-8b", "llama-3-70b", "qwen2.5-7b"),
@@ -112,3 +146,6 @@ PRESETS = {
     ),
     "tiny": Preset(("tiny",), (8,), (4,), (Run("tiny", 0, 2, 8, 4),), dtype="fp32", repetitions=2),
 }
+
+BREAK_EVEN = {"day": ((512, 2048, 4096, 8192), (16, 64, 384)), "rehearsal": ((8, 16), (4,))}
+"""By preset, the tokens and ranks between which `dispatch` changes its mind."""

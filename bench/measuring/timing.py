@@ -12,27 +12,39 @@ import torch
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2 cache
 HEAD_START = 1_000_000  # cycles, half a millisecond: as long as a few launches take Python and Triton
 Phases = Callable[[], Iterator[str]]
-"""A call in parts: it yields the name of each part when that part is over."""
+"""A call in parts: it yields the name of each part when that part is over, and may return what it computed."""
+Inspect = Callable[[str, object], str | None]
+"""Takes a contestant's name and what its call returned, between two repetitions; why it is wrong, or None."""
 
 
 class Times(NamedTuple):
-    """Seconds of one part: the median over repetitions, the quartiles around it, and the smallest."""
+    """Seconds of one part: the median over repetitions, the quartiles around it, and the smallest; `orders` are the
+    medians over the repetitions in drawn orders and over those in the reverse of each."""
 
     median: float
     low: float
     high: float
     minimum: float
     repetitions: int
+    orders: tuple[float, float] | None = None
 
 
 def interleaved(
-    contestants: dict[str, Phases], device: torch.device, *, repetitions: int, warmup: int = 3, head_start: bool = False
+    contestants: dict[str, Phases],
+    device: torch.device,
+    *,
+    repetitions: int,
+    warmup: int = 3,
+    head_start: bool = False,
+    inspect: Inspect = lambda name, returned: None,
 ) -> tuple[dict[str, dict[str, Times]], dict[str, str]]:
     """Times by contestant and part, and the reasons of those that raised, which are not timed.
 
-    Each repetition runs every contestant once, in an order drawn anew, so that a machine that slows down or heats up
-    does so for all. Before each of them the GPU is idle and its L2 cache holds nothing of theirs. With `head_start`
-    the GPU then waits until the call is in its queue: the time of the kernels alone, and not of the CPU behind them.
+    Each repetition runs every contestant once, in an order drawn anew, and the next in the reverse of that order: a
+    machine that slows down or heats up does so for all, and each of two runs first as often as the other. Before each
+    of them the GPU is idle and its L2 cache holds nothing of theirs. With `head_start` the GPU then waits until the
+    call is in its queue: the time of the kernels alone, and not of the CPU behind them.
+    What `inspect` finds wrong fails a contestant.
     """
     seconds: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
     failed: dict[str, str] = {}
@@ -43,11 +55,20 @@ def interleaved(
     gc.disable()  # its pauses would fall on whoever is running
     try:
         for repetition in range(-warmup, repetitions):
-            shuffle(order)
+            if repetition % 2:
+                order.reverse()
+            else:
+                shuffle(order)
             for name in order:
                 if name in failed:
                     continue
-                passed, failure = attempt(lambda phases=contestants[name]: clock(phases), who=name)
+
+                def run(name=name):
+                    returned = []
+                    return clock(_keeping(contestants[name], returned)), inspect(name, returned.pop())
+
+                done, failure = attempt(run, who=name)
+                passed, failure = done if done else (None, failure)
                 if failure:
                     failed[name] = failure
                 elif repetition >= 0:
@@ -55,6 +76,15 @@ def interleaved(
     finally:
         gc.enable()
     return {name: summary(runs) for name, runs in seconds.items() if name not in failed}, failed
+
+
+def _keeping(phases: Phases, returned: list) -> Phases:
+    """The same call, which leaves in `returned` what it returned."""
+
+    def run():
+        returned.append((yield from phases()))
+
+    return run
 
 
 class ContextLost(RuntimeError):
@@ -111,7 +141,8 @@ def summary(runs: list[dict[str, float]]) -> dict[str, Times]:
 def _times(values: list[float]) -> Times:
     median = statistics.median(values)
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (median,) * 3
-    return Times(median, low, high, min(values), len(values))
+    orders = (statistics.median(values[::2]), statistics.median(values[1::2])) if len(values) > 1 else None
+    return Times(median, low, high, min(values), len(values), orders)
 
 
 def _cpu_clock(phases: Phases) -> dict[str, float]:

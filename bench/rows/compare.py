@@ -1,5 +1,6 @@
 """The table of one case: every contestant's times and memory, and their ratio to the frozen base and to PEFT's LoRA."""
 
+from ..measuring.profiler import profiled_seconds
 from .tables import mebibytes, milliseconds, ratio, table
 
 HEADER = ("contestant", "forward ms", "backward ms", "total ms", "± %", "min ms", "peak MiB", "× base", "× LoRA")
@@ -31,9 +32,13 @@ def group_table(group: dict[str, dict], tokens: int = 0, mark: str = "") -> str:
     """`group` holds a result by contestant, as `records` stores them. Below it stands why a contestant failed.
 
     One that is predicted to fail for its memory has a peak and no time.
-    With `tokens` per call there is a column of tokens a second. `mark` stands behind the names of the ratios.
+    With `tokens` per call there is a column of tokens a second; where kernels were profiled, one of their sum. `mark`
+    stands behind the names of the ratios.
     """
     base, lora = base_seconds(group), lora_seconds(group)
+    profiled = any(row.get("profile") for row in group.values())
+    named = [name + mark if name in RATIOS else name for name in HEADER]
+    header = (*named, *["tokens/s"] * bool(tokens), *["kernels ms"] * profiled)
     rows, notes = [], []
     for name, row in group.items():
         total = seconds(row)
@@ -53,9 +58,10 @@ def group_table(group: dict[str, dict], tokens: int = 0, mark: str = "") -> str:
             ]
         if tokens:
             cells.append(f"{tokens / total:.0f}" if total else "-")
+        if profiled:
+            cells.append(milliseconds(profiled_seconds(row)))
         rows.append((name, *cells))
-    header = [name + mark if name in RATIOS else name for name in HEADER]
-    return "\n".join([table((*header, "tokens/s") if tokens else header, rows), *notes])
+    return "\n".join([table(header, rows), *notes])
 
 
 def title(case: dict) -> str:

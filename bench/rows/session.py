@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch._dynamo
 
+from ..measuring import clocks
 from ..measuring.shapes import PRESETS, Preset
 from ..measuring.timing import ContextLost, attempt, release
 from .compare import title
@@ -50,8 +51,9 @@ class Session:
         self.records = Records(args.output or default_path(self.stamp), self.stamp)
         self._again = args.again
         self._deadline = time.monotonic() + 60 * args.minutes if args.minutes else None
-        self._left = self._failed = 0
+        self.left = self.failed = 0
         self._took: dict[str, float] = {}  # by command, the seconds of its last case
+        self.assumed = 0.0  # seconds of a command's first case
         where = {name: value for name, value in self.stamp.items() if value is not None}
         print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
 
@@ -60,8 +62,8 @@ class Session:
         if not self._again and self.records.has(command, case):
             print(f"held already: {command}, {title(case)}", flush=True)
             return True
-        if self._deadline and time.monotonic() + self._took.get(command, 0.0) > self._deadline:
-            self._left += 1
+        if self._deadline and time.monotonic() + self._took.get(command, self.assumed) > self._deadline:
+            self.left += 1
             return True
         return False
 
@@ -74,7 +76,7 @@ class Session:
         print(f"\n{title(case)}", flush=True)
         if self.preset.compiled:
             torch._dynamo.reset()  # what other cases compiled counts against the limit
-        started = time.monotonic()
+        started, before = time.monotonic(), clocks.read(self.device)
         try:
             results, failure = attempt(call)
         except ContextLost as lost:
@@ -82,8 +84,11 @@ class Session:
             print(f"the GPU's context was lost by {lost}; the same command continues with the next case")
             sys.exit(3)
         if failure:
-            self._failed += 1
+            self.failed += 1
             print(f"the case itself failed: {failure}", flush=True)
+        read = [before, clocks.read(self.device)] if before and not failure else None
+        for row in (results or {}).values() if read else ():
+            row["clocks"] = read
         self.records.add(command, case, results or {EVERYBODY: {"failed": failure}})
         release()
         self._took[command] = time.monotonic() - started
@@ -92,7 +97,7 @@ class Session:
 
     def finish(self) -> int:
         """The exit status, 1 if a case failed as a whole; says what is left."""
-        if self._left:
-            print(f"the time is over with {self._left} cases left; the same command continues")
+        if self.left:
+            print(f"the time is over with {self.left} cases left; the same command continues")
         print(f"results: {self.records.path}")
-        return int(self._failed > 0)
+        return int(self.failed > 0)
