@@ -75,7 +75,8 @@ def test_every_contestant_has_the_bases_products():
     linears = layers * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 128 * 64) + 128 * 64
     # Per head and row of the batch: two products, halved under the causal mask.
     attention = layers * 2 * 4 * (2 * 2 * 64 * 64 * 16) // 2
-    assert sums(base)["forward"][2] == 2 * tokens * linears + attention
+    # Older releases of transformers multiply rotary frequencies by positions in a GEMM: eight by 64.
+    assert sums(base)["forward"][2] - (2 * tokens * linears + attention) in (0, 2 * 8 * 64)
     assert sums(ours)["forward"][2] > sums(base)["forward"][2]
     names = {operation.name for operation in ours.parts["forward"]}
     assert names & {"merge_fused_kernel", "merge_scale_kernel", "rescale_fwd_kernel"}
