@@ -204,6 +204,8 @@ def _size(pointer) -> int:
 
 def _rate(a) -> str:
     """Which of a GPU's rates the launch's products run at."""
+    if a.DOT.in_pieces:
+        return "bf16x3"
     return "tf32x3" if a.DOT.input_precision == "tf32x3" else "fp64" if str(a.DOT.operand) == "fp64" else "bf16"
 
 

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from ..base_weights import Fp8Weight, Packed
-from .blocks import Matrix, addresses, lora_dot, offsets_2d
+from .blocks import Matrix, addresses, offsets_2d
 from .launch import TRITON_DTYPES
+from .lora_dot import lora_dot
 
 
 class Format(NamedTuple):
