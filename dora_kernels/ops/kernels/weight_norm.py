@@ -66,6 +66,12 @@ def weight_norm_config(
 
 
 @triton.jit
+def any_beyond_range(plain, mask_n):
+    """Whether a sum of squares, of those not masked, is too large or too small to be trusted; a NaN is neither."""
+    return tl.max((((plain > PLAIN_MAX) | (plain < PLAIN_MIN)) & mask_n).to(tl.int32), axis=0) > 0
+
+
+@triton.jit
 def sums_of_squares(
     w, a, b, scaling, offs_n, k_start, k_end, N, K, R, FORMAT: tl.constexpr, DOT: tl.constexpr, CONFIG: tl.constexpr
 ):
@@ -81,10 +87,10 @@ def sums_of_squares(
     plain = tl.sum(squares, axis=1)
     large, small = plain, plain
     if ACC == tl.float32:
-        is_large, is_small = plain > PLAIN_MAX, plain < PLAIN_MIN
         # Another part of the same rows may be large.
         large = plain * SCALE_DOWN * SCALE_DOWN
-        if tl.max(((is_large | is_small) & (offs_n < N)).to(tl.int32), axis=0) > 0:
+        if any_beyond_range(plain, offs_n < N):
+            is_large = plain > PLAIN_MAX
             scale = tl.where(is_large, SCALE_DOWN, SCALE_UP)
             squares = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
             for start in tl.range(k_start, k_end, BLOCK_K, num_stages=1):
@@ -116,14 +122,18 @@ def norm_and_scale(plain, large, small, magnitude, ACC: tl.constexpr):
 
 @triton.jit
 def sum_splits(partial_ptr, offs_n, mask_n, N, ACC: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The three sums of squares, each [BLOCK_N], from the partial sums [3, SPLITS, N]."""
+    """The three sums of squares, each [BLOCK_N], from the partial sums [3, SPLITS, N]; two only where one is beyond its
+    range."""
     plain = tl.zeros([BLOCK_N], dtype=ACC)
-    large = tl.zeros([BLOCK_N], dtype=ACC)
-    small = tl.zeros([BLOCK_N], dtype=ACC)
     for split in range(SPLITS):
         plain += tl.load(partial_ptr + split * N + offs_n, mask=mask_n, other=0.0)
-        large += tl.load(partial_ptr + (SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
-        small += tl.load(partial_ptr + (2 * SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
+    large, small = plain, plain
+    if ACC == tl.float32:
+        if any_beyond_range(plain, mask_n):
+            large, small = tl.zeros([BLOCK_N], dtype=ACC), tl.zeros([BLOCK_N], dtype=ACC)
+            for split in range(SPLITS):
+                large += tl.load(partial_ptr + (SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
+                small += tl.load(partial_ptr + (2 * SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
     return plain, large, small
 
 
