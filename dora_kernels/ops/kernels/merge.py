@@ -12,9 +12,9 @@ import triton.language as tl
 
 from ..base_weights import Packed, stored_rounding
 from ..types import NormScale, Rounding
-from .base_weight import WeightMemory, adapted_block, weight_arguments
+from .base_weight import WeightMemory, adapted_block, adapted_dot, weight_arguments
 from .blocks import Matrix, addresses
-from .launch import ALL_REGISTERS, contiguous, dot_of, signed32
+from .launch import ALL_REGISTERS, contiguous, signed32
 from .lora_dot import Dot, rank_block
 from .rounding import round_to
 from .weight_norm import empty_results, launch_weight_norm, norm_and_scale, sum_splits
@@ -111,7 +111,7 @@ def merge(
         return merged, norm_scale, cast_A
     acc, dithered = norm_scale.scale.dtype, stored_rounding(weight, rounding.mode) == "dithered"
     pointers, sizes = (*w, lora_A, lora_B, magnitude, merged, *norm_scale), (scaling, N, K, R, signed32(rounding.salt))
-    dot = dot_of(R, lora_A.dtype, lora_B.dtype, acc=acc, onto=weight.dtype)
+    dot = adapted_dot(weight, lora_A, lora_B, acc)
     partial, splits = None, 1
     if not given:
         partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale, cast_A, rounding)

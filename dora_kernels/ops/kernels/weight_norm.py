@@ -9,9 +9,9 @@ import triton.language as tl
 from ..base_weights import Packed
 from ..gpus import Gpu, gpu_of
 from ..types import NEAREST, NormScale, Rounding
-from .base_weight import WeightMemory, adapted_block, weight_arguments
+from .base_weight import WeightMemory, adapted_block, adapted_dot, weight_arguments
 from .blocks import Matrix, addresses
-from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, dot_of, signed32
+from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, signed32
 from .lora_dot import Dot, rank_block
 from .rounding import round_to
 
@@ -222,7 +222,7 @@ def launch_weight_norm(
     """
     (N, K), R, (norm, scale) = weight.shape, lora_A.shape[0], norm_scale
     w, weight_format = weight_arguments(weight)
-    dot = dot_of(R, lora_A.dtype, lora_B.dtype, acc=norm.dtype, onto=weight.dtype)
+    dot = adapted_dot(weight, lora_A, lora_B, norm.dtype)
     config = weight_norm_config(N, K, dot, gpu_of(weight), weight_format.straddles)
     splits = config.splits
     partial = torch.empty(3 * splits, N, dtype=norm.dtype, device=weight.device) if splits > 1 else None
