@@ -36,7 +36,7 @@ COPY, GEMM = "device copy", "GEMM"
 ROOF_BYTES, ROOF_FLOPS = 1 << 30, 1 << 40  # of a predicted copy and GEMM: any would do
 COPY_ELEMENTS, GEMM_SIDE = {"cuda": 1 << 28, "cpu": 1 << 22}, {"cuda": 8192, "cpu": 512}
 PLAUSIBLE = 1.05  # times the measured copy bandwidth
-SLOWER = {"bf16": 1, "tf32x3": 6, "fp32": 1, "fp64": 1}
+SLOWER = {"bf16": 1, "bf16x3": 3, "tf32x3": 6, "fp32": 1, "fp64": 1}
 """How many times longer than bf16's a product takes on a GPU. On a CPU all are fp32's, as the measured GEMM is."""
 
 

@@ -1,18 +1,16 @@
 """Times the choices that the engine's design rests on, each against its alternative, on the GPU at hand.
 
-Token against weight space, whose break-even `dispatch` predicts. Norm and merge in one launch, whose second read of W
-should hit L2, at several BLOCK_N, against two launches. What `addmm_` with beta = 1 costs. dx as one GEMM, with A in
-the tail of W's buffer, against two. A CUDA graph of a layer against its launches one by one. PEFT's norm by an identity
-matrix against its whole layer. Calls are interleaved and start from a cold L2 cache. On a CPU there are neither
-launches nor graphs: those two questions are left out.
+Token against weight space, whose break-even `dispatch` predicts. The norm, alone and with the merge, with an output
+feature's inputs in one part and in several. What `addmm_` with beta = 1 costs. dx as one GEMM, with A in the tail of
+W's buffer, against two. A CUDA graph of a layer against its launches one by one. PEFT's norm by an identity matrix
+against its whole layer. Calls are interleaved and start from a cold L2 cache. On a CPU there are neither launches nor
+graphs: those two questions are left out.
 """
 
 import argparse
-import importlib
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -101,21 +99,24 @@ def answers(results: dict[str, dict]) -> str:
     return table(("way", "ms", "× the first"), rows)
 
 
-def second_read(problem: Problem) -> Calls:
-    """Norm and merge: W is read twice either way, in one launch while it is in L2."""
-    module = importlib.import_module("dora_kernels.ops.kernels.merge")  # the package has a function of this name
-    factors = (problem.weight, problem.lora_A, problem.lora_B, problem.magnitude)
+def parts_of_the_norm(problem: Problem) -> Calls:
+    """Where programs share an output feature, the norm alone takes one launch more, and the merge adds up itself."""
+    factors = (problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, ALPHA_OVER_RANK)
 
-    def way(fused: bool, fields: dict[str, int] | None = None):
+    def way(merged: bool, splits: int):
         def call():
-            chosen = nullcontext() if fields is None else configured("weight_norm_config", fields)
-            with mock.patch.object(module, "fuses_norm", lambda *args: fused), chosen:
-                return kernels.merge(*factors, ALPHA_OVER_RANK, dtype=problem.x.dtype, **ROUNDED)
+            with configured("weight_norm_config", {"splits": splits}):
+                if merged:
+                    return kernels.merge(*factors, dtype=problem.x.dtype, **ROUNDED)[1]
+                return kernels.weight_norm(*factors)[0]
 
         return call
 
-    found = {"two launches": way(False), "one launch": way(True)}
-    return found | {f"one launch, BLOCK_N {n}": way(True, {"block_n": n}) for n in (16, 32, 64)}
+    return {
+        f"norm{' and merge' if merged else ''} in {splits}": way(merged, splits)
+        for merged in (False, True)
+        for splits in (1, 2, 4)
+    }
 
 
 def beta(problem: Problem) -> Calls:
@@ -200,7 +201,7 @@ def token_or_weight(problem: Problem) -> Calls:
 FORMS = "token or weight space"
 QUESTIONS = {
     FORMS: Question(token_or_weight),
-    "norm and merge, W from L2": Question(second_read, on_a_gpu=True),
+    "the norm in parts": Question(parts_of_the_norm, on_a_gpu=True),
     "addmm_ with beta = 1": Question(beta),
     "dx in one GEMM": Question(longer_gemm),
     # What a graph saves is the time of the CPU: without a head start it shows.

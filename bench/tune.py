@@ -26,7 +26,6 @@ from .offline import check_compilable, parse_capability
 
 CONFIGURED_BY = {
     "weight_norm": "weight_norm_config",
-    "merge_fused": "weight_norm_config",
     "merge_scale": "merge_config",
     "rescale_fwd": "rescale_fwd_config",
     "rescale_bwd": "rescale_bwd_config",

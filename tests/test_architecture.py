@@ -22,7 +22,7 @@ OPS_FLOORS = [
 ]
 # Device functions and launch data of the kernels need no reference.
 TWINS = ["base_weight", "cast", "merge", "rescale_bwd", "rescale_fwd", "rounding", "weight_norm"]
-NO_TWIN = {"__init__", "blocks", "launch"}
+NO_TWIN = {"__init__", "blocks", "launch", "lora_dot"}
 
 
 def parse(path):

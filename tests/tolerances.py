@@ -49,6 +49,12 @@ TWIN = {
     torch.bfloat16: 2e-3,
 }
 
+IN_PIECES = 2.0**-16
+"""Of ‖s B A‖: the error of n, and of a row of W', that products of fp32 factors in bf16 pieces may add. Each factor is
+cut into two pieces of 8 bits, so that a term errs by 2⁻¹⁷ of its size twice for what is left, and by up to 2⁻¹⁶ for the
+product of both lower pieces, which is left out; errors of a root mean square of 2⁻¹⁸ remain, of either sign. A 16-bit
+weight is 2⁷ or more times less exact."""
+
 SAME_FP32 = 1e-5
 """Two fp32 programs of one layer or model, relative: another engine, form, batch, or number of processes. Each order of
 a sum is worth some unit roundoffs (6e-8), and two layers pass through a hundred of them; for loss curves beside PEFT's

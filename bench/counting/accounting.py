@@ -1,8 +1,9 @@
 """What each Triton kernel of the engine reads, writes and multiplies, from the arguments of its launch alone.
 
 `loaded` counts every load, as the kernel's loops make them: what programs read again is served by the L2 cache where it
-fits. `unique` counts each element of an input once: what must come from memory. Both leave masked lanes out. A test
-holds loads and stores against those that the kernels make under the interpreter.
+fits. `unique` counts each element of an input once: what must come from memory. Both leave masked lanes out, and what
+is read only where a sum of squares has left fp32's range. A test holds loads and stores against those that the kernels
+make under the interpreter.
 """
 
 import inspect
@@ -108,21 +109,8 @@ def _weight_norm(a) -> Traffic:
 
 
 def _weight_norm_finish(a) -> Traffic:
-    loaded = 3 * a.SPLITS * a.N * _size(a.partial_ptr) + a.N * _size(a.m_ptr)
+    loaded = a.SPLITS * a.N * _size(a.partial_ptr) + a.N * _size(a.m_ptr)
     return Traffic(loaded, loaded, 2 * a.N * _size(a.norm_ptr))
-
-
-def _merge_fused(a) -> Traffic:
-    adapted = _adapted(a, programs_k=1, blocks_k=triton.cdiv(a.K, a.CONFIG.block_k))
-    cast_loaded, cast_stored = _cast(a)
-    magnitude = a.N * _size(a.m_ptr)
-    return adapted._replace(
-        # The second pass over the rows is what L2 is for.
-        loaded=2 * adapted.loaded + cast_loaded + magnitude,
-        unique=adapted.unique + magnitude,
-        stored=a.N * a.K * _size(a.merged_ptr) + 2 * a.N * _size(a.norm_ptr) + cast_stored,
-        flops=2 * adapted.flops,
-    )
 
 
 def _merge_scale(a) -> Traffic:
@@ -132,7 +120,7 @@ def _merge_scale(a) -> Traffic:
     if a.SPLITS == 1:
         vectors, kept = a.N * _size(a.scale_ptr), 0
     else:
-        vectors, kept = 3 * a.SPLITS * a.N * _size(a.partial_ptr) + a.N * _size(a.m_ptr), 2 * a.N * _size(a.norm_ptr)
+        vectors, kept = a.SPLITS * a.N * _size(a.partial_ptr) + a.N * _size(a.m_ptr), 2 * a.N * _size(a.norm_ptr)
     return adapted._replace(
         loaded=adapted.loaded + columns * vectors,
         unique=adapted.unique + vectors,
@@ -204,6 +192,8 @@ def _size(pointer) -> int:
 
 def _rate(a) -> str:
     """Which of a GPU's rates the launch's products run at."""
+    if a.DOT.in_pieces:
+        return "bf16x3"
     return "tf32x3" if a.DOT.input_precision == "tf32x3" else "fp64" if str(a.DOT.operand) == "fp64" else "bf16"
 
 
@@ -211,7 +201,6 @@ ACCOUNTS: dict[str, Callable[[SimpleNamespace], Traffic]] = {
     "_scaled_cast_kernel": _scaled_cast,
     "_weight_norm_kernel": _weight_norm,
     "_weight_norm_finish_kernel": _weight_norm_finish,
-    "_merge_fused_kernel": _merge_fused,
     "_merge_scale_kernel": _merge_scale,
     "_decode_kernel": _decode,
     "_rescale_fwd_kernel": _rescale_fwd,

@@ -47,7 +47,7 @@ class Roofs(NamedTuple):
     capability: tuple[int, int]
     bandwidth: float
     l2: float
-    flops: dict[str, float]  # by rate: bf16, tf32x3, fp32, fp64
+    flops: dict[str, float]  # by rate: bf16, bf16x3, tf32x3, fp32, fp64
     launch: float
     memory: float  # the data sheet's GB as GiB, which no card quite has: an H200 reports 139.8 of 141
     multiprocessors: int
@@ -98,8 +98,8 @@ def _roofs(
 ) -> Roofs:
     """Bandwidths in TB/s, the clock in GHz, FLOPs in TFLOP/s: bf16, tf32, fp32, fp64."""
     bf16, tf32, fp32, fp64 = (TERA * value for value in flops)
-    # fp32 accuracy on tensor cores takes three tf32 products.
-    rates = {"bf16": bf16, "tf32x3": tf32 / 3, "fp32": fp32, "fp64": fp64}
+    # Of fp32 factors: three products of their pieces.
+    rates = {"bf16": bf16, "bf16x3": bf16 / 3, "tf32x3": tf32 / 3, "fp32": fp32, "fp64": fp64}
     rest = (rates, LAUNCH, memory_gb * 2**30, multiprocessors, GIGA * clock, source)
     return Roofs(capability, TERA * bandwidth, TERA * l2, *rest)
 

@@ -187,17 +187,16 @@ def overhead_elements(
     def launch(moved: int, products: int = 0) -> float:
         return max(moved, product * products, shortest)
 
-    h, grad_h, grad_A = launch(mk), launch(mn), launch(mk)
+    h, grad_h, grad_A, norm = launch(mk), launch(mn), launch(mk), launch(nk, nk)
     if space == "token":
-        norm, rescale = launch(nk, nk), launch(2 * mn, mn)
-        forward = norm + h + rescale
+        forward = norm + h + launch(2 * mn, mn)
         # dZ and dm from dy and y; dh A, which the base's GEMM reads and adds to.
         backward = launch(3 * mn) + grad_h + grad_A + launch(mk) + mk
     else:
         # A bias that is added after the product was saved costs one more pass over the output. h, for dB alone, is made
         # in the backward, of A in x's dtype.
-        norm_and_merge, merge = launch(2 * nk, 2 * nk), launch(2 * nk, nk)
-        forward = norm_and_merge + (launch(2 * mn) if keeps_product else 0)
+        merge = launch(2 * nk, nk)
+        forward = norm + merge + (launch(2 * mn) if keeps_product else 0)
         backward = launch(0) + h + launch(2 * mn) + grad_h + grad_A + merge
     return forward + (backward if trains else 0)
 

@@ -74,28 +74,22 @@ def test_a_4_bit_layer(shape, nested, options):
 
 
 @pytest.mark.parametrize("rank", [5, 40], ids="r{}".format)
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "two launches"])
 @pytest.mark.parametrize("splits", [1, 3], ids=["whole rows", "split rows"])
-def test_every_form_of_norm_and_merge(monkeypatch, rank, fused, splits):
+def test_every_form_of_norm_and_merge(monkeypatch, rank, splits):
     """Small shapes choose one form; here each is forced."""
-    # By name: the package has functions of the same names.
-    weight_norm_module, merge_module = (
-        importlib.import_module(f"dora_kernels.ops.kernels.{name}") for name in ("weight_norm", "merge")
-    )
-    config = weight_norm_module.weight_norm_config
+    # By name: the package has a function of the same name.
+    module = importlib.import_module("dora_kernels.ops.kernels.weight_norm")
+    config = module.weight_norm_config
 
     def split(*args):
         return config(*args)._replace(splits=splits)
 
-    monkeypatch.setattr(weight_norm_module, "weight_norm_config", split)
-    monkeypatch.setattr(merge_module, "weight_norm_config", split)
-    monkeypatch.setattr(merge_module, "fuses_norm", lambda *args: fused and splits == 1)
+    monkeypatch.setattr(module, "weight_norm_config", split)
     problem = make_problem(9, 70, 600, rank, dtype=BF16, adapter_dtype=FP32)
     with count_bytes() as launches:
         for space in ("token", "weight"):
             solve(problem, space=space, impl="triton")
     names = held_to_the_interpreter(launches)
-    assert ("_merge_fused_kernel" in names) == (fused and splits == 1)
     assert ("_weight_norm_finish_kernel" in names) == (splits > 1)
 
 

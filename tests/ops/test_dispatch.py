@@ -90,18 +90,18 @@ def test_the_form_changes_at_most_once_with_the_tokens(shape, trains, rank, gpu)
 @pytest.mark.parametrize("shape", ["gate_up_proj", "down_proj"])
 def test_the_forward_breaks_even_where_the_bytes_do(shape, gpu):
     N, K = LLAMA[shape]
-    # N K + M K + 2 M N against 2 N K
-    even = N * K // (K + 2 * N)
+    # N K + M K + 2 M N against N K + 2 N K
+    even = 2 * N * K // (K + 2 * N)
     assert spaces([even, even + 1], (N, K), trains=False) == ["token", "weight"]
 
 
 @pytest.mark.parametrize("shape", LLAMA.values(), ids=LLAMA)
 def test_high_ranks_favour_the_form_with_fewer_products(shape, gpu):
-    """Products with W: one in token space, three in weight space; of 16-bit factors a sixth of the time."""
+    """Products with W: one in token space, three in weight space; of 16-bit factors half of the time."""
     tokens = range(1, 40000, 50)
     low, high, half = (
         spaces(tokens, shape, rank=rank, adapter_dtype=dtype).index("weight")
-        for rank, dtype in ((16, torch.float32), (384, torch.float32), (96, torch.bfloat16))
+        for rank, dtype in ((16, torch.float32), (384, torch.float32), (64, torch.bfloat16))
     )
     assert high > low == half
 

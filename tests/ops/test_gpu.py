@@ -142,7 +142,7 @@ def test_peak_memory_of_weight_space():
 @pytest.mark.parametrize("rank", [16, 64])
 @pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 def test_a_fresh_adapter_is_an_exact_no_op(layer, rank, space):
-    """m comes from the norm alone, n in weight space from norm and merge in one launch: g must still be exactly 1."""
+    """m comes from the norm alone, n in weight space from the merge, which adds up parts: g must still be exactly 1."""
     out_features, in_features = layer
     with torch.device("cuda"):
         linear = torch.nn.Linear(in_features, out_features, bias=False, dtype=torch.bfloat16)

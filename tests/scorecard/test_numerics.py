@@ -71,9 +71,9 @@ def test_the_shims_row_sees_the_stock_interpreter(case):
 def test_a_kernel_without_a_guarded_launch_is_named():
     launches = dict.fromkeys(buffers.kernels(), 1)
     assert buffers.judge([{"failed": None, "passed": 1, "launches": launches}]).met
-    launches.pop("_merge_fused_kernel")
+    launches.pop("_merge_scale_kernel")
     verdict = buffers.judge([{"failed": None, "passed": 1, "launches": launches}])
-    assert not verdict.met and "without _merge_fused_kernel" in verdict.measured
+    assert not verdict.met and "without _merge_scale_kernel" in verdict.measured
 
 
 def test_the_errors_row_names_what_misses():

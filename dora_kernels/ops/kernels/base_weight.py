@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from ..base_weights import Fp8Weight, Packed
-from .blocks import Matrix, addresses, lora_dot, offsets_2d
-from .launch import TRITON_DTYPES
+from .blocks import Matrix, addresses, offsets_2d
+from .launch import TRITON_DTYPES, dot_of
+from .lora_dot import Dot, lora_dot
 
 
 class Format(NamedTuple):
@@ -57,6 +58,12 @@ def weight_arguments(weight: torch.Tensor | Packed) -> tuple[WeightMemory, Forma
         WeightMemory(w.packed, w.absmax, w.code, *nested, w.shape[1] // 2, 1),
         Format(w.blocksize, w.nested_blocksize, not w.straddles, dtype),
     )
+
+
+def adapted_dot(weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, acc: torch.dtype) -> Dot:
+    """How B A is computed, to be added to W: a packed weight is coarser than one of 16 bits."""
+    onto = weight.dtype if isinstance(weight, torch.Tensor) else torch.bfloat16
+    return dot_of(lora_A.shape[0], lora_A.dtype, lora_B.dtype, acc=acc, onto=onto)
 
 
 @triton.jit

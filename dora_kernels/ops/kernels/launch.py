@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import rounding
-from .blocks import Dot
+from .lora_dot import Dot
 
 TRITON_DTYPES = {
     torch.float16: tl.float16,
@@ -16,18 +16,23 @@ TRITON_DTYPES = {
 }
 
 
-def dot_of(rank: int, *factors: torch.dtype, acc: torch.dtype) -> Dot:
-    """For a product of `factors` over the rank, accumulated in `acc`: 16-bit tensor cores where both factors are the
-    same 16-bit type, else fp32 at full precision through three tf32 products (plain tf32 would lose 13 bits), else
-    fp64."""
+def dot_of(rank: int, *factors: torch.dtype, acc: torch.dtype, onto: torch.dtype = torch.float32) -> Dot:
+    """For a product of `factors` over the rank, accumulated in `acc` and added to values that were rounded to `onto`.
+
+    16-bit tensor cores where both factors are the same 16-bit type, and, in bf16 pieces, where `onto` has 16 bits: its
+    own rounding is 2⁶ times the pieces' error or more. Elsewhere fp32 at full precision through three tf32 products
+    (plain tf32 would lose 13 bits), or fp64.
+    """
+    same = len(set(factors)) == 1 and factors[0] in (torch.float16, torch.bfloat16)
+    in_pieces = acc == torch.float32 and not same and onto.itemsize == 2
     if acc == torch.float64:
         precision = tl.float64, tl.float64, "ieee"
-    elif len(set(factors)) == 1 and factors[0] in (torch.float16, torch.bfloat16):
-        precision = tl.float32, TRITON_DTYPES[factors[0]], "ieee"
+    elif same or in_pieces:
+        precision = tl.float32, TRITON_DTYPES[factors[0] if same else torch.bfloat16], "ieee"
     else:
         precision = tl.float32, tl.float32, "tf32x3"
     block_r = rank_block_size(rank, acc.itemsize)
-    return Dot(*precision, block_r, rank <= block_r)
+    return Dot(*precision, block_r, rank <= block_r, in_pieces)
 
 
 def rank_block_size(rank: int, itemsize: int) -> int:

@@ -1,4 +1,8 @@
-"""W' = g ⊙ (W + s B A), rounded once: norm and rescale in one launch, or rescale alone where g is given."""
+"""W' = g ⊙ (W + s B A), rounded once, after the norm where g is not given.
+
+Norm and merge are two launches: in one, a program would keep its rows of W in L2 from pass to pass, in blocks so narrow
+that reading A again for each takes longer than reading W from memory twice.
+"""
 
 from typing import NamedTuple
 
@@ -7,21 +11,13 @@ import triton
 import triton.language as tl
 
 from ..base_weights import Packed, stored_rounding
-from ..gpus import Gpu, gpu_of
 from ..types import NormScale, Rounding
-from .base_weight import WeightMemory, adapted_block, weight_arguments
-from .blocks import Matrix, addresses, rank_block
-from .launch import ALL_REGISTERS, contiguous, dot_of, rank_block_size, signed32
+from .base_weight import WeightMemory, adapted_block, adapted_dot, weight_arguments
+from .blocks import Matrix, addresses
+from .launch import ALL_REGISTERS, contiguous, signed32
+from .lora_dot import Dot, rank_block
 from .rounding import round_to
-from .weight_norm import (
-    cast_strips,
-    empty_results,
-    launch_weight_norm,
-    norm_and_scale,
-    sum_splits,
-    sums_of_squares,
-    weight_norm_config,
-)
+from .weight_norm import empty_results, launch_weight_norm, norm_and_scale, sum_splits
 
 
 class MergeConfig(NamedTuple):
@@ -33,68 +29,19 @@ class MergeConfig(NamedTuple):
     num_stages: int
 
 
-def merge_config(rank: int, itemsize: int) -> MergeConfig:
-    """By rank and accumulator size."""
+def merge_config(dot: Dot, in_features: int) -> MergeConfig:
+    """By product, and whether rows start at aligned addresses."""
+    if dot.acc == tl.float64:
+        return MergeConfig(32, 32, num_warps=8, num_stages=2)
+    if dot.is_16_bit:
+        if in_features % 16:
+            # Each value read alone has an address of its own: larger blocks spill.
+            return MergeConfig(64, 64, num_warps=8, num_stages=2)
+        # At high ranks time goes into reading A and B again for each block.
+        block_n, num_warps = (64, 4) if dot.one_block else (128, 8)
+        return MergeConfig(block_n, 128, num_warps, num_stages=2)
     # With twice the rank in registers half the rows, or fp32 weights spill.
-    block_n, block_k = (32, 32) if itemsize == 8 else (64, 64) if rank_block_size(rank, itemsize) == 16 else (32, 64)
-    return MergeConfig(block_n, block_k, num_warps=8, num_stages=2)
-
-
-def fuses_norm(
-    out_features: int,
-    in_features: int,
-    rank: int,
-    itemsize: int,
-    weight_itemsize: float,
-    gpu: Gpu,
-    straddles: bool = False,
-) -> bool:
-    """Whether norm and rescale share a launch: only where a program's second read of its rows hits L2, and the rows
-    give every multiprocessor a program."""
-    config = weight_norm_config(out_features, in_features, rank, itemsize, gpu, straddles)
-    programs = triton.cdiv(out_features, config.block_n)
-    resident = min(programs, gpu.multiprocessors) * config.block_n * in_features * weight_itemsize
-    return config.splits == 1 and resident <= gpu.l2_bytes // 2
-
-
-@triton.jit
-def store_merged(merged_ptr, v, scale, offs_n, offs_k, N, K, salt, DITHERED: tl.constexpr):
-    """W' = g ⊙ V, rounded once."""
-    merged = round_to(v * scale[:, None], offs_n, offs_k, salt, merged_ptr.dtype.element_ty, DITHERED)
-    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-    tl.store(addresses(Matrix(merged_ptr, K, 1), offs_n, offs_k), merged, mask=mask)
-
-
-@triton.jit(do_not_specialize=["salt"])
-def _merge_fused_kernel(
-    # pointers and strides
-    w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, stride_wn, stride_wk,
-    a_ptr, b_ptr, m_ptr, merged_ptr, norm_ptr, scale_ptr, cast_ptr,
-    # sizes
-    scaling: tl.float64, N, K, R, salt,
-    # constexpr
-    CAST_MODE: tl.constexpr, DITHERED: tl.constexpr,
-    FORMAT: tl.constexpr, DOT: tl.constexpr, CONFIG: tl.constexpr,
-):  # fmt: skip
-    w = WeightMemory(w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, stride_wn, stride_wk)
-    a, b = Matrix(a_ptr, K, 1), Matrix(b_ptr, R, 1)
-    BLOCK_N: tl.constexpr = CONFIG.block_n
-    BLOCK_K: tl.constexpr = CONFIG.block_k
-    ACC: tl.constexpr = DOT.acc
-    scaling = tl.cast(scaling, ACC)
-    if CAST_MODE is not None:
-        cast_strips(a, Matrix(cast_ptr, K, 1), K, R, salt, BLOCK_K, DOT, CAST_MODE == "dithered")
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    plain, large, small = sums_of_squares(w, a, b, scaling, offs_n, 0, K, N, K, R, FORMAT, DOT, CONFIG)
-    magnitude = tl.load(m_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
-    norm, scale = norm_and_scale(plain, large, small, magnitude, ACC)
-    tl.store(norm_ptr + offs_n, norm, mask=mask_n)
-    tl.store(scale_ptr + offs_n, scale, mask=mask_n)
-    b_block = rank_block(b, offs_n, mask_n, 0, R, DOT)
-    for start in tl.range(0, K, BLOCK_K, num_stages=CONFIG.in_flight):
-        v = adapted_block(w, a, b, b_block, scaling, offs_n, start, N, K, R, FORMAT, DOT, BLOCK_K)
-        store_merged(merged_ptr, v, scale, offs_n, start + tl.arange(0, BLOCK_K), N, K, salt, DITHERED)
+    return MergeConfig(64 if dot.block_r == 16 else 32, 64, num_warps=8, num_stages=2)
 
 
 @triton.jit(do_not_specialize=["salt"])
@@ -113,22 +60,28 @@ def _merge_scale_kernel(
     BLOCK_K: tl.constexpr = CONFIG.block_k
     ACC: tl.constexpr = DOT.acc
     scaling = tl.cast(scaling, ACC)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    start_k = tl.program_id(1) * BLOCK_K
+    blocks_k = tl.maximum(tl.cdiv(K, BLOCK_K), 1)
+    # From the last row up: the norm has just read those, and they are in L2 still.
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    offs_n = block // blocks_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    start_k = block % blocks_k * BLOCK_K
     mask_n = offs_n < N
     b_block = rank_block(b, offs_n, mask_n, 0, R, DOT)
     v = adapted_block(w, a, b, b_block, scaling, offs_n, start_k, N, K, R, FORMAT, DOT, BLOCK_K)
     if SPLITS == 1:
         scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
     else:
-        # The norm's partial sums: each program of a row of the grid adds them alike, the first one keeps n and g.
+        # The norm's partial sums: each program of a row of blocks adds them alike, the first one keeps n and g.
         plain, large, small = sum_splits(partial_ptr, offs_n, mask_n, N, ACC, SPLITS, BLOCK_N)
         magnitude = tl.load(m_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
         norm, scale = norm_and_scale(plain, large, small, magnitude, ACC)
-        if tl.program_id(1) == 0:
+        if start_k == 0:
             tl.store(norm_ptr + offs_n, norm, mask=mask_n)
             tl.store(scale_ptr + offs_n, scale, mask=mask_n)
-    store_merged(merged_ptr, v, scale, offs_n, start_k + tl.arange(0, BLOCK_K), N, K, salt, DITHERED)
+    offs_k = start_k + tl.arange(0, BLOCK_K)
+    merged = round_to(v * scale[:, None], offs_n, offs_k, salt, merged_ptr.dtype.element_ty, DITHERED)
+    mask = mask_n[:, None] & (offs_k < K)[None, :]
+    tl.store(addresses(Matrix(merged_ptr, K, 1), offs_n, offs_k), merged, mask=mask)
 
 
 def merge(
@@ -144,7 +97,7 @@ def merge(
     A_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, NormScale, torch.Tensor | None]:
     """Twin of `reference.merge`."""
-    (N, K), R, gpu = weight.shape, lora_A.shape[0], gpu_of(weight)
+    (N, K), R = weight.shape, lora_A.shape[0]
     lora_A, lora_B = contiguous(lora_A), contiguous(lora_B)
     w, weight_format = weight_arguments(weight)
     given, cast_A = norm_scale is not None, None
@@ -158,24 +111,15 @@ def merge(
         return merged, norm_scale, cast_A
     acc, dithered = norm_scale.scale.dtype, stored_rounding(weight, rounding.mode) == "dithered"
     pointers, sizes = (*w, lora_A, lora_B, magnitude, merged, *norm_scale), (scaling, N, K, R, signed32(rounding.salt))
-    dot = dot_of(R, lora_A.dtype, lora_B.dtype, acc=acc)
-    shape = (N, K, R, acc.itemsize)
-    if not given and fuses_norm(*shape, weight.element_size(), gpu, weight_format.straddles):
-        config = weight_norm_config(*shape, gpu, weight_format.straddles)
-        _merge_fused_kernel[(triton.cdiv(N, config.block_n),)](
-            *pointers, lora_A if cast_A is None else cast_A, *sizes,
-            None if cast_A is None else rounding.mode, dithered, weight_format, dot, config,
-            num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
-        )  # fmt: skip
-        return merged, norm_scale, cast_A
+    dot = adapted_dot(weight, lora_A, lora_B, acc)
     partial, splits = None, 1
     if not given:
         partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale, cast_A, rounding)
-    config = merge_config(R, acc.itemsize)
+    config = merge_config(dot, K)
     # At least one program a row, which keeps n and g, even for K = 0.
-    _merge_scale_kernel[(triton.cdiv(N, config.block_n), max(1, triton.cdiv(K, config.block_k)))](
+    _merge_scale_kernel[(triton.cdiv(N, config.block_n) * max(1, triton.cdiv(K, config.block_k)),)](
         *pointers, norm_scale.scale if partial is None else partial, *sizes,
         splits, dithered, weight_format, dot, config,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
     )  # fmt: skip
     return merged, norm_scale, cast_A

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 
 from ..types import Rounding
-from .blocks import Matrix, addresses, lora_dot, rank_block
-from .launch import contiguous, dot_of, rank_block_size, signed32
+from .blocks import Matrix, addresses
+from .launch import contiguous, dot_of, signed32
+from .lora_dot import Dot, lora_dot, rank_block
 from .rounding import round_to
 
 
@@ -21,15 +22,20 @@ class RescaleFwdConfig(NamedTuple):
     num_stages: int
 
 
-def rescale_fwd_config(rank: int, itemsize: int, stored_itemsize: int, factor_itemsize: int) -> RescaleFwdConfig:
-    """By rank and the sizes of the accumulator, of what is stored, and of the wider of h and B."""
-    if itemsize == 8:
-        block_m, block_n = 32, 32
-    else:
-        # fp32 values take twice the registers: 64 tokens of them spill at ranks that 16 does not divide.
-        narrow = stored_itemsize == 4 or (factor_itemsize == 4 and rank > rank_block_size(rank, itemsize))
-        block_m, block_n = 32 if narrow else 64, 64
-    return RescaleFwdConfig(block_m, block_n, num_warps=8, num_stages=2)
+def rescale_fwd_config(dot: Dot, out_features: int, stored_itemsize: int, has_undropped: bool) -> RescaleFwdConfig:
+    """By product, whether rows start at aligned addresses, and how much of the outputs is held in registers."""
+    if dot.acc == tl.float64:
+        return RescaleFwdConfig(32, 32, num_warps=8, num_stages=2)
+    if dot.is_16_bit:
+        if out_features % 16:
+            # Each value read alone has an address of its own: larger blocks spill.
+            return RescaleFwdConfig(64 if dot.one_block else 32, 64, num_warps=8, num_stages=2)
+        # At high ranks time goes into reading h and B again for each block.
+        block_m, num_warps = (64, 4) if dot.one_block else (128, 8)
+        return RescaleFwdConfig(block_m, 64 if has_undropped else 128, num_warps, num_stages=2)
+    # fp32 values take twice the registers: 64 tokens of them spill at ranks that 16 does not divide.
+    block_m = 32 if stored_itemsize == 4 or not dot.one_block else 64
+    return RescaleFwdConfig(block_m, 64, num_warps=8, num_stages=2)
 
 
 @triton.jit(do_not_specialize=["salt"])
@@ -98,8 +104,8 @@ def rescale_fwd(
     if out.numel() == 0:
         return out
     dtype = mag_norm_scale.dtype
-    factor_itemsize = max(h.element_size(), lora_B.element_size())
-    config = rescale_fwd_config(R, dtype.itemsize, base_out.element_size(), factor_itemsize)
+    dot = dot_of(R, h.dtype, lora_B.dtype, acc=dtype, onto=base_out.dtype)
+    config = rescale_fwd_config(dot, N, base_out.element_size(), undropped is not None)
     other = base_out if undropped is None else undropped
     any_bias = contiguous(bias if base_bias is None else base_bias)
     _rescale_fwd_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
@@ -107,7 +113,7 @@ def rescale_fwd(
         scaling, M, N, R, signed32(rounding.salt),
         *base_out.stride(), *other.stride(), *out.stride(),
         bias is not None, base_bias is not None, undropped is not None, rounding.mode == "dithered",
-        dot_of(R, h.dtype, lora_B.dtype, acc=dtype), config,
+        dot, config,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return out

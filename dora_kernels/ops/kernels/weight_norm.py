@@ -9,13 +9,14 @@ import triton.language as tl
 from ..base_weights import Packed
 from ..gpus import Gpu, gpu_of
 from ..types import NEAREST, NormScale, Rounding
-from .base_weight import WeightMemory, adapted_block, weight_arguments
-from .blocks import Matrix, addresses, rank_block
-from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, dot_of, rank_block_size, signed32
+from .base_weight import WeightMemory, adapted_block, adapted_dot, weight_arguments
+from .blocks import Matrix, addresses
+from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, signed32
+from .lora_dot import Dot, rank_block
 from .rounding import round_to
 
-# Squares of fp32 numbers leave fp32's range below 1e-19 and above 1e19: two more sums of squares, scaled by powers of
-# two, are used where the plain one has left [2⁻⁸⁰, 2¹²⁰]. Other features keep the plain sum, bit for bit.
+# Squares of fp32 numbers leave fp32's range below 1e-19 and above 1e19: where the plain sum has left [2⁻⁸⁰, 2¹²⁰] a
+# second pass over the rows scales by a power of two. Other features keep the plain sum, bit for bit.
 SCALE_UP = tl.constexpr(2.0**80)
 SCALE_DOWN = tl.constexpr(2.0**-80)
 PLAIN_MIN = tl.constexpr(2.0**-80)
@@ -37,51 +38,68 @@ class WeightNormConfig(NamedTuple):
 
 
 def weight_norm_config(
-    out_features: int, in_features: int, rank: int, itemsize: int, gpu: Gpu, straddles: bool = False
+    out_features: int, in_features: int, dot: Dot, gpu: Gpu, straddles: bool = False
 ) -> WeightNormConfig:
     """By shape and architecture alone, so that summation order never depends on load. `straddles`: of NF4 whose blocks
     hold elements of two output features, read one by one."""
-    if itemsize == 8:
-        block_n, block_k, num_warps = 16, 32, 4
+    aligned, in_flight = in_features % 16 == 0, None
+    if dot.acc == tl.float64:
+        block_n, block_k, num_warps, in_flight = 16, 32, 4, 4 if dot.one_block else None
     elif straddles:
-        block_n, block_k, num_warps = 16, 64, 8
-    elif rank <= 32:
+        block_n, block_k, num_warps, in_flight = 16, 64, 8, 1 if dot.one_block else None
+    elif not dot.one_block:
+        # A is read again by each program: more features a program, fewer reads.
+        block_n, block_k, num_warps = 128 if dot.is_16_bit and aligned else 32, 64, 8
+    elif dot.is_16_bit and aligned:
+        block_n, block_k, num_warps, in_flight = 32, 128, 4, 3
+    else:
         # With more of the rank in registers, or rows that start at odd addresses and are read in narrow pieces: more
         # threads, and fewer blocks in flight, or they spill.
-        block_n, block_k, num_warps = 16, 128, 4 if rank <= 16 and in_features % 16 == 0 else 8
-    else:
-        # A is read again by each program: more features a program, fewer reads.
-        block_n, block_k, num_warps = 32, 64, 8
-    programs = triton.cdiv(out_features, block_n)
-    # A split of fewer than four blocks of K would be all launch overhead.
-    wanted, most = triton.cdiv(gpu.multiprocessors, max(1, programs)), max(1, in_features // (4 * block_k))
-    splits = 1 if programs >= gpu.multiprocessors else min(wanted, most, 16)
-    in_flight = None
-    if rank <= rank_block_size(rank, itemsize):
-        in_flight = 4 if num_warps == 4 else 3 if block_k == 128 else 1
+        small = dot.block_r == 16 and aligned
+        block_n, block_k, num_warps, in_flight = 16, 128, 4 if small else 8, 4 if small else 3
+    programs = max(1, triton.cdiv(out_features, block_n))
+    # Eight warps a multiprocessor, and no wave that is nearly empty. A split of fewer than four blocks of K would be
+    # all launch overhead.
+    wanted, most = 8 // num_warps * gpu.multiprocessors // programs, in_features // (4 * block_k)
+    splits = max(1, min(wanted, most, 16))
     return WeightNormConfig(block_n, block_k, splits, num_warps, num_stages=2, in_flight=in_flight)
+
+
+@triton.jit
+def any_beyond_range(plain, mask_n):
+    """Whether a sum of squares, of those not masked, is too large or too small to be trusted; a NaN is neither."""
+    return tl.max((((plain > PLAIN_MAX) | (plain < PLAIN_MIN)) & mask_n).to(tl.int32), axis=0) > 0
 
 
 @triton.jit
 def sums_of_squares(
     w, a, b, scaling, offs_n, k_start, k_end, N, K, R, FORMAT: tl.constexpr, DOT: tl.constexpr, CONFIG: tl.constexpr
 ):
-    """Over k_start … k_end: Σ v², Σ (v 2⁻⁸⁰)², Σ (v 2⁸⁰)², each [block_n]."""
+    """Over k_start … k_end: Σ v², Σ (v 2⁻⁸⁰)², Σ (v 2⁸⁰)², each [block_n]; the last where the first is small alone."""
     BLOCK_N: tl.constexpr = CONFIG.block_n
     BLOCK_K: tl.constexpr = CONFIG.block_k
     ACC: tl.constexpr = DOT.acc
-    plain = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
-    large = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
-    small = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     b_block = rank_block(b, offs_n, offs_n < N, 0, R, DOT)
+    squares = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     for start in tl.range(k_start, k_end, BLOCK_K, num_stages=CONFIG.in_flight):
         v = adapted_block(w, a, b, b_block, scaling, offs_n, start, N, K, R, FORMAT, DOT, BLOCK_K)
-        plain += v * v
-        if ACC == tl.float32:
-            down, up = v * SCALE_DOWN, v * SCALE_UP
-            large += down * down
-            small += up * up
-    return tl.sum(plain, axis=1), tl.sum(large, axis=1), tl.sum(small, axis=1)
+        squares += v * v
+    plain = tl.sum(squares, axis=1)
+    large, small = plain, plain
+    if ACC == tl.float32:
+        # Another part of the same rows may be large.
+        large = plain * SCALE_DOWN * SCALE_DOWN
+        if any_beyond_range(plain, offs_n < N):
+            is_large = plain > PLAIN_MAX
+            scale = tl.where(is_large, SCALE_DOWN, SCALE_UP)
+            squares = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
+            for start in tl.range(k_start, k_end, BLOCK_K, num_stages=1):
+                v = adapted_block(w, a, b, b_block, scaling, offs_n, start, N, K, R, FORMAT, DOT, BLOCK_K)
+                v *= scale[:, None]
+                squares += v * v
+            small = tl.sum(squares, axis=1)
+            large = tl.where(is_large, small, large)
+    return plain, large, small
 
 
 @triton.jit
@@ -104,14 +122,18 @@ def norm_and_scale(plain, large, small, magnitude, ACC: tl.constexpr):
 
 @triton.jit
 def sum_splits(partial_ptr, offs_n, mask_n, N, ACC: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The three sums of squares, each [BLOCK_N], from the partial sums [3, SPLITS, N]."""
+    """The three sums of squares, each [BLOCK_N], from the partial sums [3, SPLITS, N]; two only where one is beyond its
+    range."""
     plain = tl.zeros([BLOCK_N], dtype=ACC)
-    large = tl.zeros([BLOCK_N], dtype=ACC)
-    small = tl.zeros([BLOCK_N], dtype=ACC)
     for split in range(SPLITS):
         plain += tl.load(partial_ptr + split * N + offs_n, mask=mask_n, other=0.0)
-        large += tl.load(partial_ptr + (SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
-        small += tl.load(partial_ptr + (2 * SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
+    large, small = plain, plain
+    if ACC == tl.float32:
+        if any_beyond_range(plain, mask_n):
+            large, small = tl.zeros([BLOCK_N], dtype=ACC), tl.zeros([BLOCK_N], dtype=ACC)
+            for split in range(SPLITS):
+                large += tl.load(partial_ptr + (SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
+                small += tl.load(partial_ptr + (2 * SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
     return plain, large, small
 
 
@@ -200,7 +222,8 @@ def launch_weight_norm(
     """
     (N, K), R, (norm, scale) = weight.shape, lora_A.shape[0], norm_scale
     w, weight_format = weight_arguments(weight)
-    config = weight_norm_config(N, K, R, norm.element_size(), gpu_of(weight), weight_format.straddles)
+    dot = adapted_dot(weight, lora_A, lora_B, norm.dtype)
+    config = weight_norm_config(N, K, dot, gpu_of(weight), weight_format.straddles)
     splits = config.splits
     partial = torch.empty(3 * splits, N, dtype=norm.dtype, device=weight.device) if splits > 1 else None
     k_per_split = triton.cdiv(triton.cdiv(K, config.block_k), splits) * config.block_k
@@ -209,7 +232,7 @@ def launch_weight_norm(
         norm if partial is None else partial, lora_A if cast_A is None else cast_A,
         scaling, N, K, R, k_per_split, signed32(rounding.salt),
         None if cast_A is None else rounding.mode,
-        weight_format, dot_of(R, lora_A.dtype, lora_B.dtype, acc=norm.dtype), config,
+        weight_format, dot, config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
     )  # fmt: skip
     return partial, splits
