@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dora_kernels.ops import kernels, reference
 from dora_kernels.ops.gpus import DEFAULT_GPU
 from dora_kernels.ops.kernels.launch import dot_of
+from dora_kernels.ops.kernels.rescale_bwd import rescale_bwd_config
 from dora_kernels.ops.kernels.weight_norm import weight_norm_config
 from dora_kernels.ops.types import NEAREST, Rounding
 from tests.support.buffers import LAYOUTS, count_launches, guard_bands
@@ -228,6 +229,29 @@ def test_rescale_bwd_in_chunks(rank):
     needs = ALL_GRADIENTS
     arguments = (problem.grad_y, base_out, h, lora_B, _norm_scale(problem), problem.scaling)
     _compare("rescale_bwd", *arguments, saved_is="base", **needs, **ROUNDED)
+
+
+@pytest.mark.parametrize("out_features", [1024, 4096, 14336, 28672])
+def test_rescale_bwd_is_one_wave(out_features):
+    """Four programs run at once on each of 132 multiprocessors: none waits for another, and most places are taken."""
+    config = rescale_bwd_config(8192, out_features, 4, 2)
+    assert 3 * 132 < -(-out_features // config.block_n) * config.chunks <= 4 * 132
+
+
+def test_rescale_bwd_past_two_to_the_31(tmp_path):
+    """The second block of tokens begins 2³¹ elements behind the first, in a file with holes."""
+    M, N, stride, first = 34, 5, 2**26, 2**31
+    file = torch.from_file(str(tmp_path / "dy"), shared=True, size=first + M * stride, dtype=torch.bfloat16)
+    problem = make_problem(M, N, 3, 2, torch.bfloat16, torch.float32)
+    far = file.as_strided((M, N), (stride, 1), first).copy_(problem.grad_y)
+    needs = dict.fromkeys(ALL_GRADIENTS) | {"needs_base": True, "bias_dtype": torch.float32}
+    near, far = (
+        kernels.rescale_bwd(
+            grad_y, None, None, problem.lora_B, _norm_scale(problem), 1.0, saved_is="output", **needs, **ROUNDED
+        )[2:]
+        for grad_y in (problem.grad_y, far)
+    )
+    assert all(torch.equal(*pair) for pair in zip(near, far))
 
 
 @pytest.mark.parametrize("splits", [False, True], ids=["whole", "splits"])

@@ -27,16 +27,14 @@ class RescaleBwdConfig(NamedTuple):
     num_stages: int
 
 
-def rescale_bwd_config(
-    tokens: int, out_features: int, rank: int, itemsize: int, stored_itemsize: int
-) -> RescaleBwdConfig:
-    """By shape and types alone, so that the order of summation is fixed: about four programs for each of Hopper's 132
-    multiprocessors, none with fewer than 128 tokens."""
+def rescale_bwd_config(tokens: int, out_features: int, itemsize: int, stored_itemsize: int) -> RescaleBwdConfig:
+    """By shape and types alone, so that the order of summation is fixed: at most four programs, which run at once, for
+    each of Hopper's 132 multiprocessors, none with fewer than 128 tokens."""
     block_m, block_n = (32, 64) if itemsize < 8 else (16, 32)
-    wanted = triton.cdiv(4 * 132, triton.cdiv(out_features, block_n))
-    chunks = max(1, min(wanted, tokens // 128))
-    # A wider sum of products beside the other sums, or wider values: more threads, or they spill.
-    num_warps = 8 if rank_block_size(rank, itemsize) == 32 or stored_itemsize == 4 else 4
+    # Rounded down: a few programs more would run when all others are done.
+    chunks = max(1, min(4 * 132 // triton.cdiv(out_features, block_n), tokens // 128))
+    # Wider values, or rows that start at odd addresses, which take a pointer an element: more threads, or they spill.
+    num_warps = 8 if stored_itemsize == 4 or out_features % 16 else 4
     return RescaleBwdConfig(block_m, block_n, chunks, num_warps, num_stages=2)
 
 
@@ -77,20 +75,24 @@ def _rescale_bwd_kernel(
     if SAVED_HAS_BIAS:
         base_bias = tl.load(base_bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)
     end = tl.minimum((chunk + 1) * tokens_per_chunk, M)
+    # Pointers to the first tokens: those to others are one number away, not 64-bit products of each row.
+    rows = tl.arange(0, BLOCK_M)
+    dy_ptrs = addresses(Matrix(dy_ptr, stride_dm, stride_dn), rows, offs_n)
+    saved_ptrs = addresses(Matrix(saved_ptr, stride_sm, stride_sn), rows, offs_n)
+    h_ptrs = addresses(Matrix(h_ptr, R, 1), rows, offs_r)
+    dz_ptrs = addresses(Matrix(dz_ptr, N, 1), rows, offs_n)
     for start in tl.range(chunk * tokens_per_chunk, end, BLOCK_M, num_stages=3):
-        offs_m = start + tl.arange(0, BLOCK_M)
+        offs_m, first = start + rows, tl.cast(start, tl.int64)
         mask_m = offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
-        dy = tl.load(addresses(Matrix(dy_ptr, stride_dm, stride_dn), offs_m, offs_n), mask=mask, other=0.0)
+        dy = tl.load(dy_ptrs + first * stride_dm, mask=mask, other=0.0)
         if NEEDS.product:
-            mask_h = mask_m[:, None] & mask_r[None, :]
-            h = tl.load(addresses(Matrix(h_ptr, R, 1), offs_m, offs_r), mask=mask_h, other=0.0)
+            h = tl.load(h_ptrs + first * R, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
             dy_t = tl.trans(dy.to(OPERAND))
             product = tl.dot(dy_t, h.to(OPERAND), product, input_precision=PRECISION, out_dtype=ACC)
         grad = dy.to(ACC)
         if NEEDS.correlation:
-            saved = tl.load(addresses(Matrix(saved_ptr, stride_sm, stride_sn), offs_m, offs_n), mask=mask, other=0.0)
-            saved = saved.to(ACC)
+            saved = tl.load(saved_ptrs + first * stride_sm, mask=mask, other=0.0).to(ACC)
             if SAVED_HAS_BIAS:
                 saved -= base_bias[None, :]
             correlation += grad * saved
@@ -98,7 +100,7 @@ def _rescale_bwd_kernel(
             bias += grad
         if NEEDS.base:
             dz = round_to(grad * scale[None, :], offs_m, offs_n, salt, dz_ptr.dtype.element_ty, DITHERED)
-            tl.store(addresses(Matrix(dz_ptr, N, 1), offs_m, offs_n), dz, mask=mask)
+            tl.store(dz_ptrs + first * N, dz, mask=mask)
     # Partials are [chunks, N] and [chunks, N, R].
     row = chunk.to(tl.int64) * N + offs_n
     if NEEDS.correlation:
@@ -196,7 +198,7 @@ def rescale_bwd(
     grad_base = empty(needs_base, M, N, like=grad_y.dtype)
     if N == 0 or not (needs_sums or needs_base):
         return grad_magnitude, grad_B, grad_bias, grad_base
-    config = rescale_bwd_config(M, N, R, dtype.itemsize, grad_y.element_size())
+    config = rescale_bwd_config(M, N, dtype.itemsize, grad_y.element_size())
     correlation, bias = empty(needs_magnitude, config.chunks, N), empty(needs_bias, config.chunks, N)
     product = empty(fused_product, config.chunks, N, R)
     dot = dot_of(R, grad_y.dtype, h.dtype if fused_product else grad_y.dtype, acc=dtype)
