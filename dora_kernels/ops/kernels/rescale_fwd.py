@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..types import Rounding
 from .blocks import Matrix, addresses
-from .launch import contiguous, dot_of, signed32
+from .launch import ALL_REGISTERS, contiguous, dot_of, signed32
 from .lora_dot import Dot, lora_dot, rank_block
 from .rounding import round_to
 
@@ -114,6 +114,6 @@ def rescale_fwd(
         *base_out.stride(), *other.stride(), *out.stride(),
         bias is not None, base_bias is not None, undropped is not None, rounding.mode == "dithered",
         dot, config,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
     )  # fmt: skip
     return out
