@@ -59,21 +59,38 @@ def _probe(model: nn.Module) -> Probe:
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _undisturbed():
             twin = valueless(model, like)
-            inputs = inputs_of(twin)
+            candidates = inputs_of(twin)
             watch.start(twin, [path for path in layers if not any(path.startswith(f"{r}.") for r in like)])
             with Undecided(), watch:
-                with torch.enable_grad():
-                    twin.train()(**inputs)
-                with torch.no_grad():
-                    twin.eval()(**inputs)
+                stopped = _run(twin, candidates)
     except Exception as error:  # Whatever a model does to tensors without values.
-        stopped = f"{type(error).__name__}: {error}".partition("\n")[0]
+        stopped = _in_one_line(error)
     seen, written = {path: _path_of_first(path, like) for path in layers}, watch.written()
     return Probe(
         {path: watch.reads[first] for path, first in seen.items() if first in watch.reads},
         frozenset(path for path, first in seen.items() if first in written),
         stopped,
     )
+
+
+def _run(model: nn.Module, candidates: list[dict[str, torch.Tensor]]) -> str | None:
+    """Calls the model in both modes, with the first inputs that it takes. Returns why it took none."""
+    reasons = []
+    for inputs in candidates:
+        try:
+            with torch.enable_grad():
+                model.train()(**inputs)
+            with torch.no_grad():
+                model.eval()(**inputs)
+        except Exception as error:
+            reasons.append(_in_one_line(error))
+        else:
+            return None
+    return reasons[0]
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def _path_of_first(path: str, like: dict[str, str]) -> str:

@@ -9,8 +9,8 @@ TOKENS = 8
 SAMPLES = 16_000  # a second of sound
 
 
-def inputs_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The arguments of a forward, of batch size 1.
+def inputs_of(model: nn.Module) -> list[dict[str, torch.Tensor]]:
+    """The arguments of a forward, of batch size 1: the model's main input, then all of its inputs that are known here.
 
     Raises:
         ValueError: the model's kind of input is not known here.
@@ -18,13 +18,13 @@ def inputs_of(model: nn.Module) -> dict[str, torch.Tensor]:
     main = getattr(model, "main_input_name", None)
     if main not in MAKERS:
         raise ValueError(f"inputs for {type(model).__name__} are not known")
-    names = inspect.signature(model.forward).parameters
-    config = model.config
-    wanted = {main}
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
-        wanted.add("decoder_input_ids")
-    required = [name for name, p in names.items() if p.default is p.empty and name in MAKERS]
-    return {name: MAKERS[name](config) for name in wanted | set(required)}
+    parameters, config = inspect.signature(model.forward).parameters, model.config
+    known = [name for name in parameters if name in MAKERS]
+    required = {main, *(name for name in known if parameters[name].default is inspect.Parameter.empty)}
+    if config.is_encoder_decoder:
+        required |= {"decoder_input_ids"} & set(known)
+    tries = [required] if required == set(known) else [required, known]
+    return [{name: MAKERS[name](config) for name in names} for names in tries]
 
 
 def _tokens(config):

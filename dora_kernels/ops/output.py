@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+NOTHING = torch.empty(0)
+"""May take the place of any tensor's data. A fresh one would cost each call microseconds."""
+
 
 @dataclass
 class OutputUse:
@@ -18,7 +21,7 @@ class WriteCounter:
     def __init__(self, tensor: torch.Tensor):
         # `detach` shares the tensor's counter, and an alias that is given other data keeps it.
         self._alias = tensor.detach()
-        self._alias.data = tensor.new_empty(0)
+        self._alias.data = NOTHING if type(tensor) is torch.Tensor and not tensor.is_meta else tensor.new_empty(0)
         self._start = self._alias._version
 
     @property

@@ -145,9 +145,16 @@ def values_that_decide():
     return model
 
 
+def two_inputs():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = {**sizes, "vocab_size": VOCAB}, {**sizes, "image_size": 8, "patch_size": 4}
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision))
+
+
 @pytest.mark.parametrize(
     "build",
     [
+        two_inputs,
         quantised,
         bfloat16_experts,
         values_that_decide,
@@ -155,7 +162,7 @@ def values_that_decide():
         lambda: dk.apply_dora(llama(torch.bfloat16), dk.DoraConfig(r=2)),
         lambda: peft.get_peft_model(llama(), peft.LoraConfig(r=2, use_dora=True)).get_base_model(),
     ],
-    ids=["quantised", "experts", "values", "bf16", "ours", "pefts"],
+    ids=["two_inputs", "quantised", "experts", "values", "bf16", "ours", "pefts"],
 )
 def test_models_that_are_seen_whole(build):
     assert probe(build()).stopped is None
