@@ -35,6 +35,7 @@ CASES = {
     "bf16 A": (_bf16, 17, BF16, FP32),
     "bf16 B": (_bf16, 17, FP32, BF16),
     "fp16 A and bf16 B": (_bf16, 17, FP16, BF16),
+    "bf16 A and fp16 B": (_bf16, 17, BF16, FP16),
     "fp16 B": (_fp16, 17, FP32, FP16),
 }
 

@@ -53,13 +53,15 @@ def dot_in_pieces(left, right, product):
     if left.dtype == tl.bfloat16:
         high, rest = first_piece(right)
         middle, low = first_piece(rest)
-        product = tl.dot(left, low.to(tl.bfloat16), product, input_precision="ieee")
+        if right.dtype == tl.float32:  # an fp16 number is two pieces
+            product = tl.dot(left, low.to(tl.bfloat16), product, input_precision="ieee")
         product = tl.dot(left, middle, product, input_precision="ieee")
         product = tl.dot(left, high, product, input_precision="ieee")
     elif right.dtype == tl.bfloat16:
         high, rest = first_piece(left)
         middle, low = first_piece(rest)
-        product = tl.dot(low.to(tl.bfloat16), right, product, input_precision="ieee")
+        if left.dtype == tl.float32:
+            product = tl.dot(low.to(tl.bfloat16), right, product, input_precision="ieee")
         product = tl.dot(middle, right, product, input_precision="ieee")
         product = tl.dot(high, right, product, input_precision="ieee")
     else:
