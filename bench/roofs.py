@@ -74,7 +74,7 @@ def measure(device: torch.device, repetitions: int) -> dict[str, dict]:
 def measured_roofs(group: dict[str, dict], assumed: Roofs) -> Roofs:
     """What a prediction takes; where a roof was not measured, what `assumed` has."""
     flops = dict(assumed.flops)
-    for name, rate, products in ((GEMM, "bf16", 1), (TF32, "tf32x3", 3), (FP32, "fp32", 1)):
+    for name, rate, products in ((GEMM, "bf16", 1), (GEMM, "bf16x3", 3), (TF32, "tf32x3", 3), (FP32, "fp32", 1)):
         if time := seconds(group.get(name)):
             flops[rate] = sum(group[name]["flops"].values()) / time / products
     launch = seconds(group.get(LAUNCH))

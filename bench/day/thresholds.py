@@ -2,9 +2,8 @@
 
 WEIGHT_SPACE_FACTOR: the factor on weight space's predicted overhead with which `dispatch`'s choices lose least time,
 over the cases in which both forms were timed. RANK_PER_BYTE: the rank at which an element of s·B·A takes as long as a
-byte, from the fastest product in fp32 precision that our kernels reached. HALF_PRODUCT_SPEEDUP: a GEMM in tf32, three
-times, over one in bf16. SHORTEST_LAUNCH: elements of 2 bytes that move in the time of the shortest launch. Nothing is
-changed: a person reads them and changes the file.
+byte, the median over norm, merge and rescale at long ranks. SHORTEST_LAUNCH: elements of 2 bytes that move in the time
+of the shortest launch. Nothing is changed: a person reads them and changes the file.
 """
 
 import itertools
@@ -26,6 +25,8 @@ from .folder import RESULTS, THRESHOLDS, Folder
 from .step import Done
 
 LONG_RANK = 64  # from which the product takes the time, not the bytes
+PRODUCTS = ("weight_norm", "merge", "rescale_fwd")
+"""Operations that form s·B·A or its like."""
 
 
 class Timed(NamedTuple):
@@ -67,7 +68,6 @@ def propose(found: list[dict[str, dict]], device: str, capability: tuple[int, in
         "capability": list(capability),
         "WEIGHT_SPACE_FACTOR": weight_space_factor(list(timed(found)), capability),
         "RANK_PER_BYTE": rank_per_byte(found),
-        "HALF_PRODUCT_SPEEDUP": half_product_speedup(found),
         "SHORTEST_LAUNCH": shortest_launch(found),
         "roofs": {roof: correction._asdict() for roof, correction in wrong.items()},
     }
@@ -113,7 +113,7 @@ def weight_space_factor(cases: list[Timed], capability: tuple[int, int]) -> dict
 
 
 def rank_per_byte(found: Iterable[dict[str, dict]]) -> dict | None:
-    """From the rates that our kernels' products in three tf32 products reached at long ranks."""
+    """From the rates that products of fp32 factors reached at long ranks."""
     rates = []
     for group in found:
         first = next(iter(group.values()))
@@ -121,23 +121,14 @@ def rank_per_byte(found: Iterable[dict[str, dict]]) -> dict | None:
             continue
         copied = kernels.bandwidth(group.get(kernels.COPY))
         rates += [
-            row["flops"]["tf32x3"] / time / copied
-            for row in group.values()
-            if copied and "launches" in row and "tf32x3" in row["flops"] and (time := seconds(row))
+            sum(group[name]["flops"].values()) / time / copied
+            for name in PRODUCTS
+            if copied and (time := seconds(group.get(name)))
         ]
     if not rates:
         return None
     # Two operations for each element and unit of rank.
-    return {"today": gpus.RANK_PER_BYTE, "proposed": max(rates) / 2, "operations": len(rates)}
-
-
-def half_product_speedup(found: Iterable[dict[str, dict]]) -> dict | None:
-    """From the measured GEMMs, which are of one size."""
-    for group in found:
-        half, tf32 = seconds(group.get(kernels.GEMM)), seconds(group.get(roofs.TF32))
-        if half and tf32:
-            return {"today": gpus.HALF_PRODUCT_SPEEDUP, "proposed": 3 * tf32 / half}
-    return None
+    return {"today": gpus.RANK_PER_BYTE, "proposed": statistics.median(rates) / 2, "operations": len(rates)}
 
 
 def shortest_launch(found: Iterable[dict[str, dict]]) -> dict | None:

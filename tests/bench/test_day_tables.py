@@ -92,23 +92,23 @@ def test_the_other_constants_come_from_rates():
     total = {"seconds": {"total": {"median": 1e-3}}}
     case = {"rank": 384, "dtype": "bf16"}
     copy = {"command": "kernels", "case": case, "memory_bytes": 4 * 10**9, **total}
-    merge = {"command": "kernels", "case": case, "launches": [], "flops": {"tf32x3": 10**11}, **total}
-    assert thresholds.rank_per_byte([{kernels.COPY: copy, "merge": merge}])["proposed"] == pytest.approx(12.5)
+    merge = {"command": "kernels", "case": case, "launches": [], "flops": {"bf16x3": 10**11}, **total}
+    group = {kernels.COPY: copy, "merge": merge, "weight_norm": merge | {"flops": {"tf32x3": 2 * 10**11}}}
+    assert thresholds.rank_per_byte([group])["proposed"] == pytest.approx((12.5 + 25) / 2)
     launch = {"command": "roofs", "case": {}, "seconds": {"total": {"median": 3e-6 * roofs.IN_A_ROW}}}
     found = thresholds.shortest_launch([{kernels.COPY: copy, roofs.LAUNCH: launch}])
     assert found["proposed"] == pytest.approx(6e6)
-    gemms = {kernels.GEMM: total, roofs.TF32: {"seconds": {"total": {"median": 2e-3}}}}
-    assert thresholds.half_product_speedup([{kernels.COPY: copy}, gemms])["proposed"] == pytest.approx(6)
-    for propose in (thresholds.rank_per_byte, thresholds.half_product_speedup, thresholds.shortest_launch):
-        assert propose([]) is None
+    assert thresholds.rank_per_byte([]) is None and thresholds.shortest_launch([]) is None
 
 
 def test_a_measured_roof_replaces_an_assumed_one():
     total = {"seconds": {"total": {"median": 1e-3}}}
     group = {kernels.COPY: {"memory_bytes": 3 * 10**9, **total}, roofs.TF32: {"flops": {"tf32": 3 * 10**11}, **total}}
+    group[kernels.GEMM] = {"flops": {"bf16": 6 * 10**11}, **total}
     found = roofs.measured_roofs(group, H200)
     assert found.bandwidth == pytest.approx(3e12) and found.flops["tf32x3"] == pytest.approx(1e14)
-    assert found.flops["bf16"] == H200.flops["bf16"] and found.launch == H200.launch
+    assert found.flops["bf16"] == pytest.approx(6e14) and found.flops["bf16x3"] == pytest.approx(2e14)
+    assert found.flops["fp32"] == H200.flops["fp32"] and found.launch == H200.launch
 
 
 def suite(**outcomes):
