@@ -146,10 +146,7 @@ def test_every_branch_of_cuda_was_asked(day):
     assert needed <= asked, needed - asked
 
 
-def test_a_day_that_is_over_runs_nothing_and_its_report_is_written_again_by_four_roofs(day):
-    before = (day.out / RESULTS).read_bytes()
-    assert start(day.out).wait() == 1
-    assert (day.out / RESULTS).read_bytes() == before
+def test_the_report_is_written_again_by_four_roofs(day):
     again = [sys.executable, "-m", "bench", "day", "--report", "--out", str(day.out)]
     compiling = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(again, cwd=ROOT, env=compiling, capture_output=True, text=True)
