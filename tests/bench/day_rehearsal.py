@@ -115,6 +115,8 @@ def test_another_slice_goes_on_where_the_last_was_killed(day):
     assert day.killed["running"]["step"] == KILLED
     for step in STEPS:
         assert (f"== {step}: " in day.log) is (step in STEPS[STEPS.index(KILLED) :]), step
+    cost = day.log.partition(f"== {KILLED}: ")[2].splitlines()[1]
+    assert cost.lstrip().startswith("1 cases of"), "the one that was killed is left"
 
 
 def test_what_went_wrong_is_said(day):
