@@ -28,11 +28,11 @@ class DaySession(Session):
 
     def measure(self, command, case, call):
         known = self.day.folder.step(self.step.name)
-        known["cases"] += 1
         self.day.folder.begin(self.step.name, command, case)
         if self.day.rehearsed:
-            rehearsal.plan_faults(self.step.name, known["cases"])
+            rehearsal.plan_faults(self.step.name, known["cases"] + 1)
         found = super().measure(command, case, call)
+        known["cases"] += 1
         self.day.folder.end()
         return found
 

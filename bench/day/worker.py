@@ -136,7 +136,9 @@ def record_death(day: Day) -> None:
         why = f"the process died or was ended after {time.time() - running['since']:.0f} s"
         records.add(running["command"], running["case"], {EVERYBODY: {"failed": why}})
     day.folder.state["deaths"].append(running)
-    day.folder.step(step.name)["failed"] += 1
+    known = day.folder.step(step.name)
+    known["cases"] += 1
+    known["failed"] += 1
     day.folder.end()
 
 

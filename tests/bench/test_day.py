@@ -102,6 +102,7 @@ def test_a_case_that_took_its_process_with_it_is_a_row_and_not_tried_again(tmp_p
     assert row["case"] == case and "the process died" in row["failed"]
     state = json.loads((tmp_path / STATE).read_text())
     assert state["running"] is None and state["deaths"][0]["step"] == "layer" and state["steps"]["layer"]["failed"] == 1
+    assert state["steps"]["layer"]["cases"] == 1
     worker.record_death(day)
     assert len(read_rows([tmp_path / folder.RESULTS])) == 1
 
