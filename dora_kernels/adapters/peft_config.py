@@ -2,16 +2,15 @@
 
 import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import nn
 
 from ..config import DoraConfig
-from ..models.modules import dora_layers
+from ..models.modules import dora_layers, listed
+from ..models.peft_names import misread_by_peft
 from ..models.targets import is_all_linear
 
 CONFIG_NAME = "adapter_config.json"
@@ -94,42 +93,13 @@ def write_config(fields: dict, directory: Path) -> None:
         config.save_pretrained(str(directory))
 
 
-def warn_of_peft(model: nn.Module, directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Warns where the installed PEFT cannot load the adapter that is written to `directory`; `tensors` by PEFT's keys.
-
-    PEFT converts what older releases of transformers named otherwise. In some families it takes today's names for old
-    ones: dense layers ("gate_proj") for experts that are fused now, for which it has no DoRA, or a part of a path
-    ("shared_experts.") for one that was renamed since, after which the tensor fits nowhere.
-    """
-    try:
-        from peft import LoraConfig
-        from peft.utils import transformers_weight_conversion as conversion
-    except ImportError:
-        return
-    config = LoraConfig.from_pretrained(str(directory))
-    written = {key: tensor.to("meta") for key, tensor in tensors.items()}
-    try:
-        conversion.convert_peft_config_for_transformers(config, model, conversions=None)
-        experts = bool(config.target_parameters)
-        read = (
-            written if experts else conversion.convert_peft_adapter_state_dict_for_transformers(model, config, written)
-        )
-    except ValueError:
-        experts, read = True, {}
-    except (AttributeError, TypeError):  # PEFT's functions take other arguments now: what they would do is not known
-        return
-    family = getattr(getattr(model, "config", None), "model_type", None)
-    if experts:
+def warn_of_misread(model: nn.Module) -> None:
+    """Warns of adapted layers whose tensors the installed PEFT cannot load."""
+    if misread := misread_by_peft(model, dora_layers(model)):
         warnings.warn(
-            f"the installed PEFT cannot load this adapter: in a {family} model it takes the names of adapted dense "
-            "layers for the fused experts, which it cannot adapt with DoRA; dora_kernels.load_adapter reads it, and "
-            "leaving gate_proj, up_proj and down_proj out of `target_modules` avoids it",
-            stacklevel=3,
-        )
-    elif renamed := written.keys() - read.keys():
-        warnings.warn(
-            f"the installed PEFT cannot load {len(renamed)} tensors of this adapter: in a {family} model it renames "
-            f"{min(renamed)}, as it would in a file of its own; dora_kernels.load_adapter reads them all",
+            f"the installed PEFT cannot load the adapters of {len(misread)} layers ({listed(misread)}): in a "
+            f"{model.config.model_type} model it takes their names for what older releases called so; "
+            "dora_kernels.load_adapter reads them all",
             stacklevel=3,
         )
 

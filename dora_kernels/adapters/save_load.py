@@ -28,7 +28,7 @@ from .peft_config import (
     WEIGHTS_NAME,
     adapter_fields,
     read_config,
-    warn_of_peft,
+    warn_of_misread,
     without_absent_modules,
     write_config,
 )
@@ -63,6 +63,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
     check_not_sharded(_adapter_tensors(model).items())
     check_finite(dora_layers(model))
     warn_of_statistics(model, find_saved(model, model.dora_config))
+    warn_of_misread(model)
     parameters = _adapter_tensors(model) | resized_embeddings(model)
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in parameters.items()}
     spelled = {PREFIX + stored_key(key, compat): tensor for key, tensor in tensors.items()}
@@ -73,7 +74,6 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=directory) as temporary:
         staged = Path(temporary)
         write_config(adapter_fields(model), staged)
-        warn_of_peft(model, staged, spelled)
         header = {"format": "pt"} | digests(tensors, read_config(staged))
         save_with_header(spelled, staged / WEIGHTS_NAME, header)
         move_files(staged, directory, (CONFIG_NAME, WEIGHTS_NAME))

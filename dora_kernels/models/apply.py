@@ -22,6 +22,7 @@ from .first_step import warn_after_first_step
 from .hooks import add_hooks
 from .lost_state import batches_seen, warn_when_saved
 from .modules import check_model, check_not_sharded, dora_layers, listed, replace_module
+from .peft_names import misread_by_peft
 from .targets import find_saved, find_targets, is_all_linear, rank_and_alpha
 
 
@@ -89,11 +90,16 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
     targets = find_targets(model, config)
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     reasons, left_out, seen = {}, {}, probe(model)
+    misread = misread_by_peft(model, targets) if is_all_linear(config.target_modules) else ()
     for path, module in targets.items():
         if paths[id(module)] > 1:
             reasons[path] = "is used in several places under several names"
         elif reason := why_not_class(module) or why_not_called(model, path) or _why_passed_by(seen, path):
             (left_out if is_all_linear(config.target_modules) else reasons)[path] = reason
+        elif path in misread:
+            left_out[path] = (
+                "has a name that PEFT takes for another: named in `target_modules` it trains, for this library alone"
+            )
         elif reason := why_not(module) or why_overwritten(model, path):
             reasons[path] = reason
     if left_out and len(left_out) == len(targets):

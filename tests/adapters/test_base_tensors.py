@@ -171,7 +171,9 @@ def test_a_speech_models_adapter_runs_in_peft(tmp_path):
         assert_same(loaded(**inputs).logits, model(**inputs).logits)
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "gate_proj", "up_proj"], ["q_proj"]], ids=["dense MLP", "attention"])
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "gate_proj", "up_proj"], ["q_proj"], "all-linear"], ids=["dense MLP", "attention", "all"]
+)
 def test_where_peft_takes_dense_layers_for_experts_it_is_said(targets, tmp_path):
     config = Glm4MoeConfig(
         **{"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
@@ -190,7 +192,9 @@ def test_where_peft_takes_dense_layers_for_experts_it_is_said(targets, tmp_path)
         warnings.simplefilter("always")
         dk.save_adapter(model, tmp_path)
     assert torch.equal(logits(dk.load_adapter(experts(), tmp_path)), logits(model))
-    if any("PEFT cannot load this adapter" in str(warning.message) for warning in caught):
+    adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, dk.DoraLinear)}
+    assert ("gate_proj" in adapted) == ("gate_proj" in targets), "all-linear leaves it out"
+    if any("PEFT cannot load the adapters of 4 layers" in str(warning.message) for warning in caught):
         with pytest.raises(ValueError, match="does not work with use_dora=True"):
             peft.PeftModel.from_pretrained(experts(), tmp_path)
         assert "gate_proj" in targets

@@ -4,20 +4,21 @@ import pytest
 
 from tests.scorecard import families
 
-FAMILIES = {
-    "decoder llama": False,
-    "decoder glm4_moe": True,  # PEFT takes its dense layers for experts
-    "decoder laguna": True,  # PEFT renames what has its new name already
-    "decoder qwen3_next": True,
-    "encoder modernbert": False,
-    "encoder-decoder bart": False,
-    "vision resnet": False,  # batch statistics, and one linear layer
-    "vision dinov2": False,
-    "vision-language llava_onevision": False,
-    "speech wav2vec2": False,
-}
+FAMILIES = (
+    "decoder llama",
+    "decoder falcon",  # writes over outputs in place
+    "decoder glm4_moe",  # PEFT would take its dense layers for experts
+    "decoder laguna",  # PEFT would rename what has its new name already
+    "decoder qwen3_next",
+    "encoder modernbert",
+    "encoder-decoder bart",
+    "vision resnet",  # batch statistics, and one linear layer
+    "vision dinov2",
+    "vision-language llava_onevision",
+    "speech wav2vec2",
+)
 
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_a_family(case):
-    assert families.run(case) == {"unreadable": FAMILIES[case]}
+    assert families.run(case) == {"unreadable": False}
