@@ -8,9 +8,9 @@ is counted apart, and one whose adapter the installed PEFT cannot load, of which
 from .row import Record, Row, Verdict, failures
 
 LEAST = 100
-SAME, GRADIENT, MERGED = 2e-5, 1e-3, 2e-4
-"""Relative differences in fp32, many layers deep: of the same adapter in other hands; of its gradients, relative to the
-largest; and of a merged weight, which is rounded once more."""
+SAME, GRADIENT, MERGED = 5e-5, 1e-3, 2e-4
+"""Relative differences in fp32, up to a hundred layers deep: of the same adapter in other hands, of which the worst
+measured is 2.4e-5 (Swin v2); of its gradients, relative to the largest; and of a merged weight, rounded once more."""
 UNREADABLE = "the installed PEFT cannot load"
 
 
@@ -115,7 +115,12 @@ def run(case: str) -> dict:
     ours = dk.apply_dora(model(), dk.DoraConfig(r=4, lora_alpha=8))
     check("a fresh adapter", call(family, ours), call(family, family.model), SAME)
     move(ours)
-    gradients = step(family, ours)
+    try:
+        gradients = step(family, ours)
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        return {"not_built": "its batch, of text alone, reaches no adapted layer"}
     assert any(gradient is not None for gradient in gradients.values()), "nothing is trained"
     output = call(family, ours)
     with tempfile.TemporaryDirectory() as folder:
