@@ -42,13 +42,13 @@ def operations(ops, problem, norm, scale, base_out, h) -> dict[str, Work]:
         return *found, cast_A
 
     def merge(magnitude, **options):
-        merged, found, cast_A = ops.merge(*factors, magnitude, s, dtype=dtype, **options, **ROUNDED)
-        return merged, *found, cast_A
+        merged, found = ops.merge(*factors, magnitude, s, dtype=dtype, **options, **ROUNDED)
+        return merged, *found
 
     trained, backward = (*factors, p.magnitude), (p.grad_y, base_out, h, norm, scale)
     found = {
         "weight_norm": (weight_norm, trained),
-        "merge": (lambda: merge(p.magnitude, A_dtype=A_dtype), trained),
+        "merge": (lambda: merge(p.magnitude), trained),
         "merge, g given": (lambda: merge(None, norm_scale=norm_scale), (*factors, norm, scale)),
         "rescale_fwd": (
             lambda: ops.rescale_fwd(base_out, h, p.lora_B, scale, None, s, in_place=False, **ROUNDED),

@@ -28,7 +28,7 @@ def truths(problem: Problem, norm, scale, base_out, h) -> dict[str, Callable[[],
 
     def merged() -> tuple[torch.Tensor | None, ...]:
         length, ratio, _ = normed()
-        return ratio[:, None] * adapted(), length, ratio, None
+        return ratio[:, None] * adapted(), length, ratio
 
     def backward(needs_base: bool) -> tuple[torch.Tensor | None, ...]:
         # y = m ⊙ (v x) / n, so that dm = Σ dy ⊙ y / m, and m = g n.
@@ -38,7 +38,7 @@ def truths(problem: Problem, norm, scale, base_out, h) -> dict[str, Callable[[],
     return {
         "weight_norm": normed,
         "merge": merged,
-        "merge, g given": lambda: (g[:, None] * adapted(), None, None, None),
+        "merge, g given": lambda: (g[:, None] * adapted(), None, None),
         "rescale_fwd": lambda: (g * (z + s * hidden @ B.T),),
         "rescale_bwd, token space": lambda: backward(True),
         "rescale_bwd, weight space": lambda: backward(False),

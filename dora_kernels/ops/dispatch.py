@@ -149,6 +149,23 @@ def dense_weight(weight: Weight, dtype: torch.dtype, impl: str = "auto") -> torc
         return dense(base, dtype, ops)
 
 
+def merged_weight(
+    weight: Weight,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+    *,
+    dtype: torch.dtype | None,
+    rounding: Rounding,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """W' = g ⊙ (W + s B A) [N, K], in fp32, rounded once to `dtype`, or to the weight's."""
+    with operations_for(weight, impl) as (ops, base):
+        dtype = dtype or weight.dtype
+        return ops.merge(base, lora_A, lora_B, magnitude, scaling, dtype=dtype, rounding=rounding)[0]
+
+
 def choose_impl(device: torch.device, impl: str = "auto") -> tuple[str, str]:
     """The implementation for tensors on `device`, and the reason."""
     if impl not in ("auto", "triton", "reference"):
@@ -216,20 +233,3 @@ def _why_no_triton(device: torch.device) -> str | None:
     if device.type == "cpu" and kernels.interpreted():
         return None
     return f"the tensors are on {device.type}"
-
-
-def merged_weight(
-    weight: Weight,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    magnitude: torch.Tensor,
-    scaling: float,
-    *,
-    dtype: torch.dtype | None,
-    rounding: Rounding,
-    impl: str = "auto",
-) -> torch.Tensor:
-    """W' = g ⊙ (W + s B A) [N, K], in fp32, rounded once to `dtype`, or to the weight's."""
-    with operations_for(weight, impl) as (ops, base):
-        dtype = dtype or weight.dtype
-        return ops.merge(base, lora_A, lora_B, magnitude, scaling, dtype=dtype, rounding=rounding)[0]

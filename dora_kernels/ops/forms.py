@@ -146,7 +146,7 @@ def weight_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients
     """W' = g ⊙ (W + s B A) [N, K], then y = x W'ᵀ + b. h = x Aᵀ [M, R], for dB alone, waits for the backward."""
     x, _, lora_A, lora_B, magnitude, bias, weight, frozen_scale = inputs
     given = None if frozen_scale is None else NormScale(*frozen_scale)
-    merged, norm_scale, _ = ops.merge(
+    merged, norm_scale = ops.merge(
         readable(weight), lora_A, lora_B, magnitude, call.scaling,
         dtype=x.dtype, rounding=call.rounding, norm_scale=given,
     )  # fmt: skip

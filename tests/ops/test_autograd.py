@@ -5,33 +5,21 @@ import itertools
 import pytest
 import torch
 
-import dora_kernels as dk
 from dora_kernels.ops import dispatch, dora_linear
 from dora_kernels.ops.chunked import mm_fp32
-from dora_kernels.ops.output import OutputUse, WriteCounter
 from dora_kernels.ops.types import Rounding
 from tests.support.buffers import count_launches
+from tests.support.leaves import TRAINABLE, forward, leaves_of
 from tests.support.oracle import NAMES, make_problem, relative_error, solve
 from tests.tolerances import TWIN
 
 SPACES = pytest.mark.parametrize("space", ["token", "weight"])
 IMPLS = pytest.mark.parametrize("impl", ["triton", "reference"])
 M, N, K, R = 40, 48, 56, 3
-TRAINABLE = ("x", "lora_A", "lora_B", "magnitude", "bias")
 
 
 def problem(dtype=torch.float32, bias=True):
     return make_problem(M, N, K, R, dtype=dtype, adapter_dtype=torch.float32, bias=bias)
-
-
-def forward(problem, tensors, **options):
-    return dk.dora_linear(weight=problem.weight, **tensors, scaling=problem.scaling, **options)
-
-
-def tensors_of(problem, trained=TRAINABLE):
-    """Fresh leaves by name, of which `trained` require gradients."""
-    found = {name: getattr(problem, name) for name in TRAINABLE}
-    return {name: t.clone().requires_grad_(name in trained) for name, t in found.items() if t is not None}
 
 
 SUBSETS = [names for size in range(1, 6) for names in itertools.combinations(TRAINABLE, size)]
@@ -56,7 +44,7 @@ def test_every_subset_of_gradients(trained, space, full_gradients, monkeypatch):
         "backward",
         lambda ctx, grad: returned.append(backward(ctx, grad)) or returned[0],
     )
-    tensors = tensors_of(p, trained)
+    tensors = leaves_of(p, trained)
     y = forward(p, tensors, space=space, impl="triton")
     for name, grad in zip(trained, torch.autograd.grad(y, [tensors[name] for name in trained], p.grad_y)):
         # dyᵀh is a GEMM where nothing else needs the pass over dy: another order of summation.
@@ -71,7 +59,7 @@ def test_every_subset_of_gradients(trained, space, full_gradients, monkeypatch):
 @SPACES
 def test_no_work_for_what_is_not_needed(space):
     p = problem(bias=False)
-    tensors = tensors_of(p, trained=["x"])
+    tensors = leaves_of(p, trained=["x"])
     y = forward(p, tensors, space=space, impl="triton")
     with count_launches() as launches:
         torch.autograd.grad(y, tensors["x"], p.grad_y)
@@ -85,7 +73,7 @@ def test_no_work_for_what_is_not_needed(space):
 def test_nothing_is_saved_without_autograd(trained, impl, space):
     p, saved = problem(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), torch.no_grad():
-        y = forward(p, tensors_of(p, trained), space=space, impl=impl)
+        y = forward(p, leaves_of(p, trained), space=space, impl=impl)
     assert y.grad_fn is None
     assert not saved
 
@@ -110,7 +98,7 @@ def test_what_is_kept_between_forward_and_backward(space, case, impl):
     options = dict(SAVED_OPTIONS[case])
     dtype, bias = options.pop("dtype", torch.float32), options.pop("bias", False)
     p, saved = problem(dtype, bias), {}
-    tensors = tensors_of(p)
+    tensors = leaves_of(p)
 
     def pack(tensor):
         saved[tensor.untyped_storage().data_ptr()] = tensor
@@ -145,94 +133,10 @@ def test_what_is_kept_between_forward_and_backward(space, case, impl):
 )
 def test_what_no_gradient_needs_is_not_kept(trained, kept, space):
     p, saved = problem(bias=False), set()
-    tensors = tensors_of(p, trained)
+    tensors = leaves_of(p, trained)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.add(t.data_ptr()) or t, lambda t: t):
         y = forward(p, tensors, space=space, impl="reference")
     assert {name for name, t in {"x": tensors["x"], "y": y}.items() if t.data_ptr() in saved} == kept
-
-
-IN_PLACE = {
-    "add_": lambda y: y.add_(1.0),
-    "mul_": lambda y: y.mul_(2.0),
-    "relu_": torch.relu_,
-    "zero_": lambda y: y.zero_(),
-    "residual": lambda y: y.__iadd__(torch.ones_like(y)),
-    "dropout_": lambda y: torch.nn.functional.dropout(y, 0.5, inplace=True),
-    "masked_fill_": lambda y: y.masked_fill_(torch.ones_like(y) > 0, 0.0),
-    "slice": lambda y: y[:, :3].fill_(0.0),
-}
-OUT_OF_PLACE = {
-    "add_": lambda y: y + 1.0,
-    "mul_": lambda y: y * 2.0,
-    "relu_": torch.relu,
-    "zero_": lambda y: y * 0.0,
-    "residual": lambda y: y + torch.ones_like(y),
-    "dropout_": lambda y: torch.nn.functional.dropout(y, 0.5),
-    "masked_fill_": lambda y: y.masked_fill(torch.ones_like(y) > 0, 0.0),
-    "slice": lambda y: torch.cat([y[:, :3] * 0.0, y[:, 3:]], dim=1),
-}
-
-
-@SPACES
-@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
-@pytest.mark.parametrize("name", IN_PLACE)
-def test_the_model_may_write_over_the_output(name, bias, space):
-    p = problem(bias=bias)
-    tensors = tensors_of(p)
-    leaves = list(tensors.values())
-    y = forward(p, tensors, space=space, impl="triton")
-    torch.manual_seed(1)
-    expected = torch.autograd.grad(OUT_OF_PLACE[name](y), leaves, p.grad_y)
-    y = forward(p, tensors, space=space, impl="triton")
-    torch.manual_seed(1)
-    changed = IN_PLACE[name](y)
-    grads = torch.autograd.grad(y if name == "slice" else changed, leaves, p.grad_y)
-    for leaf, grad, right in zip(tensors, grads, expected):
-        # The product that dm is read from is computed again, without the division by g.
-        assert relative_error(grad, right) <= (TWIN[grad.dtype] if leaf == "magnitude" else 0.0), leaf
-
-
-@SPACES
-@pytest.mark.parametrize(
-    ("trained", "options"),
-    [(TRAINABLE, {"lora_dropout": 0.5}), (("x", "lora_B", "magnitude"), {})],
-    ids=["dropout", "frozen_A"],
-)
-def test_an_output_that_cannot_be_computed_again_raises_and_is_a_copy_from_then_on(trained, options, space):
-    if options and space == "weight":
-        options, trained = {}, ("magnitude",)
-    p, use = problem(bias=False), OutputUse()
-    tensors = tensors_of(p, trained)
-    leaves = [tensors[name] for name in trained if name in tensors]
-
-    def gradients(write):
-        torch.manual_seed(1)
-        y = forward(p, tensors, space=space, impl="triton", training=True, output_use=use, **options)
-        return torch.autograd.grad(write(y), leaves, p.grad_y)
-
-    expected = gradients(OUT_OF_PLACE["relu_"])
-    assert not use.is_written
-    with pytest.raises(RuntimeError, match=r"wrote in place over a DoRA layer's output.*run the step again"):
-        gradients(IN_PLACE["relu_"])
-    assert use.is_written
-    assert all(map(torch.equal, gradients(IN_PLACE["relu_"]), expected))
-
-
-@SPACES
-def test_an_output_that_is_left_alone_is_kept_without_a_copy(space):
-    p, saved = problem(bias=False), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        y = forward(p, tensors_of(p), space=space, impl="triton")
-    assert y.data_ptr() in saved
-
-
-def test_a_counter_of_writes_holds_no_memory():
-    y = torch.zeros(3, 4)
-    counter = WriteCounter(y)
-    assert not counter.has_moved
-    assert y.storage_offset() == 0 and counter._alias.untyped_storage().nbytes() == 0
-    y.view(12)[:5].add_(1.0)
-    assert counter.has_moved and y.sum() == 5
 
 
 @SPACES
@@ -240,7 +144,7 @@ def test_a_counter_of_writes_holds_no_memory():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inputs_and_the_incoming_gradient_are_never_written(dtype, impl, space):
     p = problem(dtype)
-    tensors = tensors_of(p) | {"weight": p.weight, "grad_y": p.grad_y}
+    tensors = leaves_of(p) | {"weight": p.weight, "grad_y": p.grad_y}
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     leaves = {name: tensors[name] for name in TRAINABLE}
     y = forward(p, leaves, space=space, impl=impl)
@@ -265,7 +169,7 @@ def test_three_runs_are_bit_equal(dtype, impl, space):
 @SPACES
 def test_backward_twice_with_a_retained_graph(space):
     p = problem()
-    tensors = tensors_of(p)
+    tensors = leaves_of(p)
     y = forward(p, tensors, space=space, impl="triton")
     first, second = (torch.autograd.grad(y, list(tensors.values()), p.grad_y, retain_graph=True) for _ in range(2))
     for name, a, b in zip(tensors, first, second):
@@ -293,7 +197,7 @@ def test_a_product_in_fp32_adds_up_all_its_chunks(monkeypatch):
 def test_the_adapters_gradients_in_fp16_do_not_depend_on_xs(bias, impl):
     """There g reaches dA through dZ, which must be made even where x, as in a first layer, needs no gradient."""
     p = problem(torch.float16, bias)
-    everything, adapters = tensors_of(p), tensors_of(p, ("lora_A", "lora_B", "magnitude"))
+    everything, adapters = leaves_of(p), leaves_of(p, ("lora_A", "lora_B", "magnitude"))
     names = ("lora_A", "lora_B", "magnitude")
     gradients = []
     for tensors in (everything, adapters):
@@ -322,7 +226,7 @@ def test_an_overflow_in_fp16_reaches_the_gradients(impl):
     p.weight.mul_(1e-3)  # so small that no sum overflows by itself
     p.lora_B.zero_()
     p.magnitude = 4 * p.weight.float().norm(dim=1)
-    tensors = tensors_of(p)
+    tensors = leaves_of(p)
     y = forward(p, tensors, impl=impl)  # g is 4, and dZ = dy ⊙ g beyond 65,504
     y.backward(torch.full_like(y, 3e4))
     assert not tensors["x"].grad.isfinite().all()

@@ -1,5 +1,6 @@
 """FP8 inside the kernels: each against its twin between guard bands, both against transformers' own decoder."""
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -151,6 +152,13 @@ def test_what_is_half_understood_is_refused(fault, message):
         weight_of(layer)
     with pytest.raises(ValueError, match=f"cannot be read: .*{message}"):
         dk.apply_dora(nn.Sequential(layer), dk.DoraConfig(r=4))
+
+
+def test_peft_cannot_build_its_dora_over_it():
+    """Which is why there is nothing to patch."""
+    model = nn.ModuleDict({"linear": linear_fp8(48, 64)})
+    with pytest.raises(NotImplementedError, match="not implemented for 'Float8_e4m3fn'"):
+        peft.get_peft_model(model, peft.LoraConfig(r=4, use_dora=True, target_modules=["linear"]))
 
 
 def test_a_subclass_is_no_fp8_layer():

@@ -51,7 +51,7 @@ def test_error_beside_a_16_bit_or_4_bit_weight(base, rank, A_dtype, B_dtype, upd
     adapted = exact_weight + product
     exact_norm = adapted.norm(dim=1)
     bar = IN_PIECES * product.norm(dim=1) + ORACLE_FP32 * exact_norm
-    merged, (norm, scale), _ = kernels.merge(
+    merged, (norm, scale) = kernels.merge(
         weight, lora_A, lora_B, problem.magnitude, problem.scaling, dtype=FP32, rounding=NEAREST
     )
     assert ((norm.double() - exact_norm).abs() <= bar).all()
@@ -80,7 +80,7 @@ def test_what_is_not_finite_stays_visible(factor, dtype, value):
     """An infinite factor may become NaN, and never a number."""
     problem = make_problem(3, 5, 7, 2, dtype, FP32)
     getattr(problem, factor)[1, 1] = value
-    merged, (norm, _), _ = kernels.merge(
+    merged, (norm, _) = kernels.merge(
         problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 1.0, dtype=dtype, rounding=NEAREST
     )
     hit = torch.tensor([factor == "lora_A" or row == 1 for row in range(5)])

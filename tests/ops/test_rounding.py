@@ -154,7 +154,7 @@ def _roundings(operations):
     options = {"rounding": Rounding("dithered", 0xC0FFEE42)}
     norm_scale, _ = reference.weight_norm(*factors, problem.magnitude, problem.scaling)
     base_out, h = problem.x @ problem.weight.T, problem.x @ problem.lora_A.bfloat16().T
-    merged, forward_scale, _ = operations.merge(
+    merged, forward_scale = operations.merge(
         *factors, problem.magnitude, problem.scaling, dtype=torch.bfloat16, **options
     )
     needs = {"magnitude_dtype": None, "B_dtype": None, "bias_dtype": None, "needs_base": True}

@@ -17,7 +17,7 @@ from .blocks import Matrix, addresses
 from .launch import ALL_REGISTERS, contiguous, signed32
 from .lora_dot import Dot, rank_block
 from .rounding import round_to
-from .weight_norm import empty_results, launch_weight_norm, norm_and_scale, sum_splits
+from .weight_norm import empty_norm_scale, launch_weight_norm, norm_and_scale, sum_splits
 
 
 class MergeConfig(NamedTuple):
@@ -94,27 +94,26 @@ def merge(
     dtype: torch.dtype,
     rounding: Rounding,
     norm_scale: NormScale | None = None,
-    A_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, NormScale, torch.Tensor | None]:
+) -> tuple[torch.Tensor, NormScale]:
     """Twin of `reference.merge`."""
     (N, K), R = weight.shape, lora_A.shape[0]
     lora_A, lora_B = contiguous(lora_A), contiguous(lora_B)
     w, weight_format = weight_arguments(weight)
-    given, cast_A = norm_scale is not None, None
+    given = norm_scale is not None
     if given:
         magnitude = norm_scale.scale  # stands for a pointer that the kernel never follows
     else:
         magnitude = contiguous(magnitude)
-        norm_scale, cast_A = empty_results(weight, lora_A, lora_B, magnitude, A_dtype)
+        norm_scale = empty_norm_scale(weight, lora_A, lora_B, magnitude)
     merged = torch.empty(N, K, dtype=dtype, device=weight.device)
     if N == 0:
-        return merged, norm_scale, cast_A
+        return merged, norm_scale
     acc, dithered = norm_scale.scale.dtype, stored_rounding(weight, rounding.mode) == "dithered"
     pointers, sizes = (*w, lora_A, lora_B, magnitude, merged, *norm_scale), (scaling, N, K, R, signed32(rounding.salt))
     dot = adapted_dot(weight, lora_A, lora_B, acc)
     partial, splits = None, 1
     if not given:
-        partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale, cast_A, rounding)
+        partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale)
     config = merge_config(dot, K)
     # At least one program a row, which keeps n and g, even for K = 0.
     _merge_scale_kernel[(triton.cdiv(N, config.block_n) * max(1, triton.cdiv(K, config.block_k)),)](
@@ -122,4 +121,4 @@ def merge(
         splits, dithered, weight_format, dot, config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
     )  # fmt: skip
-    return merged, norm_scale, cast_A
+    return merged, norm_scale

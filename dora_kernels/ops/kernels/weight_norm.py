@@ -213,12 +213,12 @@ def launch_weight_norm(
     magnitude: torch.Tensor,
     scaling: float,
     norm_scale: NormScale,
-    cast_A: torch.Tensor | None,
-    rounding: Rounding,
+    cast_A: torch.Tensor | None = None,
+    rounding: Rounding = NEAREST,
 ) -> tuple[torch.Tensor | None, int]:
     """Fills `norm_scale`, or returns partial sums [3 · splits, N] that are still to be added, and `splits`.
 
-    The factors are contiguous.
+    The factors are contiguous. `cast_A` is filled beside, where it is given.
     """
     (N, K), R, (norm, scale) = weight.shape, lora_A.shape[0], norm_scale
     w, weight_format = weight_arguments(weight)
@@ -238,18 +238,13 @@ def launch_weight_norm(
     return partial, splits
 
 
-def empty_results(
-    weight: torch.Tensor | Packed,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
-    magnitude: torch.Tensor,
-    A_dtype: torch.dtype | None,
-) -> tuple[NormScale, torch.Tensor | None]:
-    """Memory for n and g, and for A in `A_dtype`."""
+def empty_norm_scale(
+    weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, magnitude: torch.Tensor
+) -> NormScale:
+    """Memory for n and g."""
     acc = acc_dtype(weight.dtype, lora_A.dtype, lora_B.dtype, magnitude.dtype)
     norm = torch.empty(weight.shape[0], dtype=acc, device=weight.device)
-    cast_A = None if A_dtype is None else torch.empty(lora_A.shape, dtype=A_dtype, device=lora_A.device)
-    return NormScale(norm, torch.empty_like(norm)), cast_A
+    return NormScale(norm, torch.empty_like(norm))
 
 
 def weight_norm(
@@ -264,7 +259,8 @@ def weight_norm(
 ) -> tuple[NormScale, torch.Tensor | None]:
     """Twin of `reference.weight_norm`."""
     N, lora_A, lora_B, magnitude = weight.shape[0], contiguous(lora_A), contiguous(lora_B), contiguous(magnitude)
-    norm_scale, cast_A = empty_results(weight, lora_A, lora_B, magnitude, A_dtype)
+    norm_scale = empty_norm_scale(weight, lora_A, lora_B, magnitude)
+    cast_A = None if A_dtype is None else torch.empty(lora_A.shape, dtype=A_dtype, device=lora_A.device)
     if N == 0:
         return norm_scale, cast_A
     partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale, cast_A, rounding)

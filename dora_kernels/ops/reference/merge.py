@@ -19,12 +19,11 @@ def merge(
     dtype: torch.dtype,
     rounding: Rounding,
     norm_scale: NormScale | None = None,
-    A_dtype: torch.dtype | None = None,
-) -> tuple[torch.Tensor, NormScale, torch.Tensor | None]:
-    """W' [N, K] in `dtype`, n and g, and A [R, K] in `A_dtype`, None where none is asked: the norm reads A anyway.
+) -> tuple[torch.Tensor, NormScale]:
+    """W' [N, K] in `dtype`, and n and g.
 
-    With `norm_scale` given the norm is not computed again, `magnitude` is not read and A is not cast: the backward's
-    merge, or a frozen adapter's.
+    With `norm_scale` given the norm is not computed again, and `magnitude` is not read: the backward's merge, or a
+    frozen adapter's.
     """
     given = norm_scale is not None
     acc_dtype = norm_scale.scale.dtype if given else accumulate_dtype(weight, lora_A, lora_B, magnitude)
@@ -42,5 +41,4 @@ def merge(
             norm[rows] = row_norm(adapted, wide)
             scale[rows] = scale_of(magnitude[rows], norm[rows])
         merged[rows] = round_to(adapted.mul_(scale[rows, None]), dtype, stored, rows.start)
-    cast_A = None if given or A_dtype is None else round_to(lora_A.to(acc_dtype), A_dtype, rounding)
-    return merged, norm_scale, cast_A
+    return merged, norm_scale

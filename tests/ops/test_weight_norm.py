@@ -1,0 +1,29 @@
+"""Norms whose squares leave fp32's range, in parts that several programs add."""
+
+import torch
+
+from dora_kernels.ops import kernels
+from tests.tolerances import TWIN
+
+# Of the two parts of a feature's inputs that two programs square: 2⁵⁵ is large only where both are added.
+PARTS = {
+    "large": (1e30, 1e30),
+    "small": (1e-30, 1e-30),
+    "large and healthy": (1e30, 1.0),
+    "large and nearly": (2.0**56, 2.0**55),
+    "large together": (2.0**55.3, 2.0**55.3),
+    "small and healthy": (1e-30, 1.0),
+    "healthy and small": (1.0, 1e-30),
+    "zero and small": (0.0, 1e-30),
+    "large and small": (1e30, 1e-30),
+}
+
+
+def test_a_norm_beyond_the_range_of_squares_in_splits():
+    """Each program sees its part alone; the sum may leave the range where no part does, or where one does."""
+    weight = torch.ones(len(PARTS), 1100)
+    for row, parts in zip(weight, PARTS.values()):
+        row[:640], row[640:] = parts
+    lora_A, lora_B, magnitude = torch.randn(3, 1100), torch.zeros(len(PARTS), 3), torch.ones(len(PARTS))
+    (norm, _), _ = kernels.weight_norm(weight, lora_A, lora_B, magnitude, 1.0)
+    assert torch.allclose(norm.double(), weight.double().norm(dim=1), rtol=TWIN[torch.float32], atol=0)
