@@ -20,3 +20,26 @@ class NormScale(NamedTuple):
 
     norm: torch.Tensor
     scale: torch.Tensor
+
+
+class GluFactors(NamedTuple):
+    """The adapters of a gated MLP's gate and up, of one rank and one scaling."""
+
+    h: torch.Tensor  # [M, 2 R], x Aᵀ of gate beside that of up, or [M, R] where both have one A
+    lora_B: tuple[torch.Tensor, torch.Tensor]  # [I, R] each
+    scale: torch.Tensor  # [2 I] g
+    scaling: float
+
+    def of(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """h [M, R] and B [I, R] of gate (0) or up (1)."""
+        rank = self.lora_B[index].shape[1]
+        start = index * rank if self.h.shape[1] > rank else 0
+        return self.h[:, start : start + rank], self.lora_B[index]
+
+
+class GluGradients(NamedTuple):
+    """What the pass over a gated MLP's gradient returns, gate's beside up's."""
+
+    products: torch.Tensor  # [M, 2 I], of x Wᵀ in token space, of x W'ᵀ in weight space
+    magnitude: torch.Tensor  # [2 I]
+    lora_B: torch.Tensor  # [2 I, R]
