@@ -16,9 +16,11 @@ FLOORS = [
 # The same inside `ops/`, whose modules build on each other.
 OPS_FLOORS = [
     {"__init__", "base_weights", "chunked", "gpus", "output", "types"},
-    {"checks", "kernels", "reference"},
-    {"dispatch", "forms"},
-    {"dora_linear"},
+    {"checks", "kernels", "problem", "reference"},
+    {"overhead"},
+    {"dispatch", "forms", "members"},
+    {"gate_up"},
+    {"dora_linear", "dora_mlp"},
 ]
 # Device functions and launch data of the kernels need no reference.
 TWINS = ["base_weight", "cast", "merge", "rescale_bwd", "rescale_fwd", "rounding", "weight_norm"]

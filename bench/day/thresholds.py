@@ -12,7 +12,11 @@ import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from dora_kernels.ops import dispatch, gpus
+import torch
+
+from dora_kernels.ops import gpus
+from dora_kernels.ops.overhead import layer_overhead
+from dora_kernels.ops.problem import Problem
 
 from .. import kernels, questions, roofs
 from ..contestants.layer import DTYPES
@@ -91,11 +95,9 @@ def timed(found: Iterable[dict[str, dict]]) -> Iterable[Timed]:
 
 def overhead(case: dict, space: str) -> float:
     """As `dispatch.choose` predicts it for fp32 adapters, training."""
-    itemsize = DTYPES[case["dtype"]].itemsize
-    return dispatch.overhead_elements(
-        space, case["tokens"], case["out"], case["in"], trains=True, keeps_product=case["bias"],
-        product=case["rank"] / (gpus.RANK_PER_BYTE * itemsize), shortest=gpus.SHORTEST_LAUNCH,
-    )  # fmt: skip
+    dtype, device = DTYPES[case["dtype"]], torch.device("cuda")
+    problem = Problem(case["tokens"], case["out"], case["in"], case["rank"], dtype, device, has_bias=case["bias"])
+    return layer_overhead(space, problem, case["rank"] / (gpus.RANK_PER_BYTE * dtype.itemsize), gpus.SHORTEST_LAUNCH)
 
 
 def weight_space_factor(cases: list[Timed], capability: tuple[int, int]) -> dict | None:

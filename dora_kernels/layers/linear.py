@@ -11,6 +11,7 @@ from ..ops import dispatch
 from ..ops.base_weights import Weight, is_quantized, needs_its_layer, weight_of
 from ..ops.dora_linear import dora_linear
 from ..ops.output import OutputUse
+from ..ops.problem import problem_of
 from ..ops.types import NormScale, Rounding
 from .frozen import Freezable
 from .support import LINEAR_CLASSES, REMEDY, is_offloaded, why_not_format
@@ -107,7 +108,7 @@ class DoraLinear(Freezable):
     def plan(self, tokens: int) -> dispatch.Plan:
         """What a call with `tokens` rows would run in the layer's present mode, and why."""
         weight = self.base_weight
-        problem = dispatch.problem_of(
+        problem = problem_of(
             weight,
             self.lora_A,
             self.magnitude,

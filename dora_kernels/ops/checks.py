@@ -2,7 +2,7 @@
 
 import torch
 
-from .base_weights import sharding_of
+from .base_weights import Weight, sharding_of
 
 
 def check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_dropout, dropout_mode) -> None:
@@ -44,3 +44,15 @@ def check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_d
         raise ValueError(f'dropout_mode must be "lora" or "peft", got {dropout_mode!r}')
     if not 0.0 <= lora_dropout < 1.0:
         raise ValueError(f"lora_dropout must be in [0, 1), got {lora_dropout}")
+
+
+def dtype_of_call(x: torch.Tensor, weight: Weight) -> torch.dtype:
+    """What x is computed in: autocast's dtype, or its own. Raises TypeError where a matrix has another."""
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    if isinstance(weight, torch.Tensor) and x.dtype != weight.dtype:
+        raise TypeError(
+            f"x and weight must have one dtype outside autocast, got x {x.dtype} and weight {weight.dtype}; "
+            f"cast x with x.to({weight.dtype}) or run under torch.autocast"
+        )
+    return x.dtype

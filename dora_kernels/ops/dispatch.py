@@ -1,7 +1,7 @@
 """Which form of the layer runs, on which implementation, and why.
 
-`choose` is the one place that decides. Its thresholds are the bytes each form moves beyond the frozen base's GEMMs, or
-the product s·B·A where that takes longer, times a measured correction per GPU architecture.
+`choose` is the one place that decides. Its thresholds are what `overhead` counts of each form, times a measured
+correction per GPU architecture.
 """
 
 from collections.abc import Iterator
@@ -13,8 +13,10 @@ import torch
 
 from ..versions import require
 from . import reference
-from .base_weights import Packed, Weight, dense, is_packed, note_of, readable
+from .base_weights import Packed, Weight, dense, note_of, readable
 from .gpus import HALF_PRODUCT_SPEEDUP, MIN_CAPABILITY, RANK_PER_BYTE, SHORTEST_LAUNCH, WEIGHT_SPACE_FACTOR
+from .overhead import Overhead, layer_overhead
+from .problem import Problem
 from .types import Rounding
 
 try:
@@ -42,52 +44,13 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
-class Problem(NamedTuple):
-    """What `choose` decides by: a call's sizes and dtypes, and what it computes beside the plain output."""
-
-    tokens: int
-    out_features: int
-    in_features: int
-    rank: int
-    dtype: torch.dtype
-    device: torch.device
-    adapter_dtype: torch.dtype = torch.float32
-    has_bias: bool = False
-    dropout: str | None = None  # the mode, where dropout is active
-    trains: bool = True
-    trains_magnitude: bool = True
-    is_packed: bool = False  # the weight is quantised, and the operations decode it
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Nothing is cast inside. The meta device knows no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
-def problem_of(
-    weight: Weight,
-    lora_A: torch.Tensor,
-    magnitude: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    tokens: int,
-    dtype: torch.dtype,
-    dropout: str | None,
-    trains: bool,
-) -> Problem:
-    """The problem of a call with these tensors, computed in `dtype`."""
-    return Problem(
-        tokens,
-        *weight.shape,
-        rank=lora_A.shape[0],
-        dtype=dtype,
-        device=weight.device,
-        adapter_dtype=lora_A.dtype,
-        has_bias=bias is not None,
-        dropout=dropout,
-        trains=trains,
-        trains_magnitude=trains and magnitude.requires_grad,
-        is_packed=is_packed(weight),
-    )
-
-
-def choose(problem: Problem, space: str = "auto", impl: str = "auto") -> Plan:
-    """What runs, where `space` and `impl` are asked for.
+def choose(problem: Problem, space: str = "auto", impl: str = "auto", overhead: Overhead = layer_overhead) -> Plan:
+    """What runs, where `space` and `impl` are asked for. `overhead` is what each form costs: a layer's, or a block's.
 
     Raises:
         ValueError: a `space` or `impl` that does not exist, or cannot run this call.
@@ -110,19 +73,9 @@ def choose(problem: Problem, space: str = "auto", impl: str = "auto") -> Plan:
         return Plan("weight", impl, f"weight space: a 4-bit weight is written out once in either form; {impl_reason}")
     capability = _capability(problem.device)
     rank_per_byte = RANK_PER_BYTE * (HALF_PRODUCT_SPEEDUP if problem.adapter_dtype.itemsize == 2 else 1)
-    token, weight = (
-        overhead_elements(
-            form,
-            problem.tokens,
-            problem.out_features,
-            problem.in_features,
-            trains=problem.trains,
-            keeps_product=problem.has_bias and problem.trains_magnitude,
-            product=problem.rank / (rank_per_byte * problem.dtype.itemsize),
-            shortest=SHORTEST_LAUNCH if capability else 0,
-        )
-        for form in ("token", "weight")
-    )
+    product = problem.rank / (rank_per_byte * problem.dtype.itemsize)
+    shortest = SHORTEST_LAUNCH if capability else 0
+    token, weight = (overhead(form, problem, product, shortest) for form in ("token", "weight"))
     weight *= WEIGHT_SPACE_FACTOR.get(capability, 1.0)
     space = "weight" if weight < token else "token"
     return Plan(space, impl, f"{space} space: predicted to take less time at this size and rank; {impl_reason}")
@@ -180,42 +133,6 @@ def choose_impl(device: torch.device, impl: str = "auto") -> tuple[str, str]:
     if device.type != "cuda":
         return "reference", "reference: Triton's interpreter runs only when asked for"
     return "triton", "triton: a supported GPU"
-
-
-def overhead_elements(
-    space: str,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    *,
-    trains: bool,
-    keeps_product: bool = False,
-    product: float = 0.0,
-    shortest: int = 0,
-) -> float:
-    """Elements read and written beyond the frozen base's GEMMs, forward and (if `trains`) backward, launch by launch.
-
-    Where a launch also forms s·B·A or its like, it takes as long as `product` times the product's elements, if that is
-    more; and `shortest` at least. Left out is what both forms do alike but for x and h, and what has no size but the
-    rank's.
-    """
-    mn, mk, nk = tokens * out_features, tokens * in_features, out_features * in_features
-
-    def launch(moved: int, products: int = 0) -> float:
-        return max(moved, product * products, shortest)
-
-    h, grad_h, grad_A, norm = launch(mk), launch(mn), launch(mk), launch(nk, nk)
-    if space == "token":
-        forward = norm + h + launch(2 * mn, mn)
-        # dZ and dm from dy and y; dh A, which the base's GEMM reads and adds to.
-        backward = launch(3 * mn) + grad_h + grad_A + launch(mk) + mk
-    else:
-        # A bias that is added after the product was saved costs one more pass over the output. h, for dB alone, is made
-        # in the backward, of A in x's dtype.
-        merge = launch(2 * nk, nk)
-        forward = norm + merge + (launch(2 * mn) if keeps_product else 0)
-        backward = launch(0) + h + launch(2 * mn) + grad_h + grad_A + merge
-    return forward + (backward if trains else 0)
 
 
 def _capability(device: torch.device) -> tuple[int, int] | None:

@@ -22,14 +22,13 @@ Sums and products are fp32, or fp64 where an input is.
 """
 
 import math
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 
 from . import dispatch
 from .base_weights import Weight, of_params4bit
-from .checks import check_arguments
+from .checks import check_arguments, dtype_of_call
 from .forms import (
     NO_GRADIENTS,
     Call,
@@ -41,7 +40,8 @@ from .forms import (
     weight_backward,
     weight_forward,
 )
-from .output import OutputUse, WriteCounter
+from .output import OutputUse, note_written, shared_with_the_model
+from .problem import problem_of
 from .types import Rounding
 
 
@@ -58,7 +58,7 @@ class DoraLinearFunction(torch.autograd.Function):
         inputs = Inputs(x, x_dropped, lora_A, lora_B, magnitude, bias, weight, frozen_scale)
         needs = Gradients(*ctx.needs_input_grad[:6]) if call.trains else NO_GRADIENTS
         form = token_forward if call.space == "token" else weight_forward
-        with dispatch.on_device_of(x), _without_autocast(x.device):
+        with dispatch.on_device_of(x), dispatch.without_autocast(x.device):
             y, saved = form(dispatch.implementation(call.impl), call, inputs, needs)
         ctx.call = call
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:6]]
@@ -67,7 +67,8 @@ class DoraLinearFunction(torch.autograd.Function):
         saved = saved.for_backward(needs)._replace(weight=weight if ctx.quantized is None else None)
         ctx.writes = None
         if saved.output is y:
-            y, saved, ctx.writes = _shared_with_the_model(y, saved, call)
+            y, kept, ctx.writes = shared_with_the_model(y, call.output_use)
+            saved = saved._replace(output=kept)
         ctx.save_for_backward(*saved)
         return y
 
@@ -79,43 +80,14 @@ class DoraLinearFunction(torch.autograd.Function):
         call, saved = ctx.call, Saved(*ctx.saved_tensors)
         if ctx.writes is not None and ctx.writes.has_moved:
             saved = saved._replace(output=None)
-            _note_written(call, saved)
+            note_written(call.output_use, can_repeat=saved.lora_x is not None and call.dropout is None)
         if ctx.quantized is not None:
             saved = saved._replace(weight=ctx.quantized)
         asked = Gradients(*(dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad)))
         form = token_backward if call.space == "token" else weight_backward
-        with dispatch.on_device_of(grad_y), _without_autocast(grad_y.device):
+        with dispatch.on_device_of(grad_y), dispatch.without_autocast(grad_y.device):
             gradients = form(dispatch.implementation(call.impl), call, grad_y, saved, asked)
         return (*gradients, None, None, None)
-
-
-def _without_autocast(device):
-    """Nothing is cast inside. The meta device knows no autocast."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-
-
-def _shared_with_the_model(y, saved, call):
-    """y as the model gets it, what is kept, and the counter of the writes to y that the backward must ask."""
-    # Compiled code counts no writes. It leaves out a copy that neither is written nor leaves the graph.
-    if torch.compiler.is_compiling() or (call.output_use is not None and call.output_use.is_written):
-        return y.clone(), saved, None
-    if y.is_inference():
-        return y, saved, None
-    # `data` has a counter of its own: saved tensors are read only all together, and a write to one would refuse all.
-    return y, saved._replace(output=y.data), WriteCounter(y)
-
-
-def _note_written(call, saved):
-    """Lets the layer's later calls give away a copy. Raises where y cannot be computed again."""
-    if call.output_use is not None:
-        call.output_use.is_written = True
-    if saved.lora_x is None or call.dropout is not None:
-        is_layer = call.output_use is not None
-        remedy = "run the step again: the layer now gives away a copy" if is_layer else "write over a copy of it"
-        raise RuntimeError(
-            "the model wrote in place over a DoRA layer's output, from which the magnitude's gradient is read, and the "
-            f"layer's input was not kept, as it has lora_dropout > 0 or a frozen lora_A; {remedy}"
-        )
 
 
 def dora_linear(
@@ -176,14 +148,7 @@ def dora_linear(
     if type(weight).__name__ == "Params4bit":
         weight = of_params4bit(weight, weight.quant_state, nf4_parity=nf4_parity)
     check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_dropout, dropout_mode)
-    dtype = x.dtype
-    if not x.is_meta and torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-    elif isinstance(weight, torch.Tensor) and dtype != weight.dtype:
-        raise TypeError(
-            f"x and weight must have one dtype outside autocast, got x {dtype} and weight {weight.dtype}; "
-            f"cast x with x.to({weight.dtype}) or run under torch.autocast"
-        )
+    dtype = dtype_of_call(x, weight)
     trainable = any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, magnitude, bias))
     # Reentrant checkpointing runs the first forward without gradients: in training mode it must take the same form, and
     # round the same way, as its recomputation.
@@ -192,9 +157,7 @@ def dora_linear(
         raise ValueError("frozen_scale is for inference: run under torch.no_grad(), or leave it out to train")
     dropout = dropout_mode if training and lora_dropout > 0 else None
     tokens = math.prod(x.shape[:-1])
-    problem = dispatch.problem_of(
-        weight, lora_A, magnitude, bias, tokens=tokens, dtype=dtype, dropout=dropout, trains=trains
-    )
+    problem = problem_of(weight, lora_A, magnitude, bias, tokens=tokens, dtype=dtype, dropout=dropout, trains=trains)
     plan = dispatch.choose(problem, space, impl)
     # PEFT casts before it drops: the mask is the same either way.
     x_dropped = None if dropout is None else F.dropout(x, lora_dropout).to(dtype).reshape(tokens, x.shape[-1])

@@ -122,6 +122,16 @@ def token_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sav
     Under dropout dh A is the gradient of x_dropped alone. With PEFT's dZ = dy ⊙ (g − 1), x_dropped gets dZ W too, and
     dx = dy W.
     """
+    gradients, grad_h = token_backward_without_A(ops, call, grad_y, saved, asked)
+    if asked.lora_A is not None:
+        gradients = gradients._replace(lora_A=grad_A_of(grad_h, saved.lora_x, asked.lora_A))
+    return gradients
+
+
+def token_backward_without_A(
+    ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Saved, asked: Gradients
+) -> tuple[Gradients, torch.Tensor | None]:
+    """All gradients but A's, for which `saved.lora_x` is not read, and dh [M, R], where A's or x's is asked for."""
     peft_dropout = call.dropout == "peft"
     # s g ⊙ B is small and rounded once; in fp16 it may underflow while B is young, so there g comes in through dZ.
     through_base = not peft_dropout and grad_y.dtype == torch.float16
@@ -132,14 +142,12 @@ def token_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sav
     grad_magnitude, grad_B, grad_bias, grad_base = _rescale_bwd(
         ops, call, grad_y, saved, asked, needs_base=needs_base, scale_shift=1.0 if peft_dropout else 0.0
     )
-    grad_x = grad_dropped = grad_A = None
+    grad_x = grad_dropped = grad_h = None
     if asked.lora_A is not None or needs_input:
         grad_h = (grad_base if through_base else grad_y) @ _scaled_B(ops, call, grad_y, saved, with_g=not through_base)
-    if asked.lora_A is not None:
-        grad_A = _grad_A(grad_h, saved.lora_x, asked.lora_A)
     if needs_input:
         grad_x, grad_dropped = _input_gradients(ops, call, grad_y, grad_base, grad_h, saved, asked)
-    return Gradients(grad_x, grad_dropped, grad_A, grad_B, grad_magnitude, grad_bias)
+    return Gradients(grad_x, grad_dropped, None, grad_B, grad_magnitude, grad_bias), grad_h
 
 
 def weight_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients) -> tuple[torch.Tensor, Saved]:
@@ -167,20 +175,20 @@ def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sa
     W' is merged again with the saved n and g: nothing of its size was kept.
     """
     if asked.magnitude is not None and saved.product is None:
-        saved = saved._replace(output=F.linear(saved.lora_x, _merged_again(ops, call, saved, grad_y.dtype)))
+        saved = saved._replace(output=F.linear(saved.lora_x, merged_again(ops, call, saved, grad_y.dtype)))
     if asked.lora_B is not None and saved.h is None:
         saved = saved._replace(h=_lora_product(ops, call, saved.lora_x, saved.lora_A))
     grad_magnitude, grad_B, grad_bias, _ = _rescale_bwd(ops, call, grad_y, saved, asked)
     grad_x = grad_A = None
     if asked.lora_A is not None:
         grad_h = grad_y @ _scaled_B(ops, call, grad_y, saved)
-        grad_A = _grad_A(grad_h, saved.lora_x, asked.lora_A)
+        grad_A = grad_A_of(grad_h, saved.lora_x, asked.lora_A)
     if asked.x is not None:
-        grad_x = grad_y @ _merged_again(ops, call, saved, grad_y.dtype)
+        grad_x = grad_y @ merged_again(ops, call, saved, grad_y.dtype)
     return Gradients(grad_x, None, grad_A, grad_B, grad_magnitude, grad_bias)
 
 
-def _merged_again(ops, call, saved, dtype):
+def merged_again(ops, call, saved, dtype):
     """W' [N, K], to the bits of the forward."""
     return ops.merge(
         readable(saved.weight), saved.lora_A, saved.lora_B, None, call.scaling, dtype=dtype,
@@ -241,6 +249,6 @@ def _scaled_B(ops, call, grad_y, saved, with_g=True):
     return ops.scaled_cast(saved.lora_B, grad_y.dtype, scale=scale, scaling=call.scaling, rounding=call.rounding)
 
 
-def _grad_A(grad_h, lora_x, dtype):
+def grad_A_of(grad_h, lora_x, dtype):
     """dA = dhᵀ x [R, K], summed in fp32 for fp32 adapters."""
     return grad_h.T @ lora_x if dtype == lora_x.dtype else mm_fp32(grad_h.T, lora_x).to(dtype)

@@ -27,3 +27,28 @@ class WriteCounter:
     @property
     def has_moved(self) -> bool:
         return self._alias._version != self._start
+
+
+def shared_with_the_model(
+    y: torch.Tensor, use: OutputUse | None
+) -> tuple[torch.Tensor, torch.Tensor, WriteCounter | None]:
+    """y as the model gets it, what is kept of it, and the counter of the writes to it that the backward must ask."""
+    # Compiled code counts no writes. It leaves out a copy that neither is written nor leaves the graph.
+    if torch.compiler.is_compiling() or (use is not None and use.is_written):
+        return y.clone(), y, None
+    if y.is_inference():
+        return y, y, None
+    # `data` has a counter of its own: saved tensors are read only all together, and a write to one would refuse all.
+    return y, y.data, WriteCounter(y)
+
+
+def note_written(use: OutputUse | None, *, can_repeat: bool) -> None:
+    """Lets the layer's later calls give away a copy. Raises where y cannot be computed again."""
+    if use is not None:
+        use.is_written = True
+    if not can_repeat:
+        remedy = "write over a copy of it" if use is None else "run the step again: the layer now gives away a copy"
+        raise RuntimeError(
+            "the model wrote in place over a DoRA layer's output, from which the magnitude's gradient is read, and the "
+            f"layer's input was not kept, as it has lora_dropout > 0 or a frozen lora_A; {remedy}"
+        )

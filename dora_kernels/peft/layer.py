@@ -16,6 +16,7 @@ from ..ops import dispatch
 from ..ops.base_weights import Weight, weight_of
 from ..ops.dora_linear import dora_linear
 from ..ops.output import OutputUse
+from ..ops.problem import problem_of
 from ..ops.types import NormScale, Rounding
 from .eligibility import active_adapters, fused_adapter, why_left_to_peft
 
@@ -137,7 +138,7 @@ class FusedForward(Freezable):
             return dispatch.Plan("token", "peft", f"left to PEFT: {reason}")
         (adapter,) = active_adapters(self)
         weight = base_weight(self)
-        problem = dispatch.problem_of(
+        problem = problem_of(
             weight,
             self.lora_A[adapter].weight,
             self.lora_magnitude_vector[adapter].weight,

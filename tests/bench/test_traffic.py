@@ -12,7 +12,9 @@ from bench.counting.gpus import ROOFS, seconds
 from bench.counting.traffic import counting
 from bench.measuring.shapes import layer_shapes
 from bench.predict import count
-from dora_kernels.ops.dispatch import Problem, choose, overhead_elements
+from dora_kernels.ops.dispatch import choose
+from dora_kernels.ops.overhead import layer_overhead
+from dora_kernels.ops.problem import Problem
 from tests.support.buffers import count_launches
 from tests.support.oracle import make_problem, solve
 
@@ -82,13 +84,14 @@ def layer_call(shape, tokens, rank, space, trains):
 @pytest.mark.parametrize("shape", ["q,o_proj", "gate,up_proj"])
 @pytest.mark.parametrize("space", ["token", "weight"])
 def test_dispatch_decides_on_what_is_counted(shape, space, trains):
-    """At r = 16 and 8192 tokens `overhead_elements`, without the rank, is right to the rank's share."""
+    """At r = 16 and 8192 tokens `layer_overhead`, without the rank, is right to the rank's share."""
     (N, K), M = SHAPES[shape][1:3], 8192
     with counting(HOPPER) as counter:
         layer_call(shape, M, 16, space, trains)
         ours = sum(operation.memory for operation in counter.take())
     base = 2 * (M * N + M * K + N * K) * (2 if trains else 1)
-    assert 1 <= (ours - base) / (2 * overhead_elements(space, M, N, K, trains=trains)) < 1.03
+    problem = Problem(M, N, K, 16, torch.bfloat16, torch.device("cpu"), trains=trains)
+    assert 1 <= (ours - base) / (2 * layer_overhead(space, problem)) < 1.03
 
 
 def test_dispatch_chooses_what_is_predicted_to_be_faster():

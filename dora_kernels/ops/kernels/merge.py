@@ -94,6 +94,7 @@ def merge(
     dtype: torch.dtype,
     rounding: Rounding,
     norm_scale: NormScale | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, NormScale]:
     """Twin of `reference.merge`."""
     (N, K), R = weight.shape, lora_A.shape[0]
@@ -105,7 +106,7 @@ def merge(
     else:
         magnitude = contiguous(magnitude)
         norm_scale = empty_norm_scale(weight, lora_A, lora_B, magnitude)
-    merged = torch.empty(N, K, dtype=dtype, device=weight.device)
+    merged = torch.empty(N, K, dtype=dtype, device=weight.device) if out is None else out
     if N == 0:
         return merged, norm_scale
     acc, dithered = norm_scale.scale.dtype, stored_rounding(weight, rounding.mode) == "dithered"

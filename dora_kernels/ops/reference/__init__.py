@@ -6,9 +6,11 @@ equations are those of `ops.dora_linear`. Sums and products are fp32 (fp64 where
 
 from .base_weight import decode
 from .cast import scaled_cast
+from .glu_bwd import glu_bwd
+from .glu_fwd import glu_fwd
 from .merge import merge
 from .rescale_bwd import rescale_bwd
 from .rescale_fwd import rescale_fwd
 from .weight_norm import weight_norm
 
-__all__ = ["decode", "merge", "rescale_bwd", "rescale_fwd", "scaled_cast", "weight_norm"]
+__all__ = ["decode", "glu_bwd", "glu_fwd", "merge", "rescale_bwd", "rescale_fwd", "scaled_cast", "weight_norm"]

@@ -1,0 +1,154 @@
+"""DoRA layers that multiply one input, side by side: what a block of layers computes for all of them at once.
+
+Of members i, with N_i features and rank R_i: A [ΣR, K] and W' [ΣN, K] are stacked, h = x Aᵀ [M, ΣR].
+"""
+
+from itertools import accumulate
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from .base_weights import Weight, dense, is_packed, readable
+from .chunked import mm_fp32
+from .types import NormScale, Rounding
+
+
+class Member(NamedTuple):
+    """One layer, as `dora_linear` takes it."""
+
+    weight: Weight  # [N, K]
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    magnitude: torch.Tensor
+    bias: torch.Tensor | None
+    scaling: float
+    rounding: Rounding
+
+    @property
+    def features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+
+def _slices(sizes: list[int]) -> list[slice]:
+    return [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes))]
+
+
+def feature_slices(members: list[Member]) -> list[slice]:
+    """Each member's part of ΣN."""
+    return _slices([member.features for member in members])
+
+
+def rank_slices(members: list[Member]) -> list[slice]:
+    """Each member's part of ΣR."""
+    return _slices([member.rank for member in members])
+
+
+def norms_and_A(ops: ModuleType, members: list[Member], dtype: torch.dtype) -> tuple[NormScale, torch.Tensor]:
+    """n and g [ΣN], and A [ΣR, K] in `dtype`, of which each norm's pass writes a part."""
+    found = [
+        ops.weight_norm(
+            readable(member.weight), member.lora_A, member.lora_B, member.magnitude, member.scaling,
+            A_dtype=None if member.lora_A.dtype == dtype else dtype, rounding=member.rounding,
+        )
+        for member in members
+    ]  # fmt: skip
+    factors = [member.lora_A if cast is None else cast for member, (_, cast) in zip(members, found)]
+    return stacked_norms([norm_scale for norm_scale, _ in found]), stacked(factors)
+
+
+def stacked_A(ops: ModuleType, members: list[Member], dtype: torch.dtype) -> torch.Tensor:
+    """A [ΣR, K] in `dtype`."""
+    return stacked([
+        member.lora_A
+        if member.lora_A.dtype == dtype
+        else ops.scaled_cast(member.lora_A, dtype, rounding=member.rounding)
+        for member in members
+    ])  # fmt: skip
+
+
+def merged(
+    ops: ModuleType, members: list[Member], dtype: torch.dtype, norm_scale: NormScale | None = None
+) -> tuple[torch.Tensor, NormScale]:
+    """W' [ΣN, K] in `dtype`, to the bits of each layer's own merge, and n and g [ΣN]; those of the forward if given."""
+    first, rows = members[0], feature_slices(members)
+    weight = torch.empty(rows[-1].stop, first.lora_A.shape[1], dtype=dtype, device=first.lora_A.device)
+    found = [
+        ops.merge(
+            readable(member.weight), member.lora_A, member.lora_B, member.magnitude, member.scaling,
+            dtype=dtype, rounding=member.rounding, out=weight[own],
+            norm_scale=None if norm_scale is None else NormScale(*(part[own] for part in norm_scale)),
+        )[1]
+        for member, own in zip(members, rows)
+    ]  # fmt: skip
+    return weight, stacked_norms(found) if norm_scale is None else norm_scale
+
+
+def products(ops: ModuleType, members: list[Member], x: torch.Tensor) -> list[torch.Tensor]:
+    """z = x Wᵀ [M, N] of each member."""
+    return [x @ dense(member.weight, x.dtype, ops).T for member in members]
+
+
+def grad_h(
+    ops: ModuleType, members: list[Member], grads: list[torch.Tensor], scale: torch.Tensor | None
+) -> torch.Tensor:
+    """dh [M, ΣR]: each member's dy (s g ⊙ B), or dz (s B) where `scale` is None."""
+    found = []
+    for member, own, grad in zip(members, feature_slices(members), grads):
+        scale_own = None if scale is None else scale[own]
+        found.append(
+            grad
+            @ ops.scaled_cast(
+                member.lora_B, grad.dtype, scale=scale_own, scaling=member.scaling, rounding=member.rounding
+            )
+        )
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def grad_A(members: list[Member], dh: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
+    """dA = dhᵀ x of each member [R, K], of one GEMM, in fp32 for fp32 adapters."""
+    dtype = members[0].lora_A.dtype
+    stack = dh.T @ x if dtype == x.dtype else mm_fp32(dh.T, x).to(dtype)
+    return [stack[own] for own in rank_slices(members)]
+
+
+def grad_x_of_products(
+    ops: ModuleType, members: list[Member], dh: torch.Tensor, A: torch.Tensor, grads: list[torch.Tensor]
+) -> torch.Tensor:
+    """dx [M, K] = dh A + Σ dz W, summed inside the GEMMs."""
+    # The small product comes first: its rounding is small beside the sum's.
+    grad_x = dh @ A
+    for member, grad in zip(members, grads):
+        grad_x.addmm_(grad, dense(member.weight, grad.dtype, ops))
+    return grad_x
+
+
+def stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """One below the other; a single one as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def stacked_norms(found: list[NormScale]) -> NormScale:
+    return NormScale(stacked([each.norm for each in found]), stacked([each.scale for each in found]))
+
+
+def why_not_together(members: list[Member], x: torch.Tensor) -> str | None:
+    """Why these layers do not compute x [..., K] together, or None."""
+    first = members[0]
+    for member in members:
+        trained = member.lora_A, member.lora_B, member.magnitude
+        if not all(factor.requires_grad for factor in trained):
+            return "a factor of it does not train"
+        if member.bias is not None and member.bias.requires_grad:
+            return "a bias of it trains"
+        if len({x.device, member.weight.device, *(factor.device for factor in trained)}) > 1:
+            return "it is on several devices"
+        if len({factor.dtype for factor in (*trained, first.lora_A)}) > 1:
+            return "its factors have several dtypes"
+        if is_packed(member.weight) != is_packed(first.weight):
+            return "some of its weights are quantised"
+    return None

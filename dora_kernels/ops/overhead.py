@@ -1,0 +1,54 @@
+"""What each form of a layer or a block costs beyond the frozen base's GEMMs, counted in elements, launch by launch.
+
+Where a launch also forms s·B·A or its like, it takes as long as `product` times the product's elements, if that is more
+than what it moves; and `shortest` at least. Left out is what both forms do alike but for x and h, and what has no size
+but the rank's.
+"""
+
+from collections.abc import Callable
+
+from .problem import Problem
+
+Overhead = Callable[[str, Problem, float, int], float]
+
+
+def layer_overhead(space: str, problem: Problem, product: float = 0.0, shortest: int = 0) -> float:
+    """Of one layer, forward and, where it trains, backward."""
+    tokens, features, inputs = problem.tokens, problem.out_features, problem.in_features
+    mn, mk, nk = tokens * features, tokens * inputs, features * inputs
+
+    def launch(moved: int, products: int = 0) -> float:
+        return max(moved, product * products, shortest)
+
+    h, grad_h, grad_A, norm = launch(mk), launch(mn), launch(mk), launch(nk, nk)
+    if space == "token":
+        forward = norm + h + launch(2 * mn, mn)
+        # dZ and dm from dy and y; dh A, which the base's GEMM reads and adds to.
+        backward = launch(3 * mn) + grad_h + grad_A + launch(mk) + mk
+    else:
+        # A bias that is added after the product was saved costs one more pass over the output. h, for dB alone, is made
+        # in the backward, of A in x's dtype.
+        merge, keeps_product = launch(2 * nk, nk), problem.has_bias and problem.trains_magnitude
+        forward = norm + merge + (launch(2 * mn) if keeps_product else 0)
+        backward = launch(0) + h + launch(2 * mn) + grad_h + grad_A + merge
+    return forward + (backward if problem.trains else 0)
+
+
+def glu_overhead(space: str, problem: Problem, product: float = 0.0, shortest: int = 0) -> float:
+    """Of a gated MLP's gate and up, with `out_features` 2 I, forward and backward.
+
+    Both forms have the same pass over the products each way. In token space it forms s h Bᵀ besides.
+    """
+    tokens, features, inputs = problem.tokens, problem.out_features, problem.in_features
+    mn, mk, nk = tokens * features, tokens * inputs, features * inputs
+
+    def launch(moved: float, products: int = 0) -> float:
+        return max(moved, product * products, shortest)
+
+    h, products = launch(mk), mn if space == "token" else 0
+    # Gate and up in, a out; then da, gate and up in, a and both gradients out.
+    passes = launch(1.5 * mn, products) + launch(3 * mn, products)
+    if space == "token":
+        # dh A, which the base's GEMM reads and adds to.
+        return launch(nk, nk) + h + passes + launch(mk) + mk
+    return launch(nk, nk) + 2 * launch(2 * nk, nk) + h + passes
