@@ -31,6 +31,8 @@ class DoraConfig:
         dropout_mode: "lora" drops the input of the LoRA branch only (one base GEMM); "peft" is PEFT's meaning (two).
         space, impl, rounding: see `dora_linear`.
         nf4_parity: see `dora_linear`; of no effect on other bases.
+        fuse_blocks: "auto" computes a gated MLP by one function while it trains, where the model's own does that;
+            False computes each layer alone.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or out of its range.
@@ -50,6 +52,7 @@ class DoraConfig:
     impl: str = "auto"
     rounding: str = "dithered"
     nf4_parity: bool = False
+    fuse_blocks: str | bool = "auto"
 
     def __post_init__(self):
         _check_rank("`r`", self.r)
@@ -61,6 +64,7 @@ class DoraConfig:
         for name in ("use_rslora", "nf4_parity"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` should be True or False, got {getattr(self, name)!r}")
+        check_blocks("fuse_blocks", self.fuse_blocks)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` should be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -87,6 +91,12 @@ class DoraConfig:
                 hint = f"did you mean `{nearest[0]}`? " if nearest else ""
                 raise ValueError(f"DoraConfig has no field {name!r}; {hint}The fields are: {', '.join(known)}")
         return cls(**values)
+
+
+def check_blocks(name: str, value) -> None:
+    """Raises ValueError for what is neither "auto" nor False."""
+    if value is not False and value != "auto":
+        raise ValueError(f'`{name}` should be "auto" or False, got {value!r}')
 
 
 def _is_number(value) -> bool:

@@ -24,17 +24,21 @@ class Explanation(NamedTuple):
 
 
 class Explanations(tuple[Explanation, ...]):
-    """The layers' explanations in order; `str()` is one line each, one for each stack of experts, and one on `unseen`.
+    """The layers' explanations in order; `str()` is one line each, one for each block and each stack of experts, and
+    one on `unseen`.
 
-    `experts` holds by path how many parameters of fused experts stay frozen. `unseen` is why the
-    probe of what the model does with its layers stopped, None if it did not.
+    `blocks` holds by path what is one function, or why a module that is like a block is none. `experts` holds by path
+    how many parameters of fused experts stay frozen. `unseen` is why the probe of what the model does with its layers
+    stopped, None if it did not.
     """
 
+    blocks: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
     experts: dict[str, int] = {}  # noqa: RUF012 (replaced, never changed)
     unseen: str | None = None
 
     def __str__(self) -> str:
         lines = [str(explanation) for explanation in self]
+        lines += [f"{path}: {what}" for path, what in self.blocks.items()]
         lines += [f"{path}: {size} parameters of fused experts stay frozen" for path, size in self.experts.items()]
         if self.unseen is not None:
             lines.append(f"only the first step will tell layers that are not called: {self.unseen}")
@@ -54,15 +58,31 @@ def explain(model: nn.Module, tokens: int) -> Explanations:
     layers = [(name, module) for name, module in model.named_modules() if hasattr(type(module), "plan")]
     if not layers:
         raise ValueError("explain found no DoraLinear in the model; call apply_dora, or patch_peft a PEFT model, first")
+    blocks, inside = {}, {}
+    for path, module in model.named_modules():
+        if hasattr(type(module), "block_plans"):
+            plans = module.block_plans(tokens)
+            blocks[path] = plans if isinstance(plans, str) else f"one function ({module.dora_block.activation})"
+            if not isinstance(plans, str):
+                inside |= {f"{path}.{name}".strip("."): _inside(path, plan) for name, plan in plans.items()}
     explanations = Explanations(
-        Explanation(name, layer.out_features, layer.in_features, layer.rank, _plan(layer, tokens))
+        Explanation(name, layer.out_features, layer.in_features, layer.rank, inside.get(name) or _plan(layer, tokens))
         for name, layer in layers
     )
+    explanations.blocks = blocks
     explanations.experts = fused_experts(model)
     if layers[0][1] is not model:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
-        explanations.unseen = probe(base).stopped
+        seen = probe(base)
+        prefix = next((path for path, module in model.named_modules() if module is base), "")
+        for path, reason in seen.not_blocks.items():
+            explanations.blocks.setdefault(f"{prefix}.{path}".strip("."), f"not a block: {reason}")
+        explanations.unseen = seen.stopped
     return explanations
+
+
+def _inside(path: str, plan: dispatch.Plan) -> dispatch.Plan:
+    return plan._replace(reason=f"inside {path or 'the block'}, {plan.reason}")
 
 
 def _plan(layer: nn.Module, tokens: int) -> dispatch.Plan:

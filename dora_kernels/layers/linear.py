@@ -10,11 +10,12 @@ from transformers.pytorch_utils import Conv1D
 from ..ops import dispatch
 from ..ops.base_weights import Weight, is_quantized, needs_its_layer, weight_of
 from ..ops.dora_linear import dora_linear
+from ..ops.members import BlockOptions, Member
 from ..ops.output import OutputUse
 from ..ops.problem import problem_of
 from ..ops.types import NormScale, Rounding
 from .frozen import Freezable
-from .support import LINEAR_CLASSES, REMEDY, is_offloaded, why_not_format
+from .support import LINEAR_CLASSES, REMEDY, is_offloaded, why_not_format, why_wrapped
 
 
 class DoraLinear(Freezable):
@@ -114,11 +115,40 @@ class DoraLinear(Freezable):
             self.magnitude,
             self.bias,
             tokens=tokens,
-            dtype=self.compute_dtype or weight.dtype,
+            dtype=self.base_dtype,
             dropout=self.dropout_mode if self.training and self.lora_dropout > 0 else None,
             trains=self.training and any(parameter.requires_grad for parameter in self.parameters()),
         )
         return dispatch.explained(dispatch.choose(problem, self.space, self.impl), weight)
+
+    def as_member(self, dtype: torch.dtype) -> Member | str:
+        """The layer as a block of layers computes it for an input in `dtype`, or why it runs alone at this call."""
+        if reason := why_wrapped(self, kept=True):
+            return reason
+        if self.training and self.lora_dropout > 0:
+            return "has dropout"
+        if self.frozen_scale is not None:
+            return "keeps its norm inside frozen_adapters"
+        if self.compute_dtype not in (None, dtype):
+            return f"computes in {self.compute_dtype}"
+        if is_offloaded(self):
+            return "is offloaded"
+        factors = self.lora_A, self.lora_B, self.magnitude
+        return Member(self.base_weight, *factors, self.bias, self.scaling, Rounding(self.rounding, self.salt))
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Of what the layer computes outside autocast."""
+        return self.compute_dtype or self.base_weight.dtype
+
+    @property
+    def base_device(self) -> torch.device:
+        return self.base_weight.device
+
+    @property
+    def block_options(self) -> BlockOptions:
+        """What a block of this layer runs with."""
+        return BlockOptions(self.space, self.impl, self.output_use)
 
     @property
     def rank(self) -> int:

@@ -28,8 +28,8 @@ def why_not(module: nn.Module, *, classes: tuple[type, ...] = LINEAR_CLASSES, ke
             weight_of(module)
         except ValueError as error:
             return f"cannot be read: {error}"
-        return _why_wrapped(module, kept)
-    return why_not_class(module, classes) or _why_not_weight(module, kept) or _why_wrapped(module, kept)
+        return why_wrapped(module, kept)
+    return why_not_class(module, classes) or _why_not_weight(module, kept) or why_wrapped(module, kept)
 
 
 def why_not_class(module: nn.Module, classes: tuple[type, ...] = LINEAR_CLASSES) -> str | None:
@@ -120,7 +120,7 @@ def _why_not_weight(module: nn.Module, kept: bool) -> str | None:
     return None
 
 
-def _why_wrapped(module: nn.Module, kept: bool) -> str | None:
+def why_wrapped(module: nn.Module, kept: bool) -> str | None:
     """Why calling the layer does more than its class's forward, or None."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks" if kept else "has hooks, which would be lost: register them after apply_dora"

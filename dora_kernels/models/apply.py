@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from ..blocks.fuse import fuse_blocks
 from ..config import DoraConfig
 from ..layers import Model
 from ..layers.linear import DoraLinear
@@ -68,6 +69,8 @@ def apply_dora(model: Model, config: DoraConfig) -> Model:
         model.dora_batches = batches
     for path in probe(model).written & layers.keys():
         layers[path].output_use.is_written = True
+    if config.fuse_blocks:
+        fuse_blocks(model)
     add_hooks(model)
     warn_after_first_step(model)
     warn_when_saved(model)

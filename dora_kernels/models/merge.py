@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from ..blocks.fuse import fuse_blocks, unfuse_blocks
 from ..layers import Model
 from ..layers.linear import DoraLinear
 from ..ops.chunked import row_chunks
@@ -97,6 +98,7 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
         unmerged["quantized"] = remove_marks(model)
     if broken:
         unmerged["ties"] = untie(model)
+    unfuse_blocks(model)
     if hasattr(model, "dora_config"):
         del model.dora_config
     save_silently(model)
@@ -122,6 +124,8 @@ def unmerge_dora(model: Model) -> Model:
     if unmerged["ties"] is not None:
         retie(model, **unmerged["ties"])
     model.dora_config = unmerged["config"]
+    if model.dora_config is not None and model.dora_config.fuse_blocks:
+        fuse_blocks(model)
     add_hooks(model)
     warn_when_saved(model)
     del model.dora_unmerged

@@ -117,10 +117,10 @@ def _split(tensors):
     return gate_up.Saved(*saved), forms.Saved(*saved_down), list(tensors[first + second :])
 
 
-def why_not_mlp(x: torch.Tensor, gate: Member, up: Member | None, down: Member) -> str | None:
-    """Why these layers are no gated MLP that `dora_mlp` computes for x [..., K], or None."""
+def why_not_mlp(device: torch.device, gate: Member, up: Member | None, down: Member) -> str | None:
+    """Why these layers are no gated MLP that `dora_mlp` computes for an input on `device`, or None."""
     group = [gate] if up is None else [gate, up]
-    if reason := why_not_together([*group, down], x):
+    if reason := why_not_together([*group, down], device):
         return reason
     if up is None and gate.features % 2:
         return "the layer of gate and up has an odd number of features"
@@ -165,7 +165,7 @@ def dora_mlp(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    if reason := why_not_mlp(x, gate, up, down):
+    if reason := why_not_mlp(x.device, gate, up, down):
         raise ValueError(f"dora_mlp cannot compute these layers together: {reason}")
     group = [gate] if up is None else [gate, up]
     dtype, tokens = dtype_of_call(x, gate.weight), math.prod(x.shape[:-1])

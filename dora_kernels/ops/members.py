@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from .base_weights import Weight, dense, is_packed, readable
+from .base_weights import Weight, dense, readable
 from .chunked import mm_fp32
+from .output import OutputUse
 from .types import NormScale, Rounding
 
 
@@ -32,6 +33,14 @@ class Member(NamedTuple):
     @property
     def rank(self) -> int:
         return self.lora_A.shape[0]
+
+
+class BlockOptions(NamedTuple):
+    """What a layer asks of a block that computes it: see `dora_linear`."""
+
+    space: str
+    impl: str
+    output_use: OutputUse
 
 
 def _slices(sizes: list[int]) -> list[slice]:
@@ -136,19 +145,23 @@ def stacked_norms(found: list[NormScale]) -> NormScale:
     return NormScale(stacked([each.norm for each in found]), stacked([each.scale for each in found]))
 
 
-def why_not_together(members: list[Member], x: torch.Tensor) -> str | None:
-    """Why these layers do not compute x [..., K] together, or None."""
+def why_not_together(members: list[Member], device: torch.device) -> str | None:
+    """Why these layers do not compute one input on `device` together, or None."""
     first = members[0]
     for member in members:
         trained = member.lora_A, member.lora_B, member.magnitude
         if not all(factor.requires_grad for factor in trained):
-            return "a factor of it does not train"
+            return "a factor does not train"
         if member.bias is not None and member.bias.requires_grad:
-            return "a bias of it trains"
-        if len({x.device, member.weight.device, *(factor.device for factor in trained)}) > 1:
-            return "it is on several devices"
-        if len({factor.dtype for factor in (*trained, first.lora_A)}) > 1:
+            return "a bias trains"
+        if any(part.device != device for part in (member.weight, *trained)):
+            return "its layers and their input are on several devices"
+        if any(factor.dtype != first.lora_A.dtype for factor in trained):
             return "its factors have several dtypes"
-        if is_packed(member.weight) != is_packed(first.weight):
-            return "some of its weights are quantised"
+        if _format(member.weight) != _format(first.weight):
+            return "its weights have several formats"
     return None
+
+
+def _format(weight: Weight) -> tuple:
+    return torch.Tensor if isinstance(weight, torch.Tensor) else type(weight), weight.dtype

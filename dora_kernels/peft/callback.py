@@ -7,6 +7,7 @@ import logging
 
 from transformers import TrainerCallback
 
+from ..config import check_blocks
 from .patch import PatchReport, checked_options, patch_peft
 
 logger = logging.getLogger(__name__)
@@ -19,11 +20,13 @@ class DoraKernelsCallback(TrainerCallback):
     training: `unpatch_peft(trainer.model)` gives it back. `report` is what `patch_peft` returned.
 
     Args:
-        options: `space`, `impl`, `rounding` and `nf4_parity`, as for `patch_peft`.
+        options: `space`, `impl`, `rounding`, `nf4_parity` and `blocks`, as for `patch_peft`.
     """
 
     def __init__(self, **options: str | bool):
-        checked_options(**options)
+        layer_options = dict(options)
+        check_blocks("blocks", layer_options.pop("blocks", "auto"))
+        checked_options(**layer_options)
         self.options = options
         self.report: PatchReport | None = None
 

@@ -11,10 +11,11 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from ..layers.frozen import Freezable
-from ..layers.support import check_weights_loaded
+from ..layers.support import check_weights_loaded, why_wrapped
 from ..ops import dispatch
 from ..ops.base_weights import Weight, weight_of
 from ..ops.dora_linear import dora_linear
+from ..ops.members import BlockOptions, Member
 from ..ops.output import OutputUse
 from ..ops.problem import problem_of
 from ..ops.types import NormScale, Rounding
@@ -81,6 +82,46 @@ class FusedForward(Freezable):
             **self.dora_fusion.options,
         )
         return y if dense else y.to(x.dtype)
+
+    def as_member(self, dtype: torch.dtype) -> Member | str:
+        """The layer as a block of layers computes it for an input in `dtype`, or why it runs alone at this call."""
+        if reason := why_wrapped(self, kept=True):
+            return reason
+        adapter = fused_adapter(self)
+        if adapter is None:
+            return f"is left to PEFT: {why_left_to_peft(self)}"
+        weight = _readable_base(self)
+        if weight is None or not _accepts_dtype(dtype, weight):
+            return f"is left to PEFT for {dtype}"
+        if _dropout_rate(self.lora_dropout[adapter]) > 0:
+            return "has dropout"
+        if self.frozen_scale is not None:
+            return "keeps its norm inside frozen_adapters"
+        compute_dtype = getattr(self.base_layer, "compute_dtype", None)
+        if not isinstance(weight, torch.Tensor) and compute_dtype not in (None, dtype):
+            return f"computes in {compute_dtype}"
+        magnitude = self.lora_magnitude_vector[adapter]
+        if magnitude._dora_cache:
+            # PEFT clears it on each call outside `DoraCaching`.
+            magnitude._cache_clear()
+        factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight, magnitude.weight
+        options = self.dora_fusion.options
+        rounding = Rounding(options["rounding"], options["salt"])
+        return Member(weight, *factors, self.base_layer.bias, self.scaling[adapter], rounding)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """Of what the layer computes outside autocast."""
+        return base_weight(self).dtype
+
+    @property
+    def base_device(self) -> torch.device:
+        return base_weight(self).device
+
+    @property
+    def block_options(self) -> BlockOptions:
+        """What a block of this layer runs with."""
+        return BlockOptions(self.dora_fusion.options["space"], self.dora_fusion.options["impl"], self.output_use)
 
     def _check_loaded(self, x: torch.Tensor) -> None:
         """PEFT's DoRA would read weights that are not there, and say only that they are on the meta device."""
@@ -191,9 +232,13 @@ def _accepts(layer: nn.Module, x: torch.Tensor, weight: Weight) -> bool:
     """Whether the engine has PEFT's meaning for this input; PEFT answers the rest, or raises its own error."""
     if x.ndim < 2 or x.shape[-1] != layer.in_features or x.device != weight.device:
         return False
-    if x.dtype == weight.dtype or not isinstance(weight, torch.Tensor):
-        return x.is_floating_point()
-    return torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    return _accepts_dtype(x.dtype, weight)
+
+
+def _accepts_dtype(dtype: torch.dtype, weight: Weight) -> bool:
+    if dtype == weight.dtype or not isinstance(weight, torch.Tensor):
+        return dtype.is_floating_point
+    return torch.is_autocast_enabled(weight.device.type) and torch.float64 not in (dtype, weight.dtype)
 
 
 def _dropout_rate(dropout: nn.Module) -> float:

@@ -5,13 +5,15 @@ PEFT is imported inside the functions: the engine works without it.
 
 import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import NamedTuple
 
 from torch import nn
 
-from ..config import DoraConfig
+from ..blocks.fuse import fuse_blocks, unfuse_blocks
+from ..blocks.report import block_lines
+from ..config import DoraConfig, check_blocks
 from ..layers import Model
 from ..layers.probe import probe
 from ..layers.support import why_overwritten
@@ -24,9 +26,14 @@ TESTED = "0.21"
 
 @dataclass(frozen=True)
 class PatchReport:
-    """What `patch_peft` did. `layers` maps a path to the reason why the layer is left to PEFT, None if it is fused."""
+    """What `patch_peft` did.
+
+    `layers` maps a path to the reason why the layer is left to PEFT, None if it is fused. `blocks` maps that of a gated
+    MLP, or of what is nearly one, to why its layers compute alone, None if they are one function.
+    """
 
     layers: dict[str, str | None]
+    blocks: dict[str, str | None] = field(default_factory=dict)
 
     @property
     def fused(self) -> list[str]:
@@ -39,14 +46,21 @@ class PatchReport:
         return {path: reason for path, reason in self.layers.items() if reason is not None}
 
     def __str__(self) -> str:
-        return "\n".join(
+        lines = [
             f"{path or 'layer'}: {'fused' if reason is None else f'left to PEFT: {reason}'}"
             for path, reason in self.layers.items()
-        )
+        ]
+        return "\n".join(lines + block_lines(self.blocks))
 
 
 def patch_peft(
-    model: nn.Module, *, space: str = "auto", impl: str = "auto", rounding: str = "dithered", nf4_parity: bool = False
+    model: nn.Module,
+    *,
+    space: str = "auto",
+    impl: str = "auto",
+    rounding: str = "dithered",
+    nf4_parity: bool = False,
+    blocks: str | bool = "auto",
 ) -> PatchReport:
     """Fuses the DoRA layers of a PEFT model in place, until `unpatch_peft`. Call it where the model will run.
 
@@ -61,12 +75,14 @@ def patch_peft(
 
     Args:
         space, impl, rounding, nf4_parity: see `dora_linear`. A forced one raises where it cannot run.
+        blocks: "auto" computes a gated MLP by one function while it trains; False computes each layer alone.
 
     Raises:
         ValueError: an option that does not exist, or a model without a DoRA adapter. ImportError: PEFT is missing or
             too old. The model is then unchanged.
     """
     options = checked_options(space, impl, rounding, nf4_parity)
+    check_blocks("blocks", blocks)
     check_peft()
     from .eligibility import why_not_active
 
@@ -79,7 +95,8 @@ def patch_peft(
     fuse_layers(found, options)
     note_written(model)
     report = PatchReport(
-        {path: each.unfusable or each.base or why_not_active(each.layer) for path, each in found.items()}
+        {path: each.unfusable or each.base or why_not_active(each.layer) for path, each in found.items()},
+        fuse_or_unfuse(model, blocks),
     )
     _warn_of_magnitudes(found)
     if not report.fused:
@@ -92,6 +109,7 @@ def unpatch_peft(model: Model) -> Model:
     check_peft()
     for layer in _lora_layers(model).values():
         unfuse_layer(layer)
+    unfuse_blocks(model)
     return model
 
 
@@ -140,11 +158,25 @@ def fuse_layers(found: dict[str, Surveyed], options: dict) -> None:
 
 def note_written(model: nn.Module) -> None:
     """Lets the fused layers give away a copy of an output that the model writes over, as a trial run has shown."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base_of(model)
     for path in probe(base).written:
         layer = base.get_submodule(path)
         if hasattr(layer, "dora_fusion"):
             layer.output_use.is_written = True
+
+
+def fuse_or_unfuse(model: nn.Module, blocks: str | bool) -> dict[str, str | None]:
+    """The blocks of the base model, made or taken back: `fuse_blocks`' answer, by the paths of the PEFT model."""
+    unfuse_blocks(model)
+    if not blocks:
+        return {}
+    base = _base_of(model)
+    prefix = next((path for path, module in model.named_modules() if module is base), "")
+    return {f"{prefix}.{path}".strip("."): reason for path, reason in fuse_blocks(base).items()}
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def unfuse_layer(layer: nn.Module) -> None:

@@ -1,0 +1,50 @@
+"""The blocks of a model: made where they fit, and taken back."""
+
+from torch import nn
+
+from ..layers.probe import GatedMlp, probe
+from .mlp import FusedMlp, MlpBlock, fused_class
+
+
+def fuse_blocks(model: nn.Module) -> dict[str, str | None]:
+    """Makes each gated MLP of DoRA layers one function, in place, until `unfuse_blocks`. Returns, by the path of each
+    module that is like a block, why it is none; None where it is one."""
+    seen = probe(model)
+    reasons: dict[str, str | None] = dict(seen.not_blocks)
+    for path, mlp in seen.mlps.items():
+        module = model.get_submodule(path)
+        reasons[path] = why_not_fused(module, mlp)
+        if reasons[path] is None and not isinstance(module, FusedMlp):
+            module.dora_block = _block(module, mlp)
+            module.__class__ = fused_class(type(module))
+    return reasons
+
+
+def unfuse_blocks(model: nn.Module) -> None:
+    """Gives each block's module its own forward back."""
+    for module in model.modules():
+        if isinstance(module, FusedMlp):
+            module.__class__ = module.model_class
+            del module.dora_block
+
+
+def why_not_fused(module: nn.Module, mlp: GatedMlp) -> str | None:
+    """Why a gated MLP's layers keep computing alone, or None."""
+    for name in (mlp.gate, mlp.up, mlp.down):
+        if not hasattr(module.get_submodule(name), "as_member"):
+            return f"{name} is no DoRA layer"
+    if "forward" in vars(module):
+        return "its forward was replaced (by accelerate's hooks, or another library)"
+    if mlp.up_first:
+        return "up comes before gate in their one layer"
+    return None
+
+
+def _block(module: nn.Module, mlp: GatedMlp) -> MlpBlock:
+    layers = {mlp.gate, mlp.up, mlp.down}
+    others = tuple(
+        (name, type(other))
+        for name, other in module.named_modules()
+        if name and not any(name == layer or name.startswith(f"{layer}.") for layer in layers)
+    )
+    return MlpBlock(mlp.gate, None if mlp.up == mlp.gate else mlp.up, mlp.down, mlp.activation, others)

@@ -1,0 +1,100 @@
+"""A gated MLP's module whose calls are one function."""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from ..layers.support import why_wrapped
+from ..ops.dispatch import Plan
+from ..ops.dora_mlp import dora_mlp, plan_mlp, why_not_mlp
+from ..ops.members import Member
+
+
+class MlpBlock(NamedTuple):
+    """What a fused module carries: its layers' names, and those of the other modules in it."""
+
+    gate: str  # of the layer that holds both gate and up, where `up` is None
+    up: str | None
+    down: str
+    activation: str
+    others: tuple[tuple[str, type[nn.Module]], ...]  # such as the activation, with its class
+
+
+class FusedMlp(nn.Module):
+    """Mixed into the class of a gated MLP (`model_class`), whose calls become one `dora_mlp`, or what they were before.
+
+    An instance becomes one by assigning its `__class__`; deepcopy and pickle keep it. Whether a call is fused is
+    decided at each call, as adapters may be disabled, merged or exchanged and hooks registered in between.
+    """
+
+    model_class: type[nn.Module]
+    dora_block: MlpBlock
+
+    def forward(self, *args, **kwargs) -> torch.Tensor:
+        # A wrapper made while the module was fused may call this after it was given back.
+        if not isinstance(self, FusedMlp):
+            return type(self).forward(self, *args, **kwargs)
+        x = args[0] if len(args) == 1 and not kwargs else None
+        trains = self.training or torch.is_grad_enabled()
+        if not trains or not isinstance(x, torch.Tensor) or torch.jit.is_tracing():
+            return self.model_class.forward(self, *args, **kwargs)
+        members = self.members(x.dtype, x.device)
+        if isinstance(members, str) or x.ndim < 2 or x.shape[-1] != members[0].lora_A.shape[1] or x.numel() == 0:
+            return self.model_class.forward(self, *args, **kwargs)
+        options = self.get_submodule(self.dora_block.down).block_options
+        return dora_mlp(x, *members, activation=self.dora_block.activation, **options._asdict())
+
+    def members(self, dtype: torch.dtype, device: torch.device) -> tuple[Member, Member | None, Member] | str:
+        """Gate, up and down as `dora_mlp` takes them for an input, or why each runs alone in the present state."""
+        block, found = self.dora_block, []
+        if _has_any_global_hook():
+            return "a hook of all modules would not see its layers"
+        for name, kind in block.others:
+            module = self.get_submodule(name)
+            if type(module) is not kind or why_wrapped(module, kept=True):
+                return f"{name} is another than it was"
+        for name in (block.gate, block.up, block.down):
+            layer = None if name is None else self.get_submodule(name)
+            member = layer if layer is None else as_member(layer, dtype)
+            if isinstance(member, str):
+                return f"{name} {member}"
+            found.append(member)
+        return why_not_mlp(device, *found) or tuple(found)
+
+    def block_plans(self, tokens: int) -> dict[str, Plan] | str:
+        """What a call with `tokens` rows would run for each layer in the present mode, or why they run alone."""
+        if not self.training:
+            return "its layers run alone in inference"
+        block = self.dora_block
+        down = self.get_submodule(block.down)
+        members = self.members(down.base_dtype, down.base_device)
+        if isinstance(members, str):
+            return f"its layers run alone: {members}"
+        space, impl, _ = down.block_options
+        plan = plan_mlp(*members, tokens=tokens, dtype=down.base_dtype, space=space, impl=impl)
+        names = [name for name in (block.gate, block.up) if name is not None]
+        return dict.fromkeys(names, plan.gate_up) | {block.down: plan.down}
+
+    def __reduce_ex__(self, protocol):
+        # The class itself has no name by which pickle could find it.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _empty, (self.model_class,), *state
+
+
+def as_member(layer: nn.Module, dtype: torch.dtype) -> Member | str:
+    """The layer as a block computes it, or why it runs alone."""
+    return layer.as_member(dtype) if hasattr(layer, "as_member") else "is no DoRA layer"
+
+
+@cache
+def fused_class(model_class: type[nn.Module]) -> type[nn.Module]:
+    """The class of fused instances of `model_class`."""
+    return type(f"Fused{model_class.__name__}", (FusedMlp, model_class), {"model_class": model_class})
+
+
+def _empty(model_class):
+    cls = fused_class(model_class)
+    return cls.__new__(cls)
