@@ -14,18 +14,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.output import WriteCounter
+from .blocks_seen import Blocks, BlocksSeen, GatedMlp, Siblings
+from .dataflow import Dataflow
 from .probe_inputs import inputs_of
-from .valueless import linear_layers, repeats, signature, valueless
+from .valueless import Undecided, linear_layers, path_of_first, repeats, signature, valueless
 
 SECONDS = 5.0
 """The longest that the forwards of a probe run, in processor time: another program's load changes no result."""
-
-aten = torch.ops.aten
 
 
 class Probe(NamedTuple):
@@ -33,7 +32,11 @@ class Probe(NamedTuple):
 
     reads: dict[str, str]  # the operation that took the layer's weight outside the layer's own forward
     written: frozenset[str]  # the layers whose output was written over in place
-    stopped: str | None  # why a forward ended early, so that some layers were not seen
+    stopped: str | None  # why a forward ended early, so that some layers were not seen, and no block was
+    # By the paths of the modules around the layers:
+    mlps: dict[str, GatedMlp]
+    siblings: dict[str, tuple[Siblings, ...]]
+    not_blocks: dict[str, str]  # what a module does, as what follows its name, that nearly is a block
 
 
 SEEN: dict[tuple, Probe] = {}
@@ -55,28 +58,35 @@ def probe(model: nn.Module) -> Probe:
 
 
 def _probe(model: nn.Module) -> Probe:
-    layers, like, watch, stopped = linear_layers(model), repeats(model), Watch(), None
+    layers, like, watch, blocks, stopped = linear_layers(model), repeats(model), Watch(), BlocksSeen(), None
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _undisturbed():
             twin = valueless(model, like)
             candidates = inputs_of(twin)
-            watch.start(twin, [path for path in layers if not any(path.startswith(f"{r}.") for r in like)])
-            with Undecided(), watch:
-                stopped = _run(twin, candidates)
+            firsts = [path for path in layers if path_of_first(path, like) == path]
+            watch.start(twin, firsts)
+            dataflow = Dataflow(blocks.returned)
+            dataflow.start(twin, firsts)
+            with Undecided(), watch, dataflow:
+                stopped = _run(twin, candidates, blocks)
     except Exception as error:  # Whatever a model does to tensors without values.
         stopped = _in_one_line(error)
-    seen, written = {path: _path_of_first(path, like) for path in layers}, watch.written()
+    seen, written = {path: path_of_first(path, like) for path in layers}, watch.written()
+    found = blocks.found(written) if stopped is None else Blocks({}, {}, {})
+    first_modules = {path: path_of_first(path, like) for path, _ in model.named_modules()}
     return Probe(
         {path: watch.reads[first] for path, first in seen.items() if first in watch.reads},
         frozenset(path for path, first in seen.items() if first in written),
         stopped,
+        *({path: of[first] for path, first in first_modules.items() if first in of} for of in found),
     )
 
 
-def _run(model: nn.Module, candidates: list[dict[str, torch.Tensor]]) -> str | None:
+def _run(model: nn.Module, candidates: list[dict[str, torch.Tensor]], blocks: BlocksSeen) -> str | None:
     """Calls the model in both modes, with the first inputs that it takes. Returns why it took none."""
     reasons = []
     for inputs in candidates:
+        blocks.forget()
         try:
             with torch.enable_grad():
                 model.train()(**inputs)
@@ -91,14 +101,6 @@ def _run(model: nn.Module, candidates: list[dict[str, torch.Tensor]]) -> str | N
 
 def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def _path_of_first(path: str, like: dict[str, str]) -> str:
-    """The path of the layer that ran in this one's place."""
-    for repeat, first in like.items():
-        if path.startswith(f"{repeat}."):
-            return first + path.removeprefix(repeat)
-    return path
 
 
 class Watch(TorchFunctionMode):
@@ -151,38 +153,6 @@ class Watch(TorchFunctionMode):
 
 def _has_tensor(result) -> bool:
     return any(isinstance(part, torch.Tensor) for part in (result if type(result) in (list, tuple) else (result,)))
-
-
-class Undecided(TorchDispatchMode):
-    """Answers what depends on values that are not there: a number is 0, and of a selection one element is left."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is aten._grouped_mm.default:  # known without values in bf16 alone
-            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
-        try:
-            return function(*args, **(kwargs or {}))
-        except DataDependentOutputException:
-            if function is not aten._local_scalar_dense.default:
-                raise
-            dtype = args[0].dtype
-            return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
-        except DynamicOutputShapeException:
-            if function is aten.nonzero.default:
-                return args[0].new_zeros((1, args[0].ndim), dtype=torch.long)
-            if function is aten.index.Tensor:
-                return aten.index.Tensor(args[0], _first_of_each(args[1]))
-            raise
-
-
-def _first_of_each(indices):
-    """Boolean masks as the index of one element."""
-    chosen = []
-    for index in indices:
-        if index is not None and index.dtype in (torch.bool, torch.uint8):
-            chosen += [index.new_zeros(1, dtype=torch.long)] * index.ndim
-        else:
-            chosen.append(index)
-    return chosen
 
 
 @contextmanager

@@ -4,11 +4,14 @@ import copy
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.base_weights import is_quantized
 from .support import LINEAR_CLASSES
 
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+aten = torch.ops.aten
 PLAIN = (bool, float, str, type(None))
 
 
@@ -42,6 +45,15 @@ def repeats(model: nn.Module) -> dict[str, str]:
             if any(True for _ in child.children()) and (first := firsts.setdefault(signature(child), own)) != own:
                 found[own] = first
     return found
+
+
+def path_of_first(path: str, like: dict[str, str]) -> str:
+    """The path of the module that runs in this one's place, its own if it runs itself."""
+    first = ""
+    for part in path.split("."):
+        first = f"{first}.{part}" if first else part
+        first = like.get(first, first)
+    return first
 
 
 def signature(module: nn.Module) -> tuple:
@@ -117,4 +129,37 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
 
 def _plain_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
     base = getattr(layer, "base_layer", None) or layer
-    return nn.Linear(layer.in_features, layer.out_features, base.bias is not None, device="cpu", dtype=dtype)
+    plain = nn.Linear(layer.in_features, layer.out_features, base.bias is not None, device="cpu", dtype=dtype)
+    return plain.requires_grad_(False)
+
+
+class Undecided(TorchDispatchMode):
+    """Answers what depends on values that are not there: a number is 0, and of a selection one element is left."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is aten._grouped_mm.default:  # known without values in bf16 alone
+            return args[0].new_empty(args[0].shape[0], args[1].shape[-1])
+        try:
+            return function(*args, **(kwargs or {}))
+        except DataDependentOutputException:
+            if function is not aten._local_scalar_dense.default:
+                raise
+            dtype = args[0].dtype
+            return False if dtype == torch.bool else 0.0 if dtype.is_floating_point else 0
+        except DynamicOutputShapeException:
+            if function is aten.nonzero.default:
+                return args[0].new_zeros((1, args[0].ndim), dtype=torch.long)
+            if function is aten.index.Tensor:
+                return aten.index.Tensor(args[0], _first_of_each(args[1]))
+            raise
+
+
+def _first_of_each(indices):
+    """Boolean masks as the index of one element."""
+    chosen = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            chosen += [index.new_zeros(1, dtype=torch.long)] * index.ndim
+        else:
+            chosen.append(index)
+    return chosen

@@ -117,7 +117,7 @@ def test_layers_whose_output_is_written_over(build):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_that_do_nothing_of_the_kind(family):
-    assert probe(FAMILIES[family]()) == ({}, frozenset(), None)
+    assert probe(FAMILIES[family]())[:3] == ({}, frozenset(), None)
 
 
 def quantised():
