@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from ..layers.probe import GatedMlp, probe
+from ..layers.blocks_seen import GatedMlp
+from ..layers.probe import probe
 from .mlp import FusedMlp, MlpBlock, fused_class
 
 
