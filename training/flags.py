@@ -67,6 +67,7 @@ class Flags:
         "all-linear", "comma-separated module names; default: all attention and MLP linears"
     )
     impl: Literal["auto", "triton", "reference"] = flag("auto", "which implementation of DoRA runs")
+    fuse_blocks: Literal["auto", "off"] = flag("auto", "compute a gated MLP by one function, or each layer alone")
     device: str = flag("", "cpu, cuda or cuda:N; default: the first GPU, or the CPU where there is none")
     quantize: bool = flag(False, "load the base in 4 bits (NF4, double quantisation)")
     use_compile: bool = flag(False, "torch.compile the model")
@@ -155,7 +156,13 @@ class Flags:
             lora_dropout=self.lora_dropout,
             target_modules=self.target_modules,
             impl=self.impl,
+            fuse_blocks=self.blocks,
         )
+
+    @property
+    def blocks(self) -> str | bool:
+        """`--fuse_blocks` as the engine takes it."""
+        return self.fuse_blocks == "auto" and self.fuse_blocks
 
     @property
     def torch_device(self) -> torch.device:
@@ -201,7 +208,7 @@ DEMO = {
 }
 # The flags that the demo's minimal loop reads.
 DEMO_FLAGS = {*DEMO, "gradient_accumulation_steps", "num_epochs", "max_steps", "warmup_ratio", "save_step", "seed"} | {
-    *("resume", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "impl", "config")
+    *("resume", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "impl", "fuse_blocks", "config")
 }
 
 

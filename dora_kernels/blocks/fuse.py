@@ -23,10 +23,14 @@ def fuse_blocks(model: nn.Module) -> dict[str, str | None]:
 
 def unfuse_blocks(model: nn.Module) -> None:
     """Gives each block's module its own forward back."""
-    for module in model.modules():
-        if isinstance(module, FusedMlp):
-            module.__class__ = module.model_class
-            del module.dora_block
+    for module in fused_blocks(model).values():
+        module.__class__ = module.model_class
+        del module.dora_block
+
+
+def fused_blocks(model: nn.Module) -> dict[str, FusedMlp]:
+    """The modules that are blocks, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, FusedMlp)}
 
 
 def why_not_fused(module: nn.Module, mlp: GatedMlp) -> str | None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import dora_kernels as dk
 from dora_kernels.adapters.integrity import carries_digests
 from dora_kernels.adapters.save_load import WEIGHTS_NAME, check_files, stored_key
+from dora_kernels.blocks.fuse import fused_blocks, unfuse_blocks
 from dora_kernels.ops.base_weights import keep_packing
 
 from ..flags import Flags
@@ -53,6 +54,8 @@ def write_for_transformers(folder: Path) -> None:
 def _engine_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
     if flags.init_adapter:
         dk.load_adapter(model, flags.init_adapter)
+        if not flags.blocks:
+            unfuse_blocks(model)
     else:
         dk.apply_dora(model, flags.dora)
     layers = sum(isinstance(module, dk.DoraLinear) for module in model.modules())
@@ -60,8 +63,13 @@ def _engine_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
         model,
         write=lambda folder: dk.save_adapter(model, folder),
         read=lambda folder: dk.load_adapter(model, folder),
-        description=f"DoRA on {layers} layers, fused",
+        description=f"DoRA on {layers} layers, fused{_blocks_of(model)}",
     )
+
+
+def _blocks_of(model: torch.nn.Module) -> str:
+    blocks = fused_blocks(model)
+    return f", {len(blocks)} MLPs as one function each" if blocks else ""
 
 
 def _peft_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
@@ -84,8 +92,8 @@ def _peft_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
     name = "DoRA" if flags.use_dora else "LoRA"
     description = f"{name} by PEFT, not fused"
     if flags.use_dora and flags.fused:
-        report = dk.patch_peft(peft_model, impl=flags.impl)
-        description = f"DoRA by PEFT, {len(report.fused)} layers fused"
+        report = dk.patch_peft(peft_model, impl=flags.impl, blocks=flags.blocks)
+        description = f"DoRA by PEFT, {len(report.fused)} layers fused{_blocks_of(peft_model)}"
         for path, reason in report.skipped.items():
             description += f"\n  {path} is left to PEFT: {reason}"
 

@@ -1,0 +1,314 @@
+"""A gated MLP as one function inside a model: its losses and gradients are those of the layers, call by call."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
+
+import dora_kernels as dk
+from dora_kernels.blocks import mlp as room
+from dora_kernels.blocks.fuse import fused_blocks
+from tests.support.peft_models import peft_model, step
+from tests.support.tiny_models import checkpoint_activations
+from tests.tolerances import SAME_FP32
+
+SMALL = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0, "eos_token_id": 1,
+}  # fmt: skip
+FAMILIES = {
+    "llama": LlamaConfig(**SMALL),
+    "mistral": MistralConfig(**SMALL),
+    "llama-with-biases": LlamaConfig(**SMALL, mlp_bias=True),
+    "qwen2": Qwen2Config(**SMALL),
+    "gemma": GemmaConfig(**SMALL, head_dim=8),
+    "phi3": Phi3Config(**SMALL),
+}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """One entry for each call of `dora_mlp`."""
+    made, original = [], room.dora_mlp
+
+    def counted(*args, **options):
+        made.append(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(room, "dora_mlp", counted)
+    return made
+
+
+def base(family="llama", dtype=torch.float64):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(FAMILIES[family], dtype=dtype)
+
+
+def adapted(family="llama", dtype=torch.float64, **options):
+    """In training mode, its adapters away from their start; the same on every call."""
+    model = base(family, dtype)
+    torch.manual_seed(1)
+    dk.apply_dora(model, dk.DoraConfig(r=4, lora_alpha=8, **options))
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, dk.DoraLinear):
+                layer.lora_B.normal_(0.0, 0.1)
+                layer.magnitude.mul_(1 + 0.1 * torch.randn_like(layer.magnitude))
+    return model.train()
+
+
+def differences(found, expected):
+    """The largest difference of each tensor, relative to the expected one's largest number."""
+    assert found.keys() == expected.keys()
+    return {name: (found[name] - expected[name]).abs().max() / expected[name].abs().max() for name in expected}
+
+
+@pytest.mark.parametrize("space", ["token", "weight"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_is_that_of_the_layers(family, space, calls):
+    found = step(adapted(family, space=space))
+    assert len(calls) == 2
+    expected = step(adapted(family, space=space, fuse_blocks=False))
+    assert len(calls) == 2
+    assert max(differences(found, expected).values()) <= 1e-11
+
+
+def test_losses_are_those_of_peft(calls):
+    """Through `patch_peft`, in fp32, over steps of an optimizer."""
+
+    def losses(model):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        tokens = torch.arange(18).reshape(2, 9) * 7 % 61
+        for _ in range(4):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            yield loss.item()
+
+    model, patched = peft_model(dtype=torch.float32), peft_model(dtype=torch.float32)
+    report = dk.patch_peft(patched)
+    assert report.blocks == dict.fromkeys([f"base_model.model.model.layers.{i}.mlp" for i in range(2)])
+    assert list(losses(patched)) == pytest.approx(list(losses(model)), rel=SAME_FP32)
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant, calls):
+    model = adapted()
+    expected = step(model)
+    checkpoint_activations(model, use_reentrant=use_reentrant)
+    found = step(model)
+    assert len(calls) == 6, "forward, and forward with its recomputation, of two layers"
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("space", ["token", "weight"])
+def test_the_model_compiles_whole(space, calls):
+    model = adapted(dtype=torch.float32, space=space)
+    expected = step(model)
+    found = step(torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert len(calls) == 4
+    assert max(differences({n.removeprefix("_orig_mod."): t for n, t in found.items()}, expected).values()) <= 1e-5
+
+
+def test_autocast(calls):
+    model = adapted(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = step(model)
+    assert len(calls) == 2
+    # Some rounding of the residual stream to 8 bits in each layer.
+    assert max(differences({"logits": found["logits"]}, {"logits": step(model)["logits"]}).values()) < 0.05
+
+
+def _hook(model):
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+
+
+def _replace_forward(model):
+    layer = model.model.layers[0].mlp.up_proj
+    layer.forward = layer.forward
+
+
+def _another_activation(model):
+    model.model.layers[0].mlp.act_fn = nn.ReLU()
+
+
+def _hooked_activation(model):
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: None)
+
+
+def _frozen_factor(model):
+    model.model.layers[0].mlp.down_proj.lora_A.requires_grad_(False)
+
+
+def _a_plain_layer(model):
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj = nn.Linear(32, 48, bias=False, dtype=torch.float64).requires_grad_(False)
+
+
+def _other_rank(model):
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj = dk.DoraLinear(mlp.gate_proj.weight, r=3, lora_alpha=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_hook, "up_proj has hooks"),
+        (_replace_forward, "up_proj had its forward replaced"),
+        (_another_activation, "act_fn is another than it was"),
+        (_hooked_activation, "act_fn is another than it was"),
+        (_frozen_factor, "a factor does not train"),
+        (_a_plain_layer, "gate_proj is no DoRA layer"),
+        (_other_rank, "gate and up differ in their features or their rank"),
+    ],
+)
+def test_what_makes_the_layers_run_alone(change, reason, calls):
+    """The other MLP stays one function; the result is that of a model whose layers all run alone."""
+    model, alone = adapted(), adapted(fuse_blocks=False)
+    for each in (model, alone):
+        torch.manual_seed(2)
+        change(each)
+    found = step(model)
+    assert len(calls) == 1
+    assert dk.explain(model, 8).blocks["model.layers.0.mlp"] == f"its layers run alone: {reason}"
+    assert dk.explain(model, 8).blocks["model.layers.1.mlp"] == "one function (silu)"
+    assert max(differences(found, step(alone)).values()) <= 1e-11
+
+
+def test_a_hook_of_all_modules_sees_the_layers(calls):
+    model, seen = adapted(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        step(model)
+    finally:
+        handle.remove()
+    assert model.model.layers[0].mlp.gate_proj in seen and not calls
+
+
+def test_dropout_runs_the_layers_alone_in_training(calls):
+    model = adapted(lora_dropout=0.5)
+    step(model)
+    assert not calls
+    assert "gate_proj has dropout" in dk.explain(model, 8).blocks["model.layers.0.mlp"]
+
+
+def test_inference_runs_the_layers_alone(calls):
+    model = adapted().eval()
+    expected = adapted(fuse_blocks=False).eval()
+    tokens = torch.arange(18).reshape(2, 9)
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, expected(tokens).logits)
+        with dk.frozen_adapters(model):
+            model(tokens)
+    assert not calls
+    assert dk.explain(model, 8).blocks["model.layers.0.mlp"] == "its layers run alone in inference"
+
+
+def test_states_of_peft_that_run_the_layers_alone(calls):
+    model = peft_model()
+    dk.patch_peft(model)
+    tokens = torch.arange(18).reshape(2, 9)
+    with model.disable_adapter():
+        model(tokens)
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    model(tokens)
+    model.set_adapter("other")
+    assert not calls
+    step(model)
+    assert len(calls) == 2, "one adapter is active again"
+    model.merge_adapter()
+    model(tokens)
+    assert len(calls) == 2
+
+
+def test_explain_says_what_runs_inside():
+    model = adapted()
+    lines = str(dk.explain(model, tokens=8192)).splitlines()
+    assert "model.layers.0.mlp: one function (silu)" in lines
+    assert sum("inside model.layers.0.mlp, " in line for line in lines) == 3
+    assert not dk.explain(adapted(fuse_blocks=False), tokens=8192).blocks
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_stay_fused_and_their_own(copied, calls):
+    model = adapted()
+    twin = copied(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert max(differences(step(twin), step(adapted(fuse_blocks=False))).values()) <= 1e-11
+    assert len(calls) == 2
+
+
+def test_a_saved_model_loads():
+    model, memory = adapted(), io.BytesIO()
+    torch.save(model, memory)
+    memory.seek(0)
+    loaded = torch.load(memory, weights_only=False)
+    assert list(fused_blocks(loaded)) == list(fused_blocks(model)) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+
+
+def test_names_and_classes_stay():
+    model, alone = adapted(), adapted(fuse_blocks=False)
+    assert list(model.state_dict()) == list(alone.state_dict())
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in alone.named_modules()]
+    assert isinstance(model.model.layers[0].mlp, type(alone.model.layers[0].mlp))
+
+
+def test_merging_and_unpatching_give_the_class_back(calls):
+    model = adapted()
+    own = type(base().model.layers[0].mlp)
+    dk.merge_dora(model, keep_base=True)
+    assert type(model.model.layers[0].mlp) is own and not hasattr(model.model.layers[0].mlp, "dora_block")
+    dk.unmerge_dora(model)
+    step(model)
+    assert len(calls) == 2
+
+    model = peft_model()
+    dk.patch_peft(model)
+    wrapped = model.base_model.model.model.layers[0].mlp.forward
+    dk.unpatch_peft(model)
+    assert not fused_blocks(model)
+    wrapped(torch.randn(2, 3, 32, dtype=torch.float64))  # a wrapper that was made meanwhile
+    dk.patch_peft(model, blocks=False)
+    assert not fused_blocks(model)
+    assert len(calls) == 2
+
+
+def test_patching_again_takes_the_blocks_back():
+    model = peft_model()
+    dk.patch_peft(model)
+    assert len(fused_blocks(model)) == 2
+    assert not dk.patch_peft(model, blocks=False).blocks and not fused_blocks(model)
+
+
+@pytest.mark.parametrize("value", [True, "on", None])
+def test_options_that_do_not_exist(value):
+    with pytest.raises(ValueError, match='`fuse_blocks` should be "auto" or False'):
+        dk.DoraConfig(fuse_blocks=value)
+    with pytest.raises(ValueError, match='`blocks` should be "auto" or False'):
+        dk.patch_peft(peft_model(), blocks=value)
+
+
+def test_nf4(calls):
+    pytest.importorskip("bitsandbytes")
+    from tests.support.nf4 import linear_4bit
+
+    def quantized(**options):
+        model = base(dtype=torch.float32)
+        for layer in model.model.layers:
+            for name in ("gate_proj", "up_proj", "down_proj"):
+                setattr(layer.mlp, name, linear_4bit(getattr(layer.mlp, name).weight.detach()))
+        torch.manual_seed(1)
+        return dk.apply_dora(model, dk.DoraConfig(r=4, lora_alpha=8, **options)).train()
+
+    found = step(quantized())
+    assert len(calls) == 2
+    assert max(differences(found, step(quantized(fuse_blocks=False))).values()) <= SAME_FP32
