@@ -18,7 +18,7 @@ def test_a_sound_engine_passes(capsys):
     assert doctor.main() == 0
     printed = capsys.readouterr().out
     assert "The self-test passed" in printed
-    assert f"torch         {torch.__version__}" in printed
+    assert f"torch         {metadata.version('torch')}" in printed
     assert re.search(r"cpu .*: reference: ", printed), "what would run, and why"
     assert printed.count(": correct, error") == 6
 

@@ -2,7 +2,7 @@
 
 import torch
 from torch import nn
-from transformers.integrations.finegrained_fp8 import FP8Linear, _dequantize_fp8_weight
+from transformers.integrations.finegrained_fp8 import FP8Linear
 
 
 def linear_fp8(N, K, block=(16, 32), scale_fmt="float", bias=False):
@@ -17,6 +17,10 @@ def linear_fp8(N, K, block=(16, 32), scale_fmt="float", bias=False):
 
 
 def decoded(layer):
-    """W in fp32, by transformers."""
-    scales = layer.weight_scale_inv.detach()
-    return _dequantize_fp8_weight(layer.weight.detach(), scales, layer.block_size, torch.float32)
+    """W in fp32: each code times the scale of its block; the last blocks may be cut."""
+    codes, scales = layer.weight.detach().float(), layer.weight_scale_inv.detach().float()
+    if layer.block_size is not None:
+        rows, columns = layer.block_size
+        scales = scales.repeat_interleave(rows, dim=0).repeat_interleave(columns, dim=1)
+        scales = scales[: codes.shape[0], : codes.shape[1]]
+    return codes * scales
