@@ -8,7 +8,7 @@ import pytest
 
 from dora_kernels.config import DoraConfig
 
-OURS_ALONE = {"dropout_mode", "space", "impl", "rounding", "nf4_parity"}
+OURS_ALONE = {"dropout_mode", "space", "impl", "rounding", "nf4_parity", "fuse_blocks"}
 
 
 def test_every_field_is_pefts_or_the_engines_own():

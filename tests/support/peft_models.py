@@ -7,6 +7,7 @@ from unittest.mock import patch
 import peft
 import torch
 
+from dora_kernels.blocks import mlp
 from dora_kernels.ops.dora_linear import DoraLinearFunction
 from dora_kernels.peft import layer as peft_linear
 from tests.support.tiny_models import FAMILIES, VOCAB
@@ -85,15 +86,19 @@ def assert_close(actual, expected, tolerance=FP64):
 
 @contextmanager
 def count_fused():
-    """Yields a list that grows by one with each fused call."""
+    """Yields a list that grows by one with each fused call of a layer, alone or in a block."""
     calls = []
 
     def counted(*args, **kwargs):
         calls.append(kwargs)
         return dora_linear(*args, **kwargs)
 
-    dora_linear = peft_linear.dora_linear
-    with patch.object(peft_linear, "dora_linear", counted):
+    def counted_mlp(x, *members, **kwargs):
+        calls.extend([kwargs] * sum(member is not None for member in members))
+        return dora_mlp(x, *members, **kwargs)
+
+    dora_linear, dora_mlp = peft_linear.dora_linear, mlp.dora_mlp
+    with patch.object(peft_linear, "dora_linear", counted), patch.object(mlp, "dora_mlp", counted_mlp):
         yield calls
 
 
