@@ -24,7 +24,10 @@ OPS_FLOORS = [
     {"dora_linear", "dora_mlp"},
 ]
 # Device functions and launch data of the kernels need no reference.
-TWINS = ["base_weight", "cast", "merge", "rescale_bwd", "rescale_fwd", "rounding", "weight_norm"]
+TWINS = [
+    "activations", "base_weight", "cast", "glu_bwd", "glu_fwd", "merge", "rescale_bwd", "rescale_fwd", "rounding",
+    "weight_norm",
+]  # fmt: skip
 NO_TWIN = {"__init__", "blocks", "launch", "lora_dot"}
 
 

@@ -164,8 +164,57 @@ def _rescale_bwd(a) -> Traffic:
     return Traffic(loaded, unique, stored, flops, _rate(a))
 
 
+def _glu_fwd(a) -> Traffic:
+    rows, columns = triton.cdiv(a.M, a.CONFIG.block_m), triton.cdiv(a.N, a.CONFIG.block_n)
+    layers = _glu_layers(a, columns=columns, blocks_m=rows, loads_m=rows)
+    products = 2 * a.M * a.N * _size(a.gate_ptr)
+    return layers._replace(
+        loaded=products + layers.loaded,
+        unique=products + layers.unique,
+        stored=a.M * a.N * _size(a.a_ptr),
+    )
+
+
+def _glu_bwd(a) -> Traffic:
+    columns, chunks = a.grid
+    layers = _glu_layers(a, columns=columns, blocks_m=triton.cdiv(a.M, a.CONFIG.block_m), loads_m=chunks)
+    streamed = 3 * a.M * a.N * _size(a.gate_ptr)
+    loaded, unique, flops = layers.loaded, layers.unique, layers.flops
+    stored = streamed + 2 * chunks * a.N * _size(a.correlation_ptr)
+    if a.FUSED_PRODUCT:
+        # The rate is that of the product in token space, where there are two.
+        flops, stored = flops + 4 * a.M * a.N * a.DOT.block_r, stored + 2 * chunks * a.N * a.R * _size(a.product_ptr)
+        if not a.GLU.in_token_space:
+            h = a.M * _glu_h(a)
+            loaded, unique = loaded + columns * h, unique + h
+    rate = layers.rate if a.GLU.in_token_space else _rate_of(a.PRODUCT)
+    return Traffic(streamed + loaded, streamed + unique, stored, flops, rate)
+
+
+def _glu_layers(a, *, columns: int, blocks_m: int, loads_m: int) -> Traffic:
+    """What makes gate's and up's outputs of their products: h, B, g and b. g and b are loaded `loads_m` times."""
+    vectors = 2 * a.N * _size(a.bias_ptr) if a.GLU.has_bias else 0
+    if not a.GLU.in_token_space:
+        return Traffic(loads_m * vectors, vectors, 0)
+    vectors += 2 * a.N * _size(a.scale_ptr)
+    h, b = a.M * _glu_h(a), 2 * a.N * a.R * _size(a.b_gate_ptr)
+    h_loaded = h if a.DOT.one_block else h * a.DOT.block_r // a.R + 2 * a.M * a.R * _size(a.h_ptr)
+    return Traffic(
+        columns * h_loaded + blocks_m * b + loads_m * vectors,
+        h + b + vectors,
+        0,
+        4 * a.M * a.N * _padded_rank(a),
+        _rate(a),
+    )
+
+
+def _glu_h(a) -> int:
+    """Bytes of a token's h."""
+    return a.R * _size(a.h_ptr) * (1 if a.GLU.one_h else 2)
+
+
 def _rescale_bwd_finish(a) -> Traffic:
-    loaded, stored = a.N * _size(a.scale_ptr), 0
+    loaded, stored = 0 if a.HOLDS_SCALE else a.N * _size(a.scale_ptr), 0
     if a.NEEDS_MAGNITUDE:
         loaded += (a.chunks * _size(a.correlation_ptr) + _size(a.norm_ptr)) * a.N
         stored += a.N * _size(a.dm_ptr)
@@ -192,9 +241,13 @@ def _size(pointer) -> int:
 
 def _rate(a) -> str:
     """Which of a GPU's rates the launch's products run at."""
-    if a.DOT.in_pieces:
+    return _rate_of(a.DOT)
+
+
+def _rate_of(dot) -> str:
+    if dot.in_pieces:
         return "bf16x3"
-    return "tf32x3" if a.DOT.input_precision == "tf32x3" else "fp64" if str(a.DOT.operand) == "fp64" else "bf16"
+    return "tf32x3" if dot.input_precision == "tf32x3" else "fp64" if str(dot.operand) == "fp64" else "bf16"
 
 
 ACCOUNTS: dict[str, Callable[[SimpleNamespace], Traffic]] = {
@@ -203,6 +256,8 @@ ACCOUNTS: dict[str, Callable[[SimpleNamespace], Traffic]] = {
     "_weight_norm_finish_kernel": _weight_norm_finish,
     "_merge_scale_kernel": _merge_scale,
     "_decode_kernel": _decode,
+    "_glu_fwd_kernel": _glu_fwd,
+    "_glu_bwd_kernel": _glu_bwd,
     "_rescale_fwd_kernel": _rescale_fwd,
     "_rescale_bwd_kernel": _rescale_bwd,
     "_rescale_bwd_finish_kernel": _rescale_bwd_finish,

@@ -30,11 +30,14 @@ class GluFactors(NamedTuple):
     scale: torch.Tensor  # [2 I] g
     scaling: float
 
+    @property
+    def rank(self) -> int:
+        return self.lora_B[0].shape[1]
+
     def of(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """h [M, R] and B [I, R] of gate (0) or up (1)."""
-        rank = self.lora_B[index].shape[1]
-        start = index * rank if self.h.shape[1] > rank else 0
-        return self.h[:, start : start + rank], self.lora_B[index]
+        start = index * self.rank if self.h.shape[1] > self.rank else 0
+        return self.h[:, start : start + self.rank], self.lora_B[index]
 
 
 class GluGradients(NamedTuple):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from dora_kernels.ops import kernels, reference
 from dora_kernels.ops.gpus import DEFAULT_GPU
@@ -10,9 +9,9 @@ from dora_kernels.ops.kernels.launch import dot_of
 from dora_kernels.ops.kernels.rescale_bwd import rescale_bwd_config
 from dora_kernels.ops.kernels.weight_norm import weight_norm_config
 from dora_kernels.ops.types import NEAREST, Rounding
-from tests.support.buffers import LAYOUTS, count_launches, guard_bands
-from tests.support.oracle import make_problem, relative_error
-from tests.tolerances import TWIN
+from tests.support.buffers import LAYOUTS, count_launches
+from tests.support.oracle import make_problem
+from tests.support.twins import DTYPES, compare
 
 SHAPES = {
     "small": (5, 4, 3, 1),
@@ -20,14 +19,6 @@ SHAPES = {
     "multiples": (32, 64, 128, 16),
     "rank-24": (9, 20, 21, 24),
     "rank-40": (19, 33, 21, 40),
-}
-DTYPES = {
-    "fp64": (torch.float64, torch.float64),
-    "fp32": (torch.float32, torch.float32),
-    "bf16-fp32": (torch.bfloat16, torch.float32),
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16-fp32": (torch.float16, torch.float32),
-    "fp16": (torch.float16, torch.float16),
 }
 ALL_GRADIENTS = {
     "magnitude_dtype": torch.float32,
@@ -45,38 +36,17 @@ def _factors(problem):
     return problem.weight, problem.lora_A, problem.lora_B, problem.magnitude
 
 
-def _compare(operation, *tensors, written=(), **options):
-    """Runs the kernel on banded copies and the twin on the originals; all outputs equal within the twin's tolerance."""
-    with guard_bands() as guard:
-
-        def banded(value, written=False):
-            return tree_map(lambda t: guard(t, written=written) if isinstance(t, torch.Tensor) else t, value)
-
-        arguments = [banded(value, position in written) for position, value in enumerate(tensors)]
-        found = getattr(kernels, operation)(*arguments, **banded(options))
-    twins = [t.clone() if position in written else t for position, t in enumerate(tensors)]
-    expected = getattr(reference, operation)(*twins, **options)
-    found, expected = tree_leaves(found), tree_leaves(expected)
-    assert len(found) == len(expected)
-    for position, (ours, twin) in enumerate(zip(found, expected)):
-        if twin is None:
-            assert ours is None, position
-            continue
-        assert ours.shape == twin.shape and ours.dtype == twin.dtype, position
-        assert relative_error(ours, twin) <= TWIN[twin.dtype], (operation, position)
-
-
 @every_dtype
 @every_shape
 def test_weight_norm(shape, dtypes):
     problem = make_problem(*shape, *dtypes)
-    _compare("weight_norm", *_factors(problem), problem.scaling)
+    compare("weight_norm", *_factors(problem), problem.scaling)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 3, 15, 17, 31, 33, 64, 100, 384, 1000, 1024])
 def test_weight_norm_at_any_rank(rank):
     problem = make_problem(1, 17, 23, rank, torch.bfloat16, torch.float32)
-    _compare("weight_norm", *_factors(problem), problem.scaling)
+    compare("weight_norm", *_factors(problem), problem.scaling)
 
 
 def test_weight_norm_in_splits():
@@ -85,7 +55,7 @@ def test_weight_norm_in_splits():
     dot = dot_of(3, torch.float32, torch.float32, acc=torch.float32)
     assert weight_norm_config(5, 1100, dot, DEFAULT_GPU).splits == 2
     with count_launches() as launches:
-        _compare("weight_norm", *_factors(problem), problem.scaling)
+        compare("weight_norm", *_factors(problem), problem.scaling)
     assert launches == {"_weight_norm_kernel": 1, "_weight_norm_finish_kernel": 1}
 
 
@@ -94,7 +64,7 @@ def test_weight_norm_in_splits():
 def test_merge(shape, dtypes):
     problem = make_problem(*shape, *dtypes)
     with count_launches() as launches:
-        _compare("merge", *_factors(problem), problem.scaling, dtype=dtypes[0], **ROUNDED)
+        compare("merge", *_factors(problem), problem.scaling, dtype=dtypes[0], **ROUNDED)
     assert launches == {"_weight_norm_kernel": 1, "_merge_scale_kernel": 1}
 
 
@@ -102,7 +72,7 @@ def test_merge_in_splits():
     """The second launch adds up the norm's partial sums, and keeps n and g for the backward."""
     problem = make_problem(1, 5, 1100, 3, torch.bfloat16, torch.float32)
     with count_launches() as launches:
-        _compare("merge", *_factors(problem), problem.scaling, dtype=torch.bfloat16, **ROUNDED)
+        compare("merge", *_factors(problem), problem.scaling, dtype=torch.bfloat16, **ROUNDED)
     assert launches == {"_weight_norm_kernel": 1, "_merge_scale_kernel": 1}
 
 
@@ -112,7 +82,7 @@ def test_merge_with_the_scale_given(shape, dtypes):
     problem = make_problem(*shape, *dtypes)
     given = {"norm_scale": _norm_scale(problem)}
     factors = (problem.weight, problem.lora_A, problem.lora_B, None)
-    _compare("merge", *factors, problem.scaling, dtype=dtypes[0], **given, **ROUNDED)
+    compare("merge", *factors, problem.scaling, dtype=dtypes[0], **given, **ROUNDED)
 
 
 @pytest.mark.parametrize("rounding", ["dithered", "nearest"])
@@ -120,7 +90,7 @@ def test_merge_from_fp32_into_16_bits(rounding):
     """Autocast: an fp32 base, W' in the autocast dtype."""
     problem = make_problem(1, 29, 53, 7)
     for dtype in (torch.bfloat16, torch.float16):
-        _compare("merge", *_factors(problem), problem.scaling, dtype=dtype, rounding=Rounding(rounding, 3))
+        compare("merge", *_factors(problem), problem.scaling, dtype=dtype, rounding=Rounding(rounding, 3))
 
 
 def _norm_scale(problem):
@@ -140,7 +110,7 @@ def test_rescale_fwd(shape, dtypes, bias, undropped):
     problem = make_problem(*shape, *dtypes, bias=bias)
     arguments = (*_token_space(problem), problem.bias, problem.scaling)
     other = torch.randn_like(arguments[0]) if undropped else None
-    _compare("rescale_fwd", *arguments, undropped=other, in_place=False, **ROUNDED)
+    compare("rescale_fwd", *arguments, undropped=other, in_place=False, **ROUNDED)
 
 
 @pytest.mark.parametrize("in_place", [False, True], ids=["beside", "in-place"])
@@ -150,13 +120,13 @@ def test_rescale_fwd_of_a_product_that_holds_the_bias(shape, dtype, in_place):
     problem = make_problem(*shape, dtype, bias=True)
     base_out, *rest = _token_space(problem)
     own = {"written": (0,) if in_place else (), "in_place": in_place, "base_bias": problem.bias}
-    _compare("rescale_fwd", base_out + problem.bias, *rest, None, problem.scaling, **own, **ROUNDED)
+    compare("rescale_fwd", base_out + problem.bias, *rest, None, problem.scaling, **own, **ROUNDED)
 
 
 def test_rescale_fwd_in_place():
     problem = make_problem(37, 29, 53, 7, torch.bfloat16, torch.float32)
     arguments = (*_token_space(problem), None, problem.scaling)
-    _compare("rescale_fwd", *arguments, written=(0,), in_place=True, **ROUNDED)
+    compare("rescale_fwd", *arguments, written=(0,), in_place=True, **ROUNDED)
     base_out = arguments[0].clone()
     assert kernels.rescale_fwd(base_out, *arguments[1:], in_place=True, **ROUNDED).data_ptr() == base_out.data_ptr()
 
@@ -170,7 +140,7 @@ def test_rescale_bwd(shape, dtypes, saved_is):
     needs = ALL_GRADIENTS
     arguments = (problem.grad_y, base_out, h, lora_B, _norm_scale(problem), problem.scaling)
     own = {"magnitude_dtype": dtypes[1], "B_dtype": dtypes[1], "bias_dtype": dtypes[0]}
-    _compare("rescale_bwd", *arguments, saved_is=saved_is, **needs | own, **ROUNDED)
+    compare("rescale_bwd", *arguments, saved_is=saved_is, **needs | own, **ROUNDED)
 
 
 @pytest.mark.parametrize("needed", ["magnitude_dtype", "B_dtype", "bias_dtype", "needs_base"])
@@ -184,7 +154,7 @@ def test_rescale_bwd_alone(needed, rank, saved_is):
     saved = base_out if needed == "magnitude_dtype" else None
     h = h if needed == "B_dtype" or (needed == "magnitude_dtype" and saved_is == "base") else None
     arguments = (problem.grad_y, saved, h, lora_B, _norm_scale(problem), problem.scaling)
-    _compare("rescale_bwd", *arguments, saved_is=saved_is, scale_shift=1.0, **needs, **ROUNDED)
+    compare("rescale_bwd", *arguments, saved_is=saved_is, scale_shift=1.0, **needs, **ROUNDED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -194,7 +164,7 @@ def test_rescale_bwd_of_a_product_that_holds_the_bias(shape, dtype):
     base_out, h, lora_B, _ = _token_space(problem)
     arguments = (problem.grad_y, base_out + problem.bias, h, lora_B, _norm_scale(problem), problem.scaling)
     own = dict.fromkeys(("magnitude_dtype", "B_dtype", "bias_dtype"), dtype)
-    _compare("rescale_bwd", *arguments, saved_is="base", base_bias=problem.bias, **ALL_GRADIENTS | own, **ROUNDED)
+    compare("rescale_bwd", *arguments, saved_is="base", base_bias=problem.bias, **ALL_GRADIENTS | own, **ROUNDED)
 
 
 @pytest.mark.parametrize("rank", [7, 40])
@@ -204,7 +174,7 @@ def test_rescale_bwd_in_chunks(rank):
     base_out, h, lora_B, _ = _token_space(problem)
     needs = ALL_GRADIENTS
     arguments = (problem.grad_y, base_out, h, lora_B, _norm_scale(problem), problem.scaling)
-    _compare("rescale_bwd", *arguments, saved_is="base", **needs, **ROUNDED)
+    compare("rescale_bwd", *arguments, saved_is="base", **needs, **ROUNDED)
 
 
 @pytest.mark.parametrize("out_features", [1024, 4096, 14336, 28672])
@@ -251,7 +221,7 @@ def test_a_norm_that_is_given_is_returned(ops):
 def test_scaled_cast(dtype, scaled):
     factor, scale = torch.randn(19, 133), torch.randn(19)
     options = {"scale": scale, "scaling": 0.37} if scaled else {}
-    _compare("scaled_cast", factor, dtype, **options, **ROUNDED)
+    compare("scaled_cast", factor, dtype, **options, **ROUNDED)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -261,15 +231,15 @@ def test_layouts(layout):
     lay_out = LAYOUTS[layout]
     factors = [lay_out(t) for t in (problem.weight, problem.lora_A, problem.lora_B)]
     magnitude = lay_out(problem.magnitude[:, None])[:, 0]
-    _compare("weight_norm", *factors, magnitude, problem.scaling)
-    _compare("merge", *factors, magnitude, problem.scaling, dtype=torch.bfloat16, **ROUNDED)
+    compare("weight_norm", *factors, magnitude, problem.scaling)
+    compare("merge", *factors, magnitude, problem.scaling, dtype=torch.bfloat16, **ROUNDED)
     norm_scale, _ = reference.weight_norm(*factors, magnitude, problem.scaling)
     base_out, h = lay_out(problem.grad_y.flip(0)), lay_out(torch.randn(18, 6, dtype=torch.bfloat16))
-    _compare("rescale_fwd", base_out, h, factors[2], norm_scale.scale, None, problem.scaling, in_place=False, **ROUNDED)
+    compare("rescale_fwd", base_out, h, factors[2], norm_scale.scale, None, problem.scaling, in_place=False, **ROUNDED)
     needs = ALL_GRADIENTS
     arguments = (lay_out(problem.grad_y), base_out, h, factors[2], norm_scale, problem.scaling)
-    _compare("rescale_bwd", *arguments, saved_is="base", **needs, **ROUNDED)
-    _compare("scaled_cast", factors[1], torch.bfloat16, **ROUNDED)
+    compare("rescale_bwd", *arguments, saved_is="base", **needs, **ROUNDED)
+    compare("scaled_cast", factors[1], torch.bfloat16, **ROUNDED)
 
 
 def test_no_tokens():

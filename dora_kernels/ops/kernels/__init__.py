@@ -8,10 +8,22 @@ have two stages, so the same inputs give the same bits.
 
 from .base_weight import decode
 from .cast import scaled_cast
+from .glu_bwd import glu_bwd
+from .glu_fwd import glu_fwd
 from .launch import interpreted
 from .merge import merge
 from .rescale_bwd import rescale_bwd
 from .rescale_fwd import rescale_fwd
 from .weight_norm import weight_norm
 
-__all__ = ["decode", "interpreted", "merge", "rescale_bwd", "rescale_fwd", "scaled_cast", "weight_norm"]
+__all__ = [
+    "decode",
+    "glu_bwd",
+    "glu_fwd",
+    "interpreted",
+    "merge",
+    "rescale_bwd",
+    "rescale_fwd",
+    "scaled_cast",
+    "weight_norm",
+]

@@ -50,6 +50,11 @@ def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
+def contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The matrix itself where the elements of a row lie side by side, as in a slice of columns."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
 def signed32(salt: int) -> int:
     """The salt's low 32 bits as a signed number, so that every salt has one Triton type and one compiled kernel."""
     return (salt & 0xFFFFFFFF) - ((salt & 0x80000000) << 1)

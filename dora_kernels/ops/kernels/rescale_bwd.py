@@ -120,12 +120,15 @@ def _rescale_bwd_finish_kernel(
     scaling: tl.float64, N, R, chunks, product_chunks,
     # constexpr
     ACC: tl.constexpr, FROM_BASE: tl.constexpr, NEEDS_MAGNITUDE: tl.constexpr, NEEDS_B: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, HOLDS_SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     scaling = tl.cast(scaling, ACC)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
+    if HOLDS_SCALE:  # the product dzᵀh; the correlation is with V x
+        scale = tl.full([BLOCK_N], 1.0, dtype=ACC)
+    else:
+        scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
     correlation = tl.zeros([BLOCK_N], dtype=ACC)
     if NEEDS_MAGNITUDE:
         for chunk in range(0, chunks):
@@ -223,7 +226,7 @@ def rescale_bwd(
             _or(correlation, unused), _or(product, unused), _or(bias, unused), lora_B, norm, scale,
             _or(grad_magnitude, unused), _or(grad_B, unused), _or(grad_bias, unused),
             scaling, N, R, config.chunks, product.shape[0] if needs_product else 0,
-            TRITON_DTYPES[dtype], from_base, needs_magnitude, needs_B, needs_bias, block_n, dot.block_r,
+            TRITON_DTYPES[dtype], from_base, needs_magnitude, needs_B, needs_bias, False, block_n, dot.block_r,
             num_warps=4, **ALL_REGISTERS,
         )  # fmt: skip
     return grad_magnitude, grad_B, grad_bias, grad_base

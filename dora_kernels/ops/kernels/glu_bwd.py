@@ -1,0 +1,176 @@
+"""The one pass over a gated MLP's da: the gradients of gate and up, a again, and partial sums of dm and dB per chunk of
+tokens; then a reduction over chunks."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..chunked import mm_fp32
+from ..types import GluFactors, GluGradients
+from .activations import activation, derivative
+from .blocks import Matrix, addresses
+from .glu_fwd import Glu, adapted, feature_vectors, layer_output
+from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, rank_block_size
+from .lora_dot import Dot
+from .rescale_bwd import MAX_FUSED_RANK, _rescale_bwd_finish_kernel
+
+
+class GluBwdConfig(NamedTuple):
+    """Launch data."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def glu_bwd_config(glu: Glu, dot: Dot, features: int, itemsize: int) -> GluBwdConfig:
+    """By product, and whether rows start at aligned addresses."""
+    return GluBwdConfig(32, 64, num_warps=8, num_stages=2)
+
+
+def glu_bwd_chunks(tokens: int, features: int, config: GluBwdConfig) -> int:
+    """How many programs share a feature's tokens, by shape alone, so that the order of summation is fixed: at most two
+    programs for each of Hopper's 132 multiprocessors, none with fewer than 128 tokens."""
+    return max(1, min(2 * 132 // triton.cdiv(features, config.block_n), tokens // 128))
+
+
+@triton.jit
+def _glu_bwd_kernel(
+    # pointers
+    grad_a_ptr, gate_ptr, up_ptr, h_ptr, b_gate_ptr, b_up_ptr, scale_ptr, bias_ptr,
+    grads_ptr, correlation_ptr, product_ptr,
+    # sizes
+    scaling: tl.float64, M, N, R, tokens_per_chunk,
+    # strides
+    stride_am, stride_an, stride_gm, stride_um,
+    # constexpr, without the number of chunks: each number of tokens would be compiled anew
+    GLU: tl.constexpr, FUSED_PRODUCT: tl.constexpr, DOT: tl.constexpr, PRODUCT: tl.constexpr, CONFIG: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = CONFIG.block_m
+    BLOCK_N: tl.constexpr = CONFIG.block_n
+    BLOCK_R: tl.constexpr = DOT.block_r
+    ACC: tl.constexpr = DOT.acc
+    OPERAND: tl.constexpr = PRODUCT.operand
+    PRECISION: tl.constexpr = PRODUCT.input_precision
+    DTYPE: tl.constexpr = grads_ptr.dtype.element_ty
+    scaling = tl.cast(scaling, ACC)
+    chunk = tl.program_id(1)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask_n, mask_r = offs_n < N, offs_r < R
+    scale_gate, bias_gate = feature_vectors(scale_ptr, bias_ptr, offs_n, mask_n, GLU, ACC)
+    scale_up, bias_up = feature_vectors(scale_ptr + N, bias_ptr + N, offs_n, mask_n, GLU, ACC)
+    correlation_gate = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    correlation_up = tl.zeros([BLOCK_M, BLOCK_N], dtype=ACC)
+    product_gate = tl.zeros([BLOCK_R, BLOCK_N], dtype=ACC)
+    product_up = tl.zeros([BLOCK_R, BLOCK_N], dtype=ACC)
+    stride_hm = R if GLU.one_h else 2 * R
+    h_gate = Matrix(h_ptr, stride_hm, 1)
+    h_up = h_gate if GLU.one_h else Matrix(h_ptr + R, stride_hm, 1)
+    end = tl.minimum((chunk + 1) * tokens_per_chunk, M)
+    # Pointers to the first tokens: those to others are one number away, not 64-bit products of each row.
+    rows = tl.arange(0, BLOCK_M)
+    a_ptrs = addresses(Matrix(grad_a_ptr, stride_am, stride_an), rows, offs_n)
+    gate_ptrs = addresses(Matrix(gate_ptr, stride_gm, 1), rows, offs_n)
+    up_ptrs = addresses(Matrix(up_ptr, stride_um, 1), rows, offs_n)
+    grads_ptrs = addresses(Matrix(grads_ptr, 2 * N, 1), rows, offs_n)
+    h_gate_ptrs = addresses(h_gate, rows, offs_r)
+    h_up_ptrs = addresses(h_up, rows, offs_r)
+    for start in tl.range(chunk * tokens_per_chunk, end, BLOCK_M, num_stages=CONFIG.num_stages):
+        offs_m, first = start + rows, tl.cast(start, tl.int64)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & mask_n[None, :]
+        # Of loads alone, the compiler would compute all that follows a second time, in the layout of the dots.
+        grad = tl.where(mask, tl.load(a_ptrs + first * stride_am, mask=mask, other=0.0).to(ACC), 0.0)
+        gate = tl.load(gate_ptrs + first * stride_gm, mask=mask, other=0.0).to(ACC)
+        up = tl.load(up_ptrs + first * stride_um, mask=mask, other=0.0).to(ACC)
+        if GLU.in_token_space or FUSED_PRODUCT:
+            mask_h = mask_m[:, None] & mask_r[None, :]
+            h_gate_block = tl.load(h_gate_ptrs + first * stride_hm, mask=mask_h, other=0.0)
+            h_up_block = h_gate_block
+            if not GLU.one_h:
+                h_up_block = tl.load(h_up_ptrs + first * stride_hm, mask=mask_h, other=0.0)
+        if GLU.in_token_space:
+            gate = adapted(gate, h_gate_block, h_gate, b_gate_ptr, scaling, offs_m, offs_n, mask_m, mask_n, R, DOT)
+            up = adapted(up, h_up_block, h_up, b_up_ptr, scaling, offs_m, offs_n, mask_m, mask_n, R, DOT)
+        gate_out = layer_output(gate, scale_gate, bias_gate, GLU)
+        up_out = layer_output(up, scale_up, bias_up, GLU)
+        # Rounded as in forward, so that a has the forward's bits.
+        activated = activation(gate_out, GLU.activation).to(DTYPE).to(ACC)
+        grad_gate = grad * up_out * derivative(gate_out, GLU.activation)
+        grad_up = grad * activated
+        correlation_gate += grad_gate * gate
+        correlation_up += grad_up * up
+        if GLU.in_token_space:
+            grad_gate *= scale_gate[None, :]
+            grad_up *= scale_up[None, :]
+        grad_gate, grad_up = grad_gate.to(DTYPE), grad_up.to(DTYPE)
+        tl.store(a_ptrs + first * stride_am, (activated * up_out).to(DTYPE), mask=mask)
+        tl.store(grads_ptrs + first * (2 * N), grad_gate, mask=mask)
+        tl.store(grads_ptrs + first * (2 * N) + N, grad_up, mask=mask)
+        if FUSED_PRODUCT:
+            # hᵀ dy, not dyᵀ h, whose left factor the compiler would compute again in each warp.
+            h_gate_t, h_up_t = tl.trans(h_gate_block.to(OPERAND)), tl.trans(h_up_block.to(OPERAND))
+            gate_part, up_part = grad_gate.to(OPERAND), grad_up.to(OPERAND)
+            product_gate = tl.dot(h_gate_t, gate_part, product_gate, input_precision=PRECISION, out_dtype=ACC)
+            product_up = tl.dot(h_up_t, up_part, product_up, input_precision=PRECISION, out_dtype=ACC)
+    # Partials are [chunks, 2 N] and [chunks, 2 N, R].
+    row = chunk.to(tl.int64) * (2 * N) + offs_n
+    tl.store(correlation_ptr + row, tl.sum(correlation_gate, axis=0), mask=mask_n)
+    tl.store(correlation_ptr + row + N, tl.sum(correlation_up, axis=0), mask=mask_n)
+    if FUSED_PRODUCT:
+        mask_product = mask_r[:, None] & mask_n[None, :]
+        tl.store(addresses(Matrix(product_ptr, 1, R), offs_r, row), product_gate, mask=mask_product)
+        tl.store(addresses(Matrix(product_ptr, 1, R), offs_r, row + N), product_up, mask=mask_product)
+
+
+def glu_bwd(
+    grad_a: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    factors: GluFactors,
+    bias: torch.Tensor | None,
+    norm: torch.Tensor,
+    *,
+    space: str,
+    activation: str,
+    dtype: torch.dtype,
+) -> GluGradients:
+    """Twin of `reference.glu_bwd`."""
+    (M, N), R, scale = gate.shape, factors.rank, factors.scale
+    gate, up, bias, h = contiguous_rows(gate), contiguous_rows(up), contiguous(bias), contiguous(factors.h)
+    lora_B, options = [contiguous(B) for B in factors.lora_B], {"device": gate.device}
+    grads = torch.empty(M, 2 * N, dtype=gate.dtype, **options)
+    grad_magnitude, grad_B = torch.empty(2 * N, dtype=dtype, **options), torch.empty(2 * N, R, dtype=dtype, **options)
+    if N == 0:
+        return GluGradients(grads, grad_magnitude, grad_B)
+    acc, in_token_space = scale.dtype, space == "token"
+    glu = Glu(activation, in_token_space, bias is not None, h.shape[1] == R)
+    dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype)
+    config = glu_bwd_config(glu, dot, N, gate.element_size())
+    chunks = glu_bwd_chunks(M, N, config)
+    correlation = torch.empty(chunks, 2 * N, dtype=acc, **options)
+    fused_product = R <= min(MAX_FUSED_RANK, rank_block_size(R, acc.itemsize))
+    product = torch.empty(chunks, 2 * N, R, dtype=acc, **options) if fused_product else correlation
+    _glu_bwd_kernel[(triton.cdiv(N, config.block_n), chunks)](
+        grad_a, gate, up, h, *lora_B, scale, scale if bias is None else bias, grads, correlation, product,
+        factors.scaling, M, N, R, triton.cdiv(triton.cdiv(M, config.block_m), chunks) * config.block_m,
+        *grad_a.stride(), gate.stride(0), up.stride(0),
+        glu, fused_product, dot, dot_of(R, gate.dtype, h.dtype, acc=acc), config,
+        num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
+    )  # fmt: skip
+    if not fused_product:
+        parts = [grads] if glu.one_h else grads.chunk(2, dim=1)
+        hs = h.chunk(len(parts), dim=1)
+        product = torch.cat([mm_fp32(part.T, h_part) for part, h_part in zip(parts, hs)])[None]
+    block_n = 32
+    _rescale_bwd_finish_kernel[(triton.cdiv(2 * N, block_n),)](
+        correlation, product, correlation, scale, norm, scale, grad_magnitude, grad_B, grad_B,
+        factors.scaling, 2 * N, R, chunks, product.shape[0],
+        TRITON_DTYPES[acc], False, True, True, False, in_token_space, block_n, dot.block_r,
+        num_warps=4, **ALL_REGISTERS,
+    )  # fmt: skip
+    return GluGradients(grads, grad_magnitude, grad_B)
