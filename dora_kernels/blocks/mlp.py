@@ -73,8 +73,8 @@ class FusedMlp(nn.Module):
         members = self.members(down.base_dtype, down.base_device)
         if isinstance(members, str):
             return f"its layers run alone: {members}"
-        space, impl, _ = down.block_options
-        plan = plan_mlp(*members, tokens=tokens, dtype=down.base_dtype, space=space, impl=impl)
+        options = down.block_options._asdict()
+        plan = plan_mlp(*members, tokens=tokens, dtype=down.base_dtype, **options)
         names = [name for name in (block.gate, block.up) if name is not None]
         return dict.fromkeys(names, plan.gate_up) | {block.down: plan.down}
 

@@ -134,7 +134,8 @@ class DoraLinear(Freezable):
         if is_offloaded(self):
             return "is offloaded"
         factors = self.lora_A, self.lora_B, self.magnitude
-        return Member(self.base_weight, *factors, self.bias, self.scaling, Rounding(self.rounding, self.salt))
+        rounding = Rounding(self.rounding, self.salt)
+        return Member(self.base_weight, *factors, self.bias, self.scaling, rounding, self.output_use)
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -148,7 +149,7 @@ class DoraLinear(Freezable):
     @property
     def block_options(self) -> BlockOptions:
         """What a block of this layer runs with."""
-        return BlockOptions(self.space, self.impl, self.output_use)
+        return BlockOptions(self.space, self.impl)
 
     @property
     def rank(self) -> int:

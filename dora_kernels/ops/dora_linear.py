@@ -42,7 +42,8 @@ from .forms import (
 )
 from .output import OutputUse, note_written, shared_with_the_model
 from .problem import problem_of
-from .types import Rounding
+from .recomputation import remember_norm, remembered_norm
+from .types import NormScale, Rounding
 
 
 class DoraLinearFunction(torch.autograd.Function):
@@ -54,12 +55,13 @@ class DoraLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, x_dropped, lora_A, lora_B, magnitude, bias, weight, frozen_scale, call):
-        inputs = Inputs(x, x_dropped, lora_A, lora_B, magnitude, bias, weight, frozen_scale)
+    def forward(ctx, x, x_dropped, lora_A, lora_B, magnitude, bias, weight, given, call):
+        inputs = Inputs(x, x_dropped, lora_A, lora_B, magnitude, bias, weight, given)
         needs = Gradients(*ctx.needs_input_grad[:6]) if call.trains else NO_GRADIENTS
         form = token_forward if call.space == "token" else weight_forward
         with dispatch.on_device_of(x), dispatch.without_autocast(x.device):
             y, saved = form(dispatch.implementation(call.impl), call, inputs, needs)
+        remember_norm(call.output_use, (lora_A, lora_B, magnitude), call.scaling, saved.norm_scale)
         ctx.call = call
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:6]]
         # A quantised weight is no tensor: its library's memory, which nothing here writes.
@@ -162,6 +164,9 @@ def dora_linear(
     # PEFT casts before it drops: the mask is the same either way.
     x_dropped = None if dropout is None else F.dropout(x, lora_dropout).to(dtype).reshape(tokens, x.shape[-1])
     x_flat = x.to(dtype).reshape(tokens, x.shape[-1])
+    given = None if frozen_scale is None else NormScale(*frozen_scale)
+    if trains:
+        given = remembered_norm(output_use, (lora_A, lora_B, magnitude), float(scaling))
     call = Call(plan.space, plan.impl, float(scaling), Rounding(rounding, int(salt)), dropout, trains, output_use)
-    y = DoraLinearFunction.apply(x_flat, x_dropped, lora_A, lora_B, magnitude, bias, weight, frozen_scale, call)
+    y = DoraLinearFunction.apply(x_flat, x_dropped, lora_A, lora_B, magnitude, bias, weight, given, call)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -23,23 +23,23 @@ from .members import Member, why_not_together
 from .output import OutputUse, note_written, shared_with_the_model
 from .overhead import glu_overhead
 from .problem import problem_of
+from .recomputation import remember_norm, remembered_norm
 from .types import Rounding
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
 
 class MlpCall(NamedTuple):
-    """The constants of one call. `scalings` and `roundings` are the members', down last."""
+    """The constants of one call. `constants` are each member's scaling, rounding and use, down last."""
 
     space: str  # of gate and up
     activation: str
-    scalings: tuple[float, ...]
-    roundings: tuple[Rounding, ...]
+    constants: tuple[tuple[float, Rounding, OutputUse | None], ...]
     down: Call
 
     def members(self, tensors: list) -> list[Member]:
         parts = [tensors[start : start + 5] for start in range(0, len(tensors), 5)]
-        return [Member(*part, *constants) for part, *constants in zip(parts, self.scalings, self.roundings)]
+        return [Member(*part, *constants) for part, constants in zip(parts, self.constants)]
 
 
 class DoraMlpFunction(torch.autograd.Function):
@@ -54,9 +54,12 @@ class DoraMlpFunction(torch.autograd.Function):
         ops = dispatch.implementation(call.down.impl)
         form = forms.token_forward if call.down.space == "token" else forms.weight_forward
         with dispatch.on_device_of(x), dispatch.without_autocast(x.device):
-            a, saved = gate_up.gate_up_forward(ops, call.space, call.activation, x, group)
-            inputs = Inputs(a, None, down.lora_A, down.lora_B, down.magnitude, down.bias, down.weight, None)
-            y, saved_down = form(ops, call.down, inputs, ASKED)
+            a, saved = gate_up.gate_up_forward(
+                ops, call.space, call.activation, x, group, needs_x=ctx.needs_input_grad[0]
+            )
+            given = remembered_norm(down.use, down.factors, down.scaling)
+            y, saved_down = form(ops, call.down, Inputs(a, None, *down.factors, down.bias, down.weight, given), ASKED)
+        remember_norm(down.use, down.factors, down.scaling, saved_down.norm_scale)
         # `a` is made again, and the weight is among the members.
         saved_down, ctx.writes = saved_down._replace(lora_x=None, weight=None), None
         if saved_down.output is y:
@@ -143,7 +146,6 @@ def dora_mlp(
     activation: str,
     space: str = "auto",
     impl: str = "auto",
-    output_use: OutputUse | None = None,
 ) -> torch.Tensor:
     """down(act(gate(x)) ⊙ up(x)), each a DoRA layer as `dora_linear` computes it. Differentiable once, in x and in each
     layer's A, B and m.
@@ -154,7 +156,7 @@ def dora_mlp(
             in its 2 I features, gate first.
         down: a layer of I inputs.
         activation: act, "silu" or "gelu_tanh".
-        space, impl, output_use: see `dora_linear`; `space` is that of all three layers.
+        space, impl: see `dora_linear`; `space` is that of all three layers.
 
     Returns:
         [..., out_features] in x's dtype (under autocast: autocast's).
@@ -171,10 +173,8 @@ def dora_mlp(
     dtype, tokens = dtype_of_call(x, gate.weight), math.prod(x.shape[:-1])
     plan = plan_mlp(gate, up, down, tokens=tokens, dtype=dtype, space=space, impl=impl)
     members = [*group, down]
-    down_call = Call(plan.down.space, plan.down.impl, down.scaling, down.rounding, None, True, output_use)
-    call = MlpCall(
-        plan.gate_up.space, activation, tuple(m.scaling for m in members), tuple(m.rounding for m in members), down_call
-    )
+    down_call = Call(plan.down.space, plan.down.impl, down.scaling, down.rounding, None, True, down.use)
+    call = MlpCall(plan.gate_up.space, activation, tuple(member[5:] for member in members), down_call)
     tensors = [tensor for member in members for tensor in member[:5]]
     y = DoraMlpFunction.apply(x.to(dtype).reshape(tokens, x.shape[-1]), call, *tensors)
     return y.view(*x.shape[:-1], y.shape[-1])

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from .base_weights import Weight, dense, readable
 from .chunked import mm_fp32
 from .output import OutputUse
+from .recomputation import keeps_merged
 from .types import NormScale, Rounding
 
 
@@ -34,7 +35,7 @@ class Inputs(NamedTuple):
     magnitude: torch.Tensor
     bias: torch.Tensor | None
     weight: Weight
-    frozen_scale: tuple[torch.Tensor, torch.Tensor] | None  # n and g, where they are given
+    given: NormScale | None  # n and g, where they are known
 
 
 class Gradients(NamedTuple):
@@ -68,6 +69,7 @@ class Saved(NamedTuple):
     weight_norm: torch.Tensor
     mag_norm_scale: torch.Tensor
     weight: Weight
+    merged: torch.Tensor | None = None  # [N, K] W', inside a checkpointed region
 
     @property
     def product(self) -> torch.Tensor | None:
@@ -152,8 +154,7 @@ def token_backward_without_A(
 
 def weight_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients) -> tuple[torch.Tensor, Saved]:
     """W' = g ⊙ (W + s B A) [N, K], then y = x W'ᵀ + b. h = x Aᵀ [M, R], for dB alone, waits for the backward."""
-    x, _, lora_A, lora_B, magnitude, bias, weight, frozen_scale = inputs
-    given = None if frozen_scale is None else NormScale(*frozen_scale)
+    x, _, lora_A, lora_B, magnitude, bias, weight, given = inputs
     merged, norm_scale = ops.merge(
         readable(weight), lora_A, lora_B, magnitude, call.scaling,
         dtype=x.dtype, rounding=call.rounding, norm_scale=given,
@@ -166,13 +167,14 @@ def weight_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients
         y = output + bias
     else:
         output = y = F.linear(x, merged, bias)
-    return y, Saved(x, h, None, output, None, lora_A, lora_B, *norm_scale, weight)
+    kept = merged if needs.x and keeps_merged(merged) else None
+    return y, Saved(x, h, None, output, None, lora_A, lora_B, *norm_scale, weight, kept)
 
 
 def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Saved, asked: Gradients) -> Gradients:
     """dm, dB and db in one pass; dh = dy (s g ⊙ B) [M, R] for dA alone; dx = dy W' [M, K].
 
-    W' is merged again with the saved n and g: nothing of its size was kept.
+    W' is merged again with the saved n and g, unless the recomputation of a checkpointed forward kept it.
     """
     if asked.magnitude is not None and saved.product is None:
         saved = saved._replace(output=F.linear(saved.lora_x, merged_again(ops, call, saved, grad_y.dtype)))
@@ -189,7 +191,9 @@ def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sa
 
 
 def merged_again(ops, call, saved, dtype):
-    """W' [N, K], to the bits of the forward."""
+    """W' [N, K], to the bits of the forward: what a recomputation left, or merged again."""
+    if saved.merged is not None:
+        return saved.merged
     return ops.merge(
         readable(saved.weight), saved.lora_A, saved.lora_B, None, call.scaling, dtype=dtype,
         rounding=call.rounding, norm_scale=saved.norm_scale,
@@ -204,14 +208,13 @@ def _lora_product(ops, call, x, lora_A):
 
 def _norm_and_cast(ops, call, inputs, weight):
     """n and g, and A in x's dtype, which the norm's pass over A writes beside."""
-    x, _, lora_A, lora_B, magnitude, _, _, frozen_scale = inputs
+    x, _, lora_A, lora_B, magnitude, _, _, norm_scale = inputs
     A_dtype = None if lora_A.dtype == x.dtype else x.dtype
-    if frozen_scale is None:
+    if norm_scale is None:
         norm_scale, A_cast = ops.weight_norm(
             weight, lora_A, lora_B, magnitude, call.scaling, A_dtype=A_dtype, rounding=call.rounding
         )
     else:
-        norm_scale = NormScale(*frozen_scale)
         A_cast = None if A_dtype is None else ops.scaled_cast(lora_A, A_dtype, rounding=call.rounding)
     return norm_scale, lora_A if A_cast is None else A_cast
 

@@ -16,6 +16,7 @@ from .members import (
     stacked,
     stacked_A,
 )
+from .recomputation import keeps_merged
 from .types import GluFactors, GluGradients, NormScale
 
 
@@ -29,6 +30,7 @@ class Saved(NamedTuple):
     up: torch.Tensor | None
     norm: torch.Tensor  # [2 I]
     scale: torch.Tensor  # [2 I]
+    merged: torch.Tensor | None = None  # [2 I, K] W', inside a checkpointed region
 
     @property
     def products(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,22 +39,23 @@ class Saved(NamedTuple):
 
 
 def gate_up_forward(
-    ops: ModuleType, space: str, activation: str, x: torch.Tensor, members: list[Member]
+    ops: ModuleType, space: str, activation: str, x: torch.Tensor, members: list[Member], *, needs_x: bool
 ) -> tuple[torch.Tensor, Saved]:
     """a [M, I] of x [M, K]. `members` are gate and up, or the one layer that holds both, gate first.
 
     Token space: h = x Aᵀ, z = x Wᵀ of each, and the adapters inside the pass that makes a.
     Weight space: x W'ᵀ, one GEMM.
     """
-    h = A = None
+    h = A = kept = None
     if space == "token":
         norm_scale, A = norms_and_A(ops, members, x.dtype)
         h, found = x @ A.T, products(ops, members, x)
     else:
         weight, norm_scale = merged(ops, members, x.dtype)
         found = [x @ weight.T]
+        kept = weight if needs_x and keeps_merged(weight) else None
         del weight
-    saved = Saved(x, h, A, found[0], found[1] if len(found) == 2 else None, *norm_scale)
+    saved = Saved(x, h, A, found[0], found[1] if len(found) == 2 else None, *norm_scale, kept)
     return activated(ops, space, activation, saved, members), saved
 
 
@@ -85,7 +88,9 @@ def gate_up_outer_gradients(
         return None, grads_A
     if in_token_space:
         return grad_x_of_products(ops, members, dh, saved.A, parts), grads_A
-    weight, _ = merged(ops, members, grads.dtype, NormScale(saved.norm, saved.scale))
+    weight = saved.merged
+    if weight is None:
+        weight, _ = merged(ops, members, grads.dtype, NormScale(saved.norm, saved.scale))
     return grads @ weight, grads_A
 
 

@@ -12,6 +12,7 @@ import torch
 from .base_weights import Weight, dense, readable
 from .chunked import mm_fp32
 from .output import OutputUse
+from .recomputation import remember_norm, remembered_norm
 from .types import NormScale, Rounding
 
 
@@ -25,6 +26,11 @@ class Member(NamedTuple):
     bias: torch.Tensor | None
     scaling: float
     rounding: Rounding
+    use: OutputUse | None = None  # shared by the calls of the layer
+
+    @property
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.lora_A, self.lora_B, self.magnitude
 
     @property
     def features(self) -> int:
@@ -40,7 +46,6 @@ class BlockOptions(NamedTuple):
 
     space: str
     impl: str
-    output_use: OutputUse
 
 
 def _slices(sizes: list[int]) -> list[slice]:
@@ -59,15 +64,20 @@ def rank_slices(members: list[Member]) -> list[slice]:
 
 def norms_and_A(ops: ModuleType, members: list[Member], dtype: torch.dtype) -> tuple[NormScale, torch.Tensor]:
     """n and g [ΣN], and A [ΣR, K] in `dtype`, of which each norm's pass writes a part."""
-    found = [
-        ops.weight_norm(
-            readable(member.weight), member.lora_A, member.lora_B, member.magnitude, member.scaling,
-            A_dtype=None if member.lora_A.dtype == dtype else dtype, rounding=member.rounding,
-        )
-        for member in members
-    ]  # fmt: skip
-    factors = [member.lora_A if cast is None else cast for member, (_, cast) in zip(members, found)]
-    return stacked_norms([norm_scale for norm_scale, _ in found]), stacked(factors)
+    norms, factors = [], []
+    for member in members:
+        A_dtype = None if member.lora_A.dtype == dtype else dtype
+        norm_scale, cast = remembered_norm(member.use, member.factors, member.scaling), None
+        if norm_scale is None:
+            norm_scale, cast = ops.weight_norm(
+                readable(member.weight), *member.factors, member.scaling, A_dtype=A_dtype, rounding=member.rounding
+            )
+            remember_norm(member.use, member.factors, member.scaling, norm_scale)
+        elif A_dtype is not None:
+            cast = ops.scaled_cast(member.lora_A, A_dtype, rounding=member.rounding)
+        norms.append(norm_scale)
+        factors.append(member.lora_A if cast is None else cast)
+    return stacked_norms(norms), stacked(factors)
 
 
 def stacked_A(ops: ModuleType, members: list[Member], dtype: torch.dtype) -> torch.Tensor:
@@ -84,16 +94,20 @@ def merged(
     ops: ModuleType, members: list[Member], dtype: torch.dtype, norm_scale: NormScale | None = None
 ) -> tuple[torch.Tensor, NormScale]:
     """W' [ΣN, K] in `dtype`, to the bits of each layer's own merge, and n and g [ΣN]; those of the forward if given."""
-    first, rows = members[0], feature_slices(members)
+    first, rows, found = members[0], feature_slices(members), []
     weight = torch.empty(rows[-1].stop, first.lora_A.shape[1], dtype=dtype, device=first.lora_A.device)
-    found = [
-        ops.merge(
-            readable(member.weight), member.lora_A, member.lora_B, member.magnitude, member.scaling,
-            dtype=dtype, rounding=member.rounding, out=weight[own],
-            norm_scale=None if norm_scale is None else NormScale(*(part[own] for part in norm_scale)),
-        )[1]
-        for member, own in zip(members, rows)
-    ]  # fmt: skip
+    for member, own in zip(members, rows):
+        if norm_scale is None:
+            given = remembered_norm(member.use, member.factors, member.scaling)
+        else:
+            given = NormScale(*(part[own] for part in norm_scale))
+        _, made = ops.merge(
+            readable(member.weight), *member.factors, member.scaling,
+            dtype=dtype, rounding=member.rounding, norm_scale=given, out=weight[own],
+        )  # fmt: skip
+        if given is None:
+            remember_norm(member.use, member.factors, member.scaling, made)
+        found.append(made)
     return weight, stacked_norms(found) if norm_scale is None else norm_scale
 
 
@@ -149,14 +163,13 @@ def why_not_together(members: list[Member], device: torch.device) -> str | None:
     """Why these layers do not compute one input on `device` together, or None."""
     first = members[0]
     for member in members:
-        trained = member.lora_A, member.lora_B, member.magnitude
-        if not all(factor.requires_grad for factor in trained):
+        if not all(factor.requires_grad for factor in member.factors):
             return "a factor does not train"
         if member.bias is not None and member.bias.requires_grad:
             return "a bias trains"
-        if any(part.device != device for part in (member.weight, *trained)):
+        if any(part.device != device for part in (member.weight, *member.factors)):
             return "its layers and their input are on several devices"
-        if any(factor.dtype != first.lora_A.dtype for factor in trained):
+        if any(factor.dtype != first.lora_A.dtype for factor in member.factors):
             return "its factors have several dtypes"
         if _format(member.weight) != _format(first.weight):
             return "its weights have several formats"

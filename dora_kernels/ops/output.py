@@ -13,6 +13,10 @@ class OutputUse:
     """What the calls of one layer share."""
 
     is_written: bool = False  # by the model, in place: from then on it gets a copy
+    last_norm: object = None  # of the last checkpointed forward, see `recomputation`
+
+    def __getstate__(self) -> dict:
+        return {"is_written": self.is_written, "last_norm": None}
 
 
 class WriteCounter:

@@ -107,7 +107,7 @@ class FusedForward(Freezable):
         factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight, magnitude.weight
         options = self.dora_fusion.options
         rounding = Rounding(options["rounding"], options["salt"])
-        return Member(weight, *factors, self.base_layer.bias, self.scaling[adapter], rounding)
+        return Member(weight, *factors, self.base_layer.bias, self.scaling[adapter], rounding, self.output_use)
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -121,7 +121,7 @@ class FusedForward(Freezable):
     @property
     def block_options(self) -> BlockOptions:
         """What a block of this layer runs with."""
-        return BlockOptions(self.dora_fusion.options["space"], self.dora_fusion.options["impl"], self.output_use)
+        return BlockOptions(self.dora_fusion.options["space"], self.dora_fusion.options["impl"])
 
     def _check_loaded(self, x: torch.Tensor) -> None:
         """PEFT's DoRA would read weights that are not there, and say only that they are on the meta device."""

@@ -1,0 +1,75 @@
+"""What a call inside activation checkpointing keeps for, and takes from, the recomputation of its forward.
+
+Known of non-reentrant checkpointing alone, whose hooks on saved tensors say in which of the two a call is: those of the
+forward drop what is saved, those of the recomputation hold it until the backward.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from .output import OutputUse
+from .types import NormScale
+
+MOST_KEPT = 2 << 30
+"""Bytes of W' that one checkpointed region may hold from its recomputation to its backward: those of a decoder layer of
+70 billion parameters, but not those of a model that is one region."""
+
+_kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # bytes by region, which its hook stands for
+
+
+def keeps_merged(weight: torch.Tensor) -> bool:
+    """Whether W' should be saved for the backward, which else merges again: it is bit for bit the same.
+
+    Forward and recomputation of a region, whose calls come in one order, get the same answers.
+    """
+    hook = _hook()
+    if hook is None:
+        return False
+    kept = _kept.get(hook, 0) + weight.nbytes
+    if kept > MOST_KEPT:
+        return False
+    _kept[hook] = kept
+    return True
+
+
+class LastNorm(NamedTuple):
+    """n and g of a layer's last checkpointed forward, and the factors that they are of."""
+
+    factors: tuple[weakref.ref, ...]
+    scaling: float
+    norm_scale: NormScale
+
+
+def remember_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scaling: float, found: NormScale) -> None:
+    """Keeps n and g for the recomputation of this forward, if one will follow."""
+    hook = _hook()
+    if use is not None and hook is not None and not _recomputes(hook):
+        use.last_norm = LastNorm(tuple(map(weakref.ref, factors)), scaling, found)
+
+
+def remembered_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scaling: float) -> NormScale | None:
+    """n and g of the forward that is being recomputed; None where the call is no recomputation, or of other factors.
+
+    Bit for bit what would be computed: a change of the factors in between has spoiled the recomputation by itself.
+    """
+    hook = _hook()
+    if use is None or use.last_norm is None or hook is None or not _recomputes(hook):
+        return None
+    last = use.last_norm
+    same = last.scaling == scaling and all(ref() is factor for ref, factor in zip(last.factors, factors))
+    return last.norm_scale if same else None
+
+
+def _recomputes(hook) -> bool:
+    return hook.__qualname__.startswith("_recomputation_hook")
+
+
+def _hook():
+    """The hook that packs what is saved here, if it is that of a checkpointed region."""
+    if torch.compiler.is_compiling():
+        return None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
