@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from ..ops.output import WriteCounter
-from .blocks_seen import Blocks, BlocksSeen, GatedMlp, Siblings
+from .blocks_seen import Blocks, BlocksSeen, Siblings
 from .dataflow import Dataflow
+from .gated_mlp_seen import GatedMlp
 from .probe_inputs import inputs_of
 from .valueless import Undecided, linear_layers, path_of_first, repeats, signature, valueless
 
