@@ -109,6 +109,8 @@ def _fit(call: ModuleCall, down: LayerCall, between: list[Operation], makers: Ma
         return f"computes {extra.name} besides"
     if extra is not None:
         return f"calls {call.name_of(extra.path) or extra.path} besides"
+    if down.path in (gate.layer.path, up.layer.path):
+        return f"calls {call.name_of(down.path)} twice"
     names = [call.name_of(layer.path) for layer in (gate.layer, up.layer, down)]
     if None in names:
         return "calls a layer outside itself"

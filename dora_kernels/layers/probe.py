@@ -45,7 +45,7 @@ SEEN: dict[tuple, Probe] = {}
 
 
 def probe(model: nn.Module) -> Probe:
-    """Runs a copy of `model` in training and in inference, and watches its linear layers.
+    """Runs a copy of `model` in training and in inference, and watches its linear layers and the modules around them.
 
     A layer of PEFT's or of ours counts as the linear layer below it. Of modules that repeat in a list the first runs,
     and what was seen there holds for all. What a fused kernel of a GPU reads is not seen.

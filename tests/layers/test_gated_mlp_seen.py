@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from dora_kernels.layers import probe as room
+from dora_kernels.layers.blocks_seen import Siblings
+from dora_kernels.layers.dataflow import LONGEST
 from dora_kernels.layers.gated_mlp_seen import GatedMlp
 from dora_kernels.layers.probe import probe
 from tests.support.one_block import D, Host, N, mlp, module
@@ -199,6 +201,7 @@ REFUSED = {
     ),
     "computes mean besides": mlp(looks_at_gate),
     "calls both besides": mlp(routes),
+    "calls gate twice": mlp(lambda self, x: self.gate(F.silu(self.gate(x)) * self.up(x)), gate=(D, D), up=(D, D)),
     "calls gate besides": mlp(lambda self, x: (self.gate(x), self.down(F.silu(self.gate(x)) * self.up(x)))[1]),
     "keeps a tensor from between its layers": mlp(keeps),
     "writes in place (mul_)": mlp(writes_output),
@@ -252,3 +255,13 @@ def test_a_gated_mlp_calls_its_own_layers():
     two.gate = one.gate
     seen = probe(Host(module(lambda self, x: self.one(x) + self.two(x), one=one, two=two)))
     assert seen.mlps == {"block.one": SILU} and seen.not_blocks == {"block.two": "calls a layer outside itself"}
+
+
+def test_of_a_long_call_nothing_is_said():
+    def computes_long(self, x):
+        y = fits(self, x)
+        for _ in range(LONGEST):
+            y = y + 1
+        return y
+
+    assert probe(Host(mlp(computes_long)))[3:] == ({}, {"block": (Siblings(("gate", "up")),)}, {})
