@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..ops.output import WriteCounter
 
 LONGEST = 40
-"""The steps of a call that are kept. A gated MLP has at most seven, of which one more holds a mask of dropout."""
+"""The steps of a call that are kept. A gated MLP has at most seven."""
 
 Reference = weakref.ReferenceType
 
@@ -28,6 +28,7 @@ class Operation(NamedTuple):
     inputs: tuple[Reference, ...]  # the tensors among its arguments
     settings: tuple[object, ...]  # its other arguments, those by name as pairs
     outputs: tuple[Reference, ...]
+    with_grad: bool
 
     @property
     def name(self) -> str:
@@ -46,6 +47,7 @@ class LayerCall(NamedTuple):
     writes: int  # to x, seen since a layer of the same module first got it
     outputs: tuple[Reference, ...]
     shape: torch.Size  # of the output
+    with_grad: bool
 
     @property
     def inputs(self) -> tuple[Reference, ...]:
@@ -58,6 +60,7 @@ class ModuleCall:
     def __init__(self, path: str, args: tuple, kwargs: dict):
         self.path = path
         self.x = _only_tensor(args, kwargs)  # None where it was called with anything but one tensor
+        self.with_grad = torch.is_grad_enabled()
         self.result: Reference | None = None  # None where it returned anything but a tensor
         self.steps: list[Operation | LayerCall] = []
         self.children: list[LayerCall] = []  # of the module's own children, without a limit
@@ -68,13 +71,12 @@ class ModuleCall:
         """Whether all its steps were kept."""
         return len(self.steps) < LONGEST
 
-    def writes_to(self, x: torch.Tensor) -> int:
+    def writes_to(self, x: Reference) -> int:
         """How often x was found written over, when a child got it."""
-        key = id(weakref.ref(x))
-        writes, counter = self._counters.get(key) or (0, WriteCounter(x))
+        writes, counter = self._counters.get(id(x)) or (0, WriteCounter(x()))
         if counter.has_moved:
-            writes, counter = writes + 1, WriteCounter(x)
-        self._counters[key] = writes, counter
+            writes, counter = writes + 1, WriteCounter(x())
+        self._counters[id(x)] = writes, counter
         return writes
 
     def name_of(self, path: str) -> str | None:
@@ -109,15 +111,15 @@ class Dataflow(TorchDispatchMode):
 
         @functools.wraps(forward)
         def followed(*args, **kwargs):
-            around = self._open[-1] if self._open and self._open[-1].path == parent else None
-            was_in_layer, self._in_layer = self._in_layer, True
+            around = next((call for call in reversed(self._open) if call.path == parent), None)
+            was_in_layer, self._in_layer, with_grad = self._in_layer, True, torch.is_grad_enabled()
             try:
                 x = _only_tensor(args, kwargs)
-                writes = around.writes_to(args[0]) if around and x else 0
+                writes = around.writes_to(x) if around and x else 0
                 y = forward(*args, **kwargs)
             finally:
                 self._in_layer = was_in_layer
-            call = LayerCall(path, x, writes, _references((y,)), getattr(y, "shape", torch.Size()))
+            call = LayerCall(path, x, writes, _references((y,)), getattr(y, "shape", torch.Size()), with_grad)
             self._add(call)
             if around:
                 around.children.append(call)
@@ -145,12 +147,10 @@ class Dataflow(TorchDispatchMode):
         result = function(*args, **kwargs)
         # prim's ask for a tensor's device: that is no use of its values.
         if self._open and not self._in_layer and function.namespace != "prim":
-            settings = (
-                *(a for a in args if not _has_tensor(a)),
-                *((k, v) for k, v in kwargs.items() if not _has_tensor(v)),
-            )
-            outputs = _references(result if isinstance(result, (list, tuple)) else (result,))
-            self._add(Operation(function, _references((*args, *kwargs.values())), settings, outputs))
+            named = [(name, value) for name, value in kwargs.items() if not _references((value,))]
+            settings = (*(value for value in args if not _references((value,))), *named)
+            inputs, outputs = _references((*args, *kwargs.values())), _references((result,))
+            self._add(Operation(function, inputs, settings, outputs, torch.is_grad_enabled()))
         return result
 
     def _add(self, step: Operation | LayerCall) -> None:
@@ -168,17 +168,7 @@ def _only_tensor(args: tuple, kwargs: dict) -> Reference | None:
     return weakref.ref(args[0]) if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) else None
 
 
-def _has_tensor(value) -> bool:
-    return bool(_references((value,)))
-
-
 def _references(values) -> tuple[Reference, ...]:
     """Of the tensors among the values, and in the lists among them."""
-    found = []
-    for value in values:
-        found += [
-            weakref.ref(v)
-            for v in (value if isinstance(value, (list, tuple)) else (value,))
-            if isinstance(v, torch.Tensor)
-        ]
-    return tuple(found)
+    lists = (value if isinstance(value, (list, tuple)) else (value,) for value in values)
+    return tuple(weakref.ref(value) for listed in lists for value in listed if isinstance(value, torch.Tensor))

@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from ..ops.output import WriteCounter
-from .blocks_seen import Blocks, BlocksSeen, GatedMlp, Siblings
+from .blocks_seen import Blocks, BlocksSeen, Siblings
 from .dataflow import Dataflow
+from .gated_mlp_seen import GatedMlp
 from .probe_inputs import inputs_of
 from .valueless import Undecided, linear_layers, path_of_first, repeats, signature, valueless
 
@@ -44,7 +45,7 @@ SEEN: dict[tuple, Probe] = {}
 
 
 def probe(model: nn.Module) -> Probe:
-    """Runs a copy of `model` in training and in inference, and watches its linear layers.
+    """Runs a copy of `model` in training and in inference, and watches its linear layers and the modules around them.
 
     A layer of PEFT's or of ours counts as the linear layer below it. Of modules that repeat in a list the first runs,
     and what was seen there holds for all. What a fused kernel of a GPU reads is not seen.

@@ -1,6 +1,7 @@
 """A copy of a model without values: fake tensors, and one of the layers that repeat."""
 
 import copy
+from types import BuiltinFunctionType, FunctionType
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from .support import LINEAR_CLASSES
 
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 aten = torch.ops.aten
+FUNCTIONS = (FunctionType, BuiltinFunctionType)
 PLAIN = (bool, float, str, type(None))
 
 
@@ -42,7 +44,8 @@ def repeats(model: nn.Module) -> dict[str, str]:
         firsts: dict[tuple, str] = {}
         for name, child in module.named_children():
             own = f"{path}.{name}" if path else name
-            if any(True for _ in child.children()) and (first := firsts.setdefault(signature(child), own)) != own:
+            has_parts = not _wraps(child) and any(True for _ in child.children())
+            if has_parts and (first := firsts.setdefault(signature(child), own)) != own:
                 found[own] = first
     return found
 
@@ -57,13 +60,14 @@ def path_of_first(path: str, like: dict[str, str]) -> str:
 
 
 def signature(module: nn.Module) -> tuple:
-    """Classes, shapes and settings. A whole number is none: it may be the layer's own."""
+    """Classes, shapes and settings, functions too. A whole number is none: it may be the layer's own."""
     return tuple(
         (
             path,
             type(part),
             tuple((name, tuple(p.shape)) for name, p in part._parameters.items() if p is not None),
             tuple((k, v) for k, v in vars(part).items() if type(v) in PLAIN and k != "training"),
+            tuple((k, getattr(v, "__code__", v)) for k, v in vars(part).items() if isinstance(v, FUNCTIONS)),
         )
         for path, part in module.named_modules()
     )
