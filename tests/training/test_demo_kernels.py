@@ -41,7 +41,8 @@ def test_steps_through_the_kernels(tmp_path):
     assert torch.allclose(found, expected, rtol=AFTER_ADAM), (found - expected).abs().max()
     assert expected[-1] < 0.7 * expected[0], "the curve goes somewhere, or the comparison would be idle"
     assert not none
-    linears = 14
-    # Every layer, every step, forward and backward: none fell back.
-    assert launches["_rescale_bwd_finish_kernel"] == linears * STEPS
+    # Every layer, every step, forward and backward: none fell back. Gate and up share a finishing launch.
+    linears, blocks = 14, 2
+    assert launches["_rescale_bwd_finish_kernel"] == (linears - blocks) * STEPS
     assert launches["_scaled_cast_kernel"] == linears * STEPS
+    assert launches["_glu_fwd_kernel"] == launches["_glu_bwd_kernel"] == blocks * STEPS

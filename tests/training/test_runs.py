@@ -123,6 +123,16 @@ def test_the_engines_agree(data, whole, tmp_path):  # noqa: F811
     assert fused[-1]["eval_loss"] != unfused[-1]["eval_loss"], "or --no-fused does nothing"
 
 
+@pytest.mark.parametrize("engine", [[], ["--use_peft"]], ids=["ours", "peft"])
+def test_blocks_can_be_switched_off(data, tmp_path, capsys, engine):  # noqa: F811
+    losses = {}
+    for blocks in ("auto", "off"):
+        rows = run(data, tmp_path / blocks, *engine, fuse_blocks=blocks, max_steps=2, eval_step=0)
+        assert ("MLPs as one function each" in capsys.readouterr().out) == (blocks == "auto")
+        losses[blocks] = [row["loss"] for row in rows if "loss" in row]
+    assert losses["auto"] == pytest.approx(losses["off"], rel=SAME_FP32)
+
+
 def test_plain_lora(data, tmp_path):  # noqa: F811
     run(data, tmp_path, "--no_use_dora")
     names = load_file(tmp_path / WEIGHTS)
