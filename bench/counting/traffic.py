@@ -6,10 +6,11 @@ differentiate; `dispatch` and the launchers see the GPU that is asked for.
 """
 
 import copy
-import importlib
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import NamedTuple
 from unittest import mock
 
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from dora_kernels.ops import dispatch, forms
+from dora_kernels.ops import chunked, dispatch
 from dora_kernels.ops import gpus as launch_data
 
 from . import accounting
@@ -140,14 +141,18 @@ def counting(capability: tuple[int, int] = (9, 0)) -> Iterator[Counter]:
         stack.enter_context(
             mock.patch.object(launch_data, "DEFAULT_GPU", launch_data.GPUS.get(capability, launch_data.DEFAULT_GPU))
         )
-        stack.enter_context(mock.patch.object(forms, "mm_fp32", mm_fp32))
-        # By name: the package has a function of the module's name.
-        backward = importlib.import_module("dora_kernels.ops.kernels.rescale_bwd")
-        stack.enter_context(mock.patch.object(backward, "mm_fp32", mm_fp32))
+        for module in _users_of(chunked.mm_fp32):
+            stack.enter_context(mock.patch.object(module, "mm_fp32", mm_fp32))
         # Fake tensors go below the counter, which then sees what is issued and not what a fake tensor does inside.
         stack.enter_context(FakeTensorMode())
         stack.enter_context(counter)
         yield counter
+
+
+def _users_of(function: Callable) -> list[ModuleType]:
+    """The engine's modules that have it by its name."""
+    engine = [module for name, module in sys.modules.items() if name.startswith("dora_kernels.")]
+    return [module for module in engine if getattr(module, function.__name__, None) is function]
 
 
 def fake_module(module: nn.Module) -> dict[int, torch.Tensor]:
