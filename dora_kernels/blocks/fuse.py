@@ -24,6 +24,12 @@ def fuse_blocks(model: nn.Module) -> dict[str, str | None]:
 def unfuse_blocks(model: nn.Module) -> None:
     """Gives each block's module its own forward back."""
     for module in fused_blocks(model).values():
+        unfuse_block(module)
+
+
+def unfuse_block(module: nn.Module) -> None:
+    """Gives one module its own forward back; any other than a block is left alone."""
+    if isinstance(module, FusedMlp):
         module.__class__ = module.model_class
         del module.dora_block
 

@@ -3,15 +3,22 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
+from ..blocks.fuse import fuse_blocks, fused_blocks, unfuse_block
+from ..config import check_blocks
 from ..ops.base_weights import keep_packing
 from .patch import check_peft, checked_options, fuse_layers, survey, unfuse_layer
 
 
 @contextmanager
 def patched_peft(
-    *, space: str = "auto", impl: str = "auto", rounding: str = "dithered", nf4_parity: bool = False
+    *,
+    space: str = "auto",
+    impl: str = "auto",
+    rounding: str = "dithered",
+    nf4_parity: bool = False,
+    blocks: str | bool = "auto",
 ) -> Iterator[None]:
     """Every PEFT LoRA model that is built, extended or loaded inside the scope is patched, as by `patch_peft`.
 
@@ -23,16 +30,19 @@ def patched_peft(
 
     Args:
         space, impl, rounding, nf4_parity: see `dora_linear`.
+        blocks: see `patch_peft`.
 
     Raises:
         ValueError: an option that does not exist. ImportError: PEFT is missing or too old.
     """
     options = checked_options(space, impl, rounding, nf4_parity)
+    check_blocks("blocks", blocks)
     check_peft()
     from peft.tuners.tuners_utils import BaseTuner
 
     # By layer: the options it had before the scope took it in, None where it was PEFT's.
     patched = WeakKeyDictionary()
+    made = WeakSet()  # the blocks that the scope made
 
     def then_fuse(method):
         @functools.wraps(method)
@@ -44,6 +54,10 @@ def patched_peft(
                     patched.setdefault(layer, layer.dora_fusion.options if hasattr(layer, "dora_fusion") else None)
             keep_packing(tuner.model)
             fuse_layers(found, options)
+            if blocks:
+                before = {*fused_blocks(tuner.model).values()}
+                fuse_blocks(tuner.model)
+                made.update({*fused_blocks(tuner.model).values()} - before)
             return result
 
         return wrapper
@@ -57,6 +71,8 @@ def patched_peft(
     finally:
         for name, method in originals.items():
             setattr(BaseTuner, name, method)
+        for block in made:
+            unfuse_block(block)
         for layer, before in patched.items():
             if before is None:
                 unfuse_layer(layer)

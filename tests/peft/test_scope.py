@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 
 from dora_kernels import DoraConfig, apply_dora
+from dora_kernels.blocks.fuse import fused_blocks
 from dora_kernels.models.modules import dora_layers
 from dora_kernels.peft import patch_peft, patched_peft
 from tests.support.peft_models import assert_close, count_fused, dora_config, infer, peft_model, step, trained
@@ -59,6 +60,18 @@ def test_models_made_inside_are_fused_and_undone(way, tmp_path):
     assert {name: getattr(BaseTuner, name) for name in METHODS} == originals
     assert_close(inside, expected, SAME_FP32)
     assert_close(infer(model), expected, SAME_FP32)
+
+
+@pytest.mark.parametrize(("blocks", "count"), [("auto", 2), (False, 0)])
+def test_blocks_are_made_inside_and_undone(blocks, count):
+    patched_before = peft_model()
+    patch_peft(patched_before)
+    with patched_peft(blocks=blocks):
+        model = peft_model()
+        patched_before.add_adapter("other", dora_config())
+        assert len(fused_blocks(model)) == count
+    assert not fused_blocks(model)
+    assert len(fused_blocks(patched_before)) == 2
 
 
 def test_adapters_added_inside_are_fused_and_models_from_before_are_not():
