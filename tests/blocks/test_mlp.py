@@ -3,7 +3,9 @@
 import copy
 import io
 import pickle
+import tempfile
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,8 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Mistral
 import dora_kernels as dk
 from dora_kernels.blocks import mlp as room
 from dora_kernels.blocks.fuse import fused_blocks
-from tests.support.peft_models import peft_model, step
+from tests.support.nf4 import linear_4bit
+from tests.support.peft_models import dora_config, peft_model, step, trained
 from tests.support.tiny_models import checkpoint_activations
 from tests.tolerances import SAME_FP32
 
@@ -27,6 +30,8 @@ FAMILIES = {
     "qwen2": Qwen2Config(**SMALL),
     "gemma": GemmaConfig(**SMALL, head_dim=8),
     "phi3": Phi3Config(**SMALL),
+    # Rows of whole blocks of 64: where they are not, bitsandbytes itself decodes wrongly on a CPU.
+    "nf4": LlamaConfig(**SMALL | {"hidden_size": 64, "intermediate_size": 128}),
 }
 
 
@@ -68,7 +73,7 @@ def differences(found, expected):
 
 
 @pytest.mark.parametrize("space", ["token", "weight"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "nf4"])
 def test_a_step_is_that_of_the_layers(family, space, calls):
     found = step(adapted(family, space=space))
     assert len(calls) == 2
@@ -77,24 +82,53 @@ def test_a_step_is_that_of_the_layers(family, space, calls):
     assert max(differences(found, expected).values()) <= 1e-11
 
 
-def test_losses_are_those_of_peft(calls):
-    """Through `patch_peft`, in fp32, over steps of an optimizer."""
+def losses(model, steps=3):
+    """Over steps of an optimizer, on one batch."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    tokens = torch.arange(18).reshape(2, 9) * 7 % 61
+    found = []
+    for _ in range(steps):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
 
-    def losses(model):
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-        tokens = torch.arange(18).reshape(2, 9) * 7 % 61
-        for _ in range(4):
-            loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            yield loss.item()
 
-    model, patched = peft_model(dtype=torch.float32), peft_model(dtype=torch.float32)
-    report = dk.patch_peft(patched)
+def quantized(model):
+    """With NF4 in the place of the MLPs' weights."""
+    for layer in model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            setattr(layer.mlp, name, linear_4bit(getattr(layer.mlp, name).weight.detach()))
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "phi3", "nf4"])
+def test_losses_are_those_of_peft(family, calls):
+    """The real kernels, interpreted, through `patch_peft` and, from PEFT's files, through `apply_dora`."""
+
+    def made(by):
+        model = base(family, torch.float32)
+        model = quantized(model) if family == "nf4" else model
+        if by == "ours":
+            return dk.load_adapter(model, folder).train()
+        torch.manual_seed(1)
+        return trained(peft.get_peft_model(model, dora_config())).train()
+
+    with tempfile.TemporaryDirectory() as folder:
+        made("peft").save_pretrained(folder)
+        ours, patched = made("ours"), made("peft")
+    for layer in ours.modules():
+        if isinstance(layer, dk.DoraLinear):
+            # With NF4, what PEFT multiplies by.
+            layer.impl, layer.nf4_parity = "triton", True
+    report = dk.patch_peft(patched, impl="triton", nf4_parity=True)
     assert report.blocks == dict.fromkeys([f"base_model.model.model.layers.{i}.mlp" for i in range(2)])
-    assert list(losses(patched)) == pytest.approx(list(losses(model)), rel=SAME_FP32)
-    assert len(calls) == 8
+    expected = losses(made("peft"))
+    assert losses(patched) == pytest.approx(expected, rel=SAME_FP32)
+    assert losses(ours) == pytest.approx(expected, rel=SAME_FP32)
+    assert len(calls) == 2 * 2 * 3 and {call["impl"] for call in calls} == {"triton"}
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -295,20 +329,3 @@ def test_options_that_do_not_exist(value):
         dk.DoraConfig(fuse_blocks=value)
     with pytest.raises(ValueError, match='`blocks` should be "auto" or False'):
         dk.patch_peft(peft_model(), blocks=value)
-
-
-def test_nf4(calls):
-    pytest.importorskip("bitsandbytes")
-    from tests.support.nf4 import linear_4bit
-
-    def quantized(**options):
-        model = base(dtype=torch.float32)
-        for layer in model.model.layers:
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                setattr(layer.mlp, name, linear_4bit(getattr(layer.mlp, name).weight.detach()))
-        torch.manual_seed(1)
-        return dk.apply_dora(model, dk.DoraConfig(r=4, lora_alpha=8, **options)).train()
-
-    found = step(quantized())
-    assert len(calls) == 2
-    assert max(differences(found, step(quantized(fuse_blocks=False))).values()) <= SAME_FP32
