@@ -1,6 +1,7 @@
 """Which tensors go where inside a module's call: its operations and the calls of its linear layers, in their order.
 
-A tensor is known by a weak reference. Two references to one tensor are one object.
+A tensor is known by a reference to a mark that it carries and that lives as long. Two references to one tensor are one
+object. A weak reference to the tensor itself would keep a module from being moved or cast in a forward.
 """
 
 import functools
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.output import WriteCounter
@@ -19,6 +21,10 @@ LONGEST = 40
 """The steps of a call that are kept. A gated MLP has at most seven."""
 
 Reference = weakref.ReferenceType
+
+
+class Mark:
+    """Lives as long as the tensor that carries it."""
 
 
 class Operation(NamedTuple):
@@ -64,19 +70,20 @@ class ModuleCall:
         self.result: Reference | None = None  # None where it returned anything but a tensor
         self.steps: list[Operation | LayerCall] = []
         self.children: list[LayerCall] = []  # of the module's own children, without a limit
-        self._counters: dict[int, tuple[int, WriteCounter]] = {}
+        self._counters: dict[Reference, tuple[int, WriteCounter]] = {}
 
     @property
     def is_whole(self) -> bool:
         """Whether all its steps were kept."""
         return len(self.steps) < LONGEST
 
-    def writes_to(self, x: Reference) -> int:
+    def writes_to(self, x: torch.Tensor) -> int:
         """How often x was found written over, when a child got it."""
-        writes, counter = self._counters.get(id(x)) or (0, WriteCounter(x()))
+        known = _reference(x)
+        writes, counter = self._counters.get(known) or (0, WriteCounter(x))
         if counter.has_moved:
-            writes, counter = writes + 1, WriteCounter(x())
-        self._counters[id(x)] = writes, counter
+            writes, counter = writes + 1, WriteCounter(x)
+        self._counters[known] = writes, counter
         return writes
 
     def name_of(self, path: str) -> str | None:
@@ -115,7 +122,7 @@ class Dataflow(TorchDispatchMode):
             was_in_layer, self._in_layer, with_grad = self._in_layer, True, torch.is_grad_enabled()
             try:
                 x = _only_tensor(args, kwargs)
-                writes = around.writes_to(x) if around and x else 0
+                writes = around.writes_to(args[0]) if around and x else 0
                 y = forward(*args, **kwargs)
             finally:
                 self._in_layer = was_in_layer
@@ -165,10 +172,18 @@ def _parents(path: str) -> list[str]:
 
 
 def _only_tensor(args: tuple, kwargs: dict) -> Reference | None:
-    return weakref.ref(args[0]) if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) else None
+    return _reference(args[0]) if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor) else None
+
+
+def _reference(tensor: torch.Tensor) -> Reference:
+    if not isinstance(tensor, FakeTensor):  # a constant of the model's own, which stays as it is
+        return weakref.ref(tensor)
+    if not hasattr(tensor, "_mark"):
+        tensor._mark = Mark()
+    return weakref.ref(tensor._mark)
 
 
 def _references(values) -> tuple[Reference, ...]:
     """Of the tensors among the values, and in the lists among them."""
     lists = (value if isinstance(value, (list, tuple)) else (value,) for value in values)
-    return tuple(weakref.ref(value) for listed in lists for value in listed if isinstance(value, torch.Tensor))
+    return tuple(_reference(value) for listed in lists for value in listed if isinstance(value, torch.Tensor))

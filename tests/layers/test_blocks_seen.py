@@ -33,6 +33,11 @@ def attends(self, x):
     return self.o((q @ k.mT).softmax(-1) @ v)
 
 
+def attends_by_a_gate(self, x):
+    q, k, v, gate = self.q(x), self.k(x), self.v(x), self.gate(x)
+    return self.o((q @ k.mT).softmax(-1) @ v * gate.sigmoid())
+
+
 def of_two_inputs(self, x):
     y = x + 1
     return (self.q(x) + self.o(y)) @ (self.k(x) + self.v(y)).mT
@@ -48,6 +53,7 @@ def twice_in_training(self, x):
 
 GROUPS = {
     "three": (attention(attends), [("q", "k", "v")]),
+    "with_a_gate": (attention(attends_by_a_gate, gate=(D, D)), [("q", "k", "v", "gate")]),
     "two_and_two": (attention(of_two_inputs), [("q", "k"), ("o", "v")]),
     "in_the_order_of_their_calls": (attention(in_an_order), [("v", "q")]),
     "of_an_mlp_that_is_none": (mlp(lambda self, x: self.down(self.gate(x) * self.up(x))), [("gate", "up")]),
@@ -58,7 +64,7 @@ GROUPS = {
 def test_siblings(name):
     block, expected = GROUPS[name]
     seen = probe(Host(block))
-    assert seen.stopped is None and seen.siblings == {"block": tuple(Siblings(layers) for layers in expected)}
+    assert seen[2:] == (None, {}, {"block": tuple(Siblings(layers) for layers in expected)}, {})
 
 
 def writes_between(self, x):
@@ -85,6 +91,10 @@ def calls_again(self, x):
     return self.q(x) + self.k(x) + self.v(self.q(x))
 
 
+def calls_each_again(self, x):
+    return self.q(x) + self.k(x) + self.q(x) + self.k(x)
+
+
 def copies(self, x):
     return self.q(x) + self.k(x.clone()) + self.v(x + 0)
 
@@ -108,6 +118,7 @@ NO_GROUPS = {
     "written_twice": (writes_twice, [], "writes over the input of q and k and v between their calls"),
     "output_written": (writes_key, [("q", "v")], "has k's output written over"),
     "called_again": (calls_again, [], "calls q more than once"),
+    "each_called_again": (calls_each_again, [], "calls q more than once"),
     "copies": (copies, [], None),
     "inference": (copies_in_inference, [], "does not call q and k alike in every call"),
     "twice_in_training": (twice_in_training, [("q", "k")], "calls v more than once"),
@@ -228,11 +239,31 @@ def test_a_model_that_stops_halfway_has_no_blocks():
     assert seen[2:] == ("RuntimeError: after 8 tokens", {}, {}, {})
 
 
-def test_inputs_that_a_model_does_not_take_count_for_nothing():
+def again(self, x, times=1):
+    return sum(self.q(x) + self.k(x) for _ in range(times))
+
+
+@pytest.mark.parametrize(
+    ("block", "found"),
+    [(mlp(fits), {"mlps": {"block": SILU}}), (attention(again), {"siblings": {"block": (Siblings(("q", "k")),)}})],
+    ids=["mlp", "siblings"],
+)
+def test_inputs_that_a_model_does_not_take_count_for_nothing(block, found):
     class Takes(Host):
         def forward(self, input_ids, bbox=None):
             if bbox is None:
-                raise RuntimeError(self.block(x=self.embed(input_ids)))
+                raise RuntimeError(self.block(self.embed(input_ids), 2))
             return super().forward(input_ids)
 
-    assert probe(Takes(mlp(fits)))[2:] == (None, {"block": SILU}, {}, {})
+    seen = probe(Takes(block))
+    assert seen.stopped is None and not seen.not_blocks
+    assert {name: getattr(seen, name) for name in found} == found
+
+
+def test_a_module_may_be_cast_in_a_forward():
+    def casts(self, x):
+        x = self.norm(x)
+        self.norm.to(x.dtype)
+        return self.q(x) + self.k(x)
+
+    assert probe(Host(attention(casts, norm=nn.LayerNorm(D)))).stopped is None

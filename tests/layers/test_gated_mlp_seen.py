@@ -10,6 +10,7 @@ from dora_kernels.layers.blocks_seen import Siblings
 from dora_kernels.layers.dataflow import LONGEST
 from dora_kernels.layers.gated_mlp_seen import GatedMlp
 from dora_kernels.layers.probe import probe
+from dora_kernels.layers.probe_inputs import TOKENS
 from tests.support.one_block import D, Host, N, mlp, module
 
 SILU = GatedMlp("gate", "up", "down", "silu")
@@ -105,6 +106,11 @@ def clamps_in_training(self, x):
     return self.down(F.silu(self.gate(x)) * (up.clamp(max=7.0) if self.training else up))
 
 
+def clamps_in_inference(self, x):
+    up = self.up(x)
+    return self.down(F.silu(self.gate(x)) * (up if self.training else up.clamp(max=7.0)))
+
+
 def other_in_training(self, x):
     gate = self.gate(x)
     return self.down((F.silu(gate) if self.training else F.gelu(gate, approximate="tanh")) * self.up(x))
@@ -174,6 +180,16 @@ def in_tokens(self, x):
     return self.down(F.silu(first) * second)
 
 
+def in_slices_of_tokens(self, x):
+    both = self.both(x)
+    return self.down(F.silu(both[:, : TOKENS // 2]) * both[:, TOKENS // 2 :])
+
+
+def in_thirds(self, x):
+    gate, up, _ = self.both(x).chunk(3, dim=-1)
+    return self.down(F.silu(gate) * up)
+
+
 def in_unequal_slices(self, x):
     both = self.both(x)
     return self.down(F.silu(both[..., : N + 1]) * both[..., N - 1 :])
@@ -183,6 +199,7 @@ REFUSED = {
     "drops values out in training": mlp(drops),
     "computes clamp between its layers": mlp(clamps),
     "computes clamp between its layers, in training": mlp(clamps_in_training),
+    "computes clamp between its layers, in inference": mlp(clamps_in_inference),
     "does not compute the same in every call": mlp(other_in_training),
     "computes mul between its layers": mlp(lambda self, x: self.down(F.silu(self.gate(x) * 0.5) * self.up(x))),
     "computes mul before down": mlp(lambda self, x: self.down(F.silu(self.gate(x)) * self.up(x) * 0.5)),
@@ -210,6 +227,9 @@ REFUSED = {
     "does not give gate and up the tensor that it got": mlp(
         lambda self, x: self.down(F.silu(self.gate(x.clone())) * self.up(x))
     ),
+    "does not give gate and up the tensor that it got, up": mlp(
+        lambda self, x: self.down(F.silu(self.gate(x)) * self.up(x.clone()))
+    ),
     "returns something else than down's output": mlp(
         lambda self, x: (self.down(F.silu(self.gate(x)) * self.up(x)),),
     ),
@@ -224,7 +244,9 @@ REFUSED = {
     ),
     "uses half of a layer's output": mlp(half_of_one),
     "computes slice between its layers, every second": mlp(every_second),
-    "computes split between its layers, of tokens": mlp(in_tokens, down=(2 * N, D)),
+    "computes split between its layers, of tokens": mlp(in_tokens, both=(D, TOKENS), down=(TOKENS, D)),
+    "computes slice between its layers, of tokens": mlp(in_slices_of_tokens, both=(D, TOKENS), down=(TOKENS, D)),
+    "computes split between its layers, thirds": mlp(in_thirds, down=(2 * N // 3, D)),
     "computes slice between its layers, unequal": mlp(in_unequal_slices, down=(N + 1, D)),
 }
 
