@@ -63,21 +63,23 @@ def rank_slices(members: list[Member]) -> list[slice]:
 
 
 def norms_and_A(ops: ModuleType, members: list[Member], dtype: torch.dtype) -> tuple[NormScale, torch.Tensor]:
-    """n and g [ΣN], and A [ΣR, K] in `dtype`, of which each norm's pass writes a part."""
-    norms, factors = [], []
-    for member in members:
-        A_dtype = None if member.lora_A.dtype == dtype else dtype
-        norm_scale, cast = remembered_norm(member.use, member.factors, member.scaling), None
-        if norm_scale is None:
-            norm_scale, cast = ops.weight_norm(
-                readable(member.weight), *member.factors, member.scaling, A_dtype=A_dtype, rounding=member.rounding
-            )
-            remember_norm(member.use, member.factors, member.scaling, norm_scale)
-        elif A_dtype is not None:
-            cast = ops.scaled_cast(member.lora_A, A_dtype, rounding=member.rounding)
-        norms.append(norm_scale)
-        factors.append(member.lora_A if cast is None else cast)
-    return stacked_norms(norms), stacked(factors)
+    """n and g [ΣN], and A [ΣR, K] in `dtype`: each norm's pass writes its part of them."""
+    norm_scale, first = _empty_norms(members), members[0].lora_A
+    A = torch.empty(rank_slices(members)[-1].stop, first.shape[1], dtype=dtype, device=first.device)
+    for member, rows, ranks in zip(members, feature_slices(members), rank_slices(members)):
+        into, same = _part(norm_scale, rows), member.lora_A.dtype == dtype
+        if same:
+            A[ranks].copy_(member.lora_A)
+        if _remembered(member, into):
+            if not same:
+                A[ranks].copy_(ops.scaled_cast(member.lora_A, dtype, rounding=member.rounding))
+            continue
+        ops.weight_norm(
+            readable(member.weight), *member.factors, member.scaling, A_dtype=None if same else dtype,
+            rounding=member.rounding, into=into, A_into=None if same else A[ranks],
+        )  # fmt: skip
+        remember_norm(member.use, member.factors, member.scaling, into)
+    return norm_scale, A
 
 
 def stacked_A(ops: ModuleType, members: list[Member], dtype: torch.dtype) -> torch.Tensor:
@@ -94,21 +96,19 @@ def merged(
     ops: ModuleType, members: list[Member], dtype: torch.dtype, norm_scale: NormScale | None = None
 ) -> tuple[torch.Tensor, NormScale]:
     """W' [ΣN, K] in `dtype`, to the bits of each layer's own merge, and n and g [ΣN]; those of the forward if given."""
-    first, rows, found = members[0], feature_slices(members), []
+    first, rows = members[0], feature_slices(members)
     weight = torch.empty(rows[-1].stop, first.lora_A.shape[1], dtype=dtype, device=first.lora_A.device)
+    given, norms = norm_scale is not None, _empty_norms(members) if norm_scale is None else norm_scale
     for member, own in zip(members, rows):
-        if norm_scale is None:
-            given = remembered_norm(member.use, member.factors, member.scaling)
-        else:
-            given = NormScale(*(part[own] for part in norm_scale))
-        _, made = ops.merge(
-            readable(member.weight), *member.factors, member.scaling,
-            dtype=dtype, rounding=member.rounding, norm_scale=given, out=weight[own],
+        into = _part(norms, own)
+        known = given or _remembered(member, into)
+        ops.merge(
+            readable(member.weight), *member.factors, member.scaling, dtype=dtype, rounding=member.rounding,
+            norm_scale=into if known else None, out=weight[own], into=into,
         )  # fmt: skip
-        if given is None:
-            remember_norm(member.use, member.factors, member.scaling, made)
-        found.append(made)
-    return weight, stacked_norms(found) if norm_scale is None else norm_scale
+        if not known:
+            remember_norm(member.use, member.factors, member.scaling, into)
+    return weight, norms
 
 
 def products(ops: ModuleType, members: list[Member], x: torch.Tensor) -> list[torch.Tensor]:
@@ -155,8 +155,26 @@ def stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def stacked_norms(found: list[NormScale]) -> NormScale:
-    return NormScale(stacked([each.norm for each in found]), stacked([each.scale for each in found]))
+def _empty_norms(members: list[Member]) -> NormScale:
+    """Memory for n and g [ΣN]."""
+    first = members[0]
+    dtypes = {first.weight.dtype, *(factor.dtype for factor in first.factors)}
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    norm = torch.empty(feature_slices(members)[-1].stop, dtype=dtype, device=first.lora_A.device)
+    return NormScale(norm, torch.empty_like(norm))
+
+
+def _part(norm_scale: NormScale, rows: slice) -> NormScale:
+    return NormScale(norm_scale.norm[rows], norm_scale.scale[rows])
+
+
+def _remembered(member: Member, into: NormScale) -> bool:
+    """Whether a checkpointed forward left n and g, which `into` takes."""
+    known = remembered_norm(member.use, member.factors, member.scaling)
+    if known is not None:
+        into.norm.copy_(known.norm)
+        into.scale.copy_(known.scale)
+    return known is not None
 
 
 def why_not_together(members: list[Member], device: torch.device) -> str | None:

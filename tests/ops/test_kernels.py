@@ -8,7 +8,7 @@ from dora_kernels.ops.gpus import DEFAULT_GPU
 from dora_kernels.ops.kernels.launch import dot_of
 from dora_kernels.ops.kernels.rescale_bwd import rescale_bwd_config
 from dora_kernels.ops.kernels.weight_norm import weight_norm_config
-from dora_kernels.ops.types import NEAREST, Rounding
+from dora_kernels.ops.types import NEAREST, NormScale, Rounding
 from tests.support.buffers import LAYOUTS, count_launches
 from tests.support.oracle import make_problem
 from tests.support.twins import DTYPES, compare
@@ -260,3 +260,24 @@ def test_an_fp32_factor_is_not_cut_to_16_bits():
     base_out, scale = -torch.ones(37, 29, dtype=torch.bfloat16), torch.ones(29)
     y = kernels.rescale_fwd(base_out, ones, lora_B, scale, None, 1.0, in_place=False, rounding=NEAREST)
     assert y.eq(2.0**-10).all()
+
+
+def test_results_go_where_the_caller_has_memory():
+    """Between guard bands: rows of W', n, g and A in the middle of larger tensors."""
+    problem = make_problem(1, 20, 33, 7, torch.bfloat16, torch.float32)
+    for ops in (kernels, reference):
+        (norm, scale), cast_A = ops.weight_norm(*_factors(problem), problem.scaling, A_dtype=torch.bfloat16, **ROUNDED)
+        merged, _ = ops.merge(*_factors(problem), problem.scaling, dtype=torch.bfloat16, **ROUNDED)
+        stack, A = torch.full((60, 33), 7.0, dtype=torch.bfloat16), torch.full((21, 33), 7.0, dtype=torch.bfloat16)
+        norms = NormScale(torch.full((60,), 7.0), torch.full((60,), 7.0))
+        own = slice(20, 40)
+        into = NormScale(norms.norm[own], norms.scale[own])
+        options = {"into": into, "A_into": A[7:14], "A_dtype": torch.bfloat16}
+        ops.weight_norm(*_factors(problem), problem.scaling, **options, **ROUNDED)
+        found = (*norms, A)
+        assert all(torch.equal(t[at], e) for t, at, e in zip(found, (own, own, slice(7, 14)), (norm, scale, cast_A)))
+        for part in into:
+            part.fill_(7.0)
+        ops.merge(*_factors(problem), problem.scaling, dtype=torch.bfloat16, out=stack[own], into=into, **ROUNDED)
+        assert torch.equal(stack[own], merged) and torch.equal(norms.norm[own], norm)
+        assert all((t[:7] == 7).all() and (t[-7:] == 7).all() for t in (stack, *found))

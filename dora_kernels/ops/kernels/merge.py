@@ -95,6 +95,7 @@ def merge(
     rounding: Rounding,
     norm_scale: NormScale | None = None,
     out: torch.Tensor | None = None,
+    into: NormScale | None = None,
 ) -> tuple[torch.Tensor, NormScale]:
     """Twin of `reference.merge`."""
     (N, K), R = weight.shape, lora_A.shape[0]
@@ -105,7 +106,7 @@ def merge(
         magnitude = norm_scale.scale  # stands for a pointer that the kernel never follows
     else:
         magnitude = contiguous(magnitude)
-        norm_scale = empty_norm_scale(weight, lora_A, lora_B, magnitude)
+        norm_scale = empty_norm_scale(weight, lora_A, lora_B, magnitude) if into is None else into
     merged = torch.empty(N, K, dtype=dtype, device=weight.device) if out is None else out
     if N == 0:
         return merged, norm_scale

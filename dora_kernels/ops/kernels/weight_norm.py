@@ -256,11 +256,15 @@ def weight_norm(
     *,
     A_dtype: torch.dtype | None = None,
     rounding: Rounding = NEAREST,
+    into: NormScale | None = None,
+    A_into: torch.Tensor | None = None,
 ) -> tuple[NormScale, torch.Tensor | None]:
     """Twin of `reference.weight_norm`."""
     N, lora_A, lora_B, magnitude = weight.shape[0], contiguous(lora_A), contiguous(lora_B), contiguous(magnitude)
-    norm_scale = empty_norm_scale(weight, lora_A, lora_B, magnitude)
-    cast_A = None if A_dtype is None else torch.empty(lora_A.shape, dtype=A_dtype, device=lora_A.device)
+    norm_scale = empty_norm_scale(weight, lora_A, lora_B, magnitude) if into is None else into
+    cast_A = A_into
+    if A_dtype is not None and A_into is None:
+        cast_A = torch.empty(lora_A.shape, dtype=A_dtype, device=lora_A.device)
     if N == 0:
         return norm_scale, cast_A
     partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale, cast_A, rounding)

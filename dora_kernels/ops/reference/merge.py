@@ -20,18 +20,20 @@ def merge(
     rounding: Rounding,
     norm_scale: NormScale | None = None,
     out: torch.Tensor | None = None,
+    into: NormScale | None = None,
 ) -> tuple[torch.Tensor, NormScale]:
     """W' [N, K] in `dtype`, and n and g.
 
     With `norm_scale` given the norm is not computed again, and `magnitude` is not read: the backward's merge, or a
-    frozen adapter's. `out` [N, K], contiguous, takes W'.
+    frozen adapter's. `out` [N, K], contiguous, takes W', and
+    `into` n and g.
     """
     given = norm_scale is not None
     acc_dtype = norm_scale.scale.dtype if given else accumulate_dtype(weight, lora_A, lora_B, magnitude)
     merged = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out
     if not given:
         norm = torch.empty(weight.shape[0], dtype=acc_dtype, device=weight.device)
-        norm_scale = NormScale(norm, torch.empty_like(norm))
+        norm_scale = NormScale(norm, torch.empty_like(norm)) if into is None else into
     norm, scale = norm_scale
     stored = rounding._replace(mode=stored_rounding(weight, rounding.mode))
     buffer = chunk_buffer(*weight.shape, acc_dtype, weight.device)

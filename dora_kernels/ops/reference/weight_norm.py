@@ -58,15 +58,23 @@ def weight_norm(
     *,
     A_dtype: torch.dtype | None = None,
     rounding: Rounding = NEAREST,
+    into: NormScale | None = None,
+    A_into: torch.Tensor | None = None,
 ) -> tuple[NormScale, torch.Tensor | None]:
     """n and g of W [N, K], A [R, K], B [N, R], m [N]; and A [R, K] in `A_dtype`, None where none is asked.
 
-    The norm reads A anyway: its copy costs one store. `rounding` is the copy's.
+    The norm reads A anyway: its copy costs one store. `rounding` is the copy's. `into` and `A_into` take the results,
+    in memory that the caller has.
     """
     dtype = accumulate_dtype(weight, lora_A, lora_B, magnitude)
-    norm = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
+    norm = torch.empty(weight.shape[0], dtype=dtype, device=weight.device) if into is None else into.norm
     buffer, wide = (chunk_buffer(*weight.shape, each, weight.device) for each in (dtype, torch.float64))
     for rows in row_chunks(*weight.shape):
         norm[rows] = row_norm(adapted_rows(weight, lora_A, lora_B, scaling, rows, buffer), wide)
-    cast_A = None if A_dtype is None else round_to(lora_A.to(dtype), A_dtype, rounding)
-    return NormScale(norm, scale_of(magnitude, norm)), cast_A
+    cast_A, scale = (
+        None if A_dtype is None else round_to(lora_A.to(dtype), A_dtype, rounding),
+        scale_of(magnitude, norm),
+    )
+    return NormScale(norm, scale if into is None else into.scale.copy_(scale)), (
+        cast_A if A_into is None else A_into.copy_(cast_A)
+    )
