@@ -71,10 +71,9 @@ def weight_norm(
     buffer, wide = (chunk_buffer(*weight.shape, each, weight.device) for each in (dtype, torch.float64))
     for rows in row_chunks(*weight.shape):
         norm[rows] = row_norm(adapted_rows(weight, lora_A, lora_B, scaling, rows, buffer), wide)
-    cast_A, scale = (
-        None if A_dtype is None else round_to(lora_A.to(dtype), A_dtype, rounding),
-        scale_of(magnitude, norm),
-    )
-    return NormScale(norm, scale if into is None else into.scale.copy_(scale)), (
-        cast_A if A_into is None else A_into.copy_(cast_A)
-    )
+    norm_scale = NormScale(norm, scale_of(magnitude, norm))
+    if into is not None:
+        into.scale.copy_(norm_scale.scale)
+        norm_scale = into
+    cast_A = None if A_dtype is None else round_to(lora_A.to(dtype), A_dtype, rounding)
+    return norm_scale, cast_A if A_into is None else A_into.copy_(cast_A)
