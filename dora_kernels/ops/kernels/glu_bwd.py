@@ -37,9 +37,8 @@ def glu_bwd_config(dot: Dot, features: int, itemsize: int) -> GluBwdConfig:
 
 
 def glu_bwd_chunks(tokens: int, features: int, config: GluBwdConfig) -> int:
-    """How many programs share a feature's tokens, by shape alone, so that the order of summation is fixed: at most eight
-    for each of Hopper's 132 multiprocessors, so that the last wave is a small part, none with fewer than 128 tokens.
-    """
+    """How many programs share a feature's tokens, none with fewer than 128. At most eight run for each of Hopper's 132
+    multiprocessors: the last wave is a small part. By shape alone, so that the order of summation is fixed."""
     return max(1, min(8 * 132 // triton.cdiv(features, config.block_n), tokens // 128))
 
 
