@@ -192,7 +192,8 @@ def _glu_bwd(a) -> Traffic:
 
 
 def _glu_layers(a, *, columns: int, blocks_m: int, loads_m: int) -> Traffic:
-    """What makes gate's and up's outputs of their products: h, B, g and b. g and b are loaded `loads_m` times."""
+    """What makes gate's and up's outputs of their products: h, B, g and b. g and b are loaded `loads_m` times, and B
+    where one block holds the rank."""
     vectors = 2 * a.N * _size(a.bias_ptr) if a.GLU.has_bias else 0
     if not a.GLU.in_token_space:
         return Traffic(loads_m * vectors, vectors, 0)
@@ -200,7 +201,7 @@ def _glu_layers(a, *, columns: int, blocks_m: int, loads_m: int) -> Traffic:
     h, b = a.M * _glu_h(a), 2 * a.N * a.R * _size(a.b_gate_ptr)
     h_loaded = h if a.DOT.one_block else h * a.DOT.block_r // a.R + 2 * a.M * a.R * _size(a.h_ptr)
     return Traffic(
-        columns * h_loaded + blocks_m * b + loads_m * vectors,
+        columns * h_loaded + (loads_m if a.DOT.one_block else blocks_m) * b + loads_m * vectors,
         h + b + vectors,
         0,
         4 * a.M * a.N * _padded_rank(a),

@@ -1,4 +1,5 @@
-"""Calls of `dora_linear` that make every launch of the engine: over types, ranks, shapes, formats and options."""
+"""Calls of `dora_linear` and `dora_mlp` that make every launch of the engine: over types, ranks, shapes, formats and
+options."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,6 +8,9 @@ import torch
 
 from dora_kernels import dora_linear
 from dora_kernels.ops.base_weights import Nf4Weight
+from dora_kernels.ops.dora_mlp import dora_mlp
+from dora_kernels.ops.members import Member
+from dora_kernels.ops.types import Rounding
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
@@ -15,7 +19,7 @@ DTYPES = ((BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16), (FP32, FP32), 
 
 
 class Case(NamedTuple):
-    """One call of `dora_linear`, and of its backward where `trains`."""
+    """One call of `dora_linear`, and of its backward where `trains`; or of `dora_mlp`."""
 
     dtype: torch.dtype
     adapter_dtype: torch.dtype
@@ -32,6 +36,8 @@ class Case(NamedTuple):
     )
     grad_layout: str = "contiguous"  # or "expanded" (stride 0), "transposed"
     nf4: str | None = None  # "plain" or "nested" statistics, or "parity": nested, rounded first
+    mlp: str | None = None  # the activation of a gated MLP; the shape is gate's and up's
+    stacked: bool = False  # one layer is gate and up
 
     @property
     def dtypes(self) -> str:
@@ -64,6 +70,8 @@ def quick_cases() -> Iterable[Case]:
     yield from _options(DTYPES[:1] + DTYPES[3:5], (16,))
     yield from _nf4(DTYPES[:1], (8, 64), ("nested",))
     yield from _nf4(DTYPES[1:2], (16,), ("plain", "parity"))
+    for dtypes in DTYPES:
+        yield from _mlps(dtypes, (16, 24, 33) if FP32 in dtypes else (24,))
 
 
 def all_cases() -> Iterable[Case]:
@@ -79,6 +87,8 @@ def all_cases() -> Iterable[Case]:
                         yield Case(*dtypes, space, rank, *shape, tokens)
     yield from _options(DTYPES, (1, 16, 24, 384))
     yield from _nf4(DTYPES[:5], (1, 8, 16, 17, 24, 32, 33, 64, 384, 1024), ("plain", "nested", "parity"))
+    for dtypes in DTYPES:
+        yield from _mlps(dtypes, (1, 8, 16, 17, 24, 32, 33, 64, 100, 384, 1024))
 
 
 def roof_cases() -> Iterable[Case]:
@@ -92,6 +102,21 @@ def roof_cases() -> Iterable[Case]:
     yield Case(BF16, FP32, "weight", 16, 1024, 4096, 8192)
     for rank in (16, 64):
         yield Case(BF16, FP32, "weight", rank, tokens=8192, nf4="nested")
+    for space in ("token", "weight"):
+        for rank in (16, 64):
+            yield Case(BF16, FP32, space, rank, 14336, 4096, 8192, mlp="silu")
+
+
+def _mlps(dtypes, ranks) -> Iterable[Case]:
+    """Whole and odd features, both activations, with and without biases, gate and up in two layers and in one."""
+    for space in _spaces(dtypes[0]):
+        for rank in ranks:
+            mlp = Case(*dtypes, space, rank, mlp="silu")
+            yield mlp
+            yield mlp._replace(out_features=1001, in_features=333, tokens=77, mlp="gelu_tanh", bias=True)
+        mlp = Case(*dtypes, space, ranks[0], mlp="silu", stacked=True)
+        yield mlp
+        yield mlp._replace(mlp="gelu_tanh", bias=True)
 
 
 def _nf4(dtype_pairs, ranks, kinds) -> Iterable[Case]:
@@ -131,6 +156,9 @@ def _spaces(dtype: torch.dtype) -> tuple[str, ...]:
 
 def call(case: Case) -> None:
     """Runs the call that `case` describes, forward and backward."""
+    if case.mlp is not None:
+        _call_mlp(case)
+        return
     training = case.trains in ("all", "adapter", "factors")
     trained = {"weight": False, "x": case.trains == "all", "magnitude": case.trains in ("all", "adapter")}
     N, K, R, M = case.out_features, case.in_features, case.rank, case.tokens
@@ -157,6 +185,21 @@ def call(case: Case) -> None:
             "transposed": lambda: torch.empty(N, M, dtype=y.dtype).T,
         }
         y.backward(grad[case.grad_layout]())
+
+
+def _call_mlp(case: Case) -> None:
+    def member(out_features, in_features):
+        weight = torch.empty(out_features, in_features, dtype=case.dtype)
+        shapes = (case.rank, in_features), (out_features, case.rank), (out_features,)
+        factors = [torch.empty(shape, dtype=case.adapter_dtype, requires_grad=True) for shape in shapes]
+        bias = torch.empty(out_features, dtype=case.dtype) if case.bias else None
+        return Member(weight, *factors, bias, 2.0, Rounding(case.rounding))
+
+    N, K = case.out_features, case.in_features
+    gate, up = (member(2 * N, K), None) if case.stacked else (member(N, K), member(N, K))
+    x = torch.empty(case.tokens, K, dtype=case.dtype, requires_grad=True)
+    y = dora_mlp(x, gate, up, member(K, N), activation=case.mlp, space=case.space, impl="triton")
+    y.backward(torch.empty_like(y))
 
 
 def _nf4_weight(case: Case) -> Nf4Weight:

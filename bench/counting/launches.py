@@ -1,7 +1,8 @@
 """Which kernels the engine launches, with which types, sizes and configurations, found by calling it.
 
-`dora_linear` runs forward and backward on fake CPU tensors, for which nothing is allocated; in place of Triton's
-launch stands a recorder that asks Triton itself what it would compile. No list of configurations is kept by hand.
+`dora_linear` and `dora_mlp` run forward and backward on fake CPU tensors, for which nothing is allocated; in place of
+Triton's launch stands a recorder that asks Triton itself what it would compile. No list of configurations is kept by
+hand.
 """
 
 import importlib

@@ -31,9 +31,9 @@ class Row(NamedTuple):
         return (self.launch.launch.name, case.space, dtypes, shape, str(case.rank), self.gpu)
 
 
-def shown(launch: SizedLaunch) -> bool:
-    """Whether the table has a row for it."""
-    return launch.elements >= STREAMED
+def shown(case: Case, launch: SizedLaunch) -> bool:
+    """Whether the table has a row for it. The layers of an MLP have theirs as layers."""
+    return launch.elements >= STREAMED and (case.mlp is None or launch.launch.name.startswith("glu"))
 
 
 def roofs_table(rows: Iterable[Row]) -> list[str]:

@@ -7,6 +7,8 @@ import torch
 
 import dora_kernels as dk
 from bench.counting import accounting
+from dora_kernels.ops import kernels
+from dora_kernels.ops.types import GluFactors
 from tests.bench.test_offline import ROOT
 from tests.support.loads_and_stores import count_bytes
 from tests.support.nf4 import linear_4bit
@@ -46,6 +48,24 @@ def test_dropout(mode):
     with count_bytes() as launches:
         solve(problem, space="token", impl="triton", training=True, lora_dropout=0.3, dropout_mode=mode)
     held_to_the_interpreter(launches)
+
+
+@pytest.mark.parametrize("one_h", [False, True], ids=["two_h", "one_h"])
+@pytest.mark.parametrize("space", ["token", "weight"])
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", [(77, 101, 5), (33, 70, 40), (300, 64, 16)], ids=str)
+def test_a_gated_mlp(shape, dtypes, space, one_h):
+    (tokens, features, rank), (dtype, adapter_dtype) = shape, dtypes
+    grad_a, gate, up = torch.randn(3, tokens, features).to(dtype)
+    norm = scale = torch.ones(2 * features, dtype=torch.promote_types(FP32, dtype))
+    h, lora_B = torch.randn(tokens, rank if one_h else 2 * rank).to(dtype), torch.randn(2, features, rank)
+    factors = GluFactors(h, tuple(lora_B.to(adapter_dtype)), scale, 2.0)
+    bias = torch.randn(2 * features).to(dtype) if one_h else None
+    with count_bytes() as launches:
+        kernels.glu_fwd(gate, up, factors if space == "token" else None, bias, activation="silu")
+        options = {"space": space, "activation": "silu", "dtype": adapter_dtype}
+        kernels.glu_bwd(grad_a, gate, up, factors, bias, norm, **options)
+    assert len(held_to_the_interpreter(launches)) == 3
 
 
 @pytest.mark.parametrize("trained", ["x", "lora_B", "magnitude"])

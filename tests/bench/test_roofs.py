@@ -114,5 +114,6 @@ def test_the_table_shows_the_launch_with_the_most_instructions(compiled):
         *("rescale_fwd", "token", "bf16/fp32", "2048x4096", "16", "h200"),
         *(f"{more.instructions:.1f}", "lsu", f"{ratio:.2f}", "1.94", "0.01", "4", "2.50", f"{more.in_flight:.2f}"),
     ]
-    assert shown(launch()) and not shown(launch()._replace(arguments=(("N", 4096.0),)))
+    assert shown(case, launch()) and not shown(case, launch()._replace(arguments=(("N", 4096.0),)))
+    assert not shown(case._replace(mlp="silu"), launch()), "an MLP's layers have rows as layers"
     assert math.isclose(launch().elements, 1024 * 2048)

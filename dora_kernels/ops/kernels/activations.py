@@ -6,16 +6,14 @@ import triton.language as tl
 
 @triton.jit
 def _exp(x):
-    """eˣ to the last bits; infinite, or 0, beyond ±200 at the latest.
-
-    Triton's own multiplies by log₂ e in fp32: it errs by |x| / 2 units in the last place.
-    """
+    """eˣ in the steps of CUDA's expf, so that act has the bits of PyTorch's: Triton's own multiplies by log₂ e in fp32
+    and errs by |x| / 2 units in the last place. Infinite, or 0, from ±104 on."""
     if x.dtype == tl.float64:
         y = tl.exp(x)
     else:
         x = tl.minimum(tl.maximum(x, -200.0), 200.0)
-        # 1.5 · 2²³ leaves no bits for a fraction.
-        whole = (x * 1.4426950408889634 + 12582912.0) - 12582912.0
+        # Rounded down: 1.5 · 2²³ leaves no bits for a fraction.
+        whole = (tl.fma(x, 1.4426950408889634, -0.5) + 12582912.0) - 12582912.0
         part = tl.fma(x, 1.4426950216293335, -whole)
         part = tl.fma(x, 1.9259629911e-08, part)  # what fp32 cuts off log₂ e
         y = tl.exp2(part) * tl.exp2(whole)
@@ -54,9 +52,9 @@ def derivative(x, NAME: tl.constexpr):
         sigmoid = 1.0 / (1.0 + _exp(-x))
         y = sigmoid * (1.0 + x * (1.0 - sigmoid))
     else:
-        # Beyond, it is 0 or 1 in fp64 too, and x² would overflow.
-        x = tl.minimum(tl.maximum(x, -10.0), 10.0)
         tanh = _tanh_of_gelu(x)
+        # Beyond, tanh is 1 in fp64 too, and x² would overflow.
+        x = tl.minimum(tl.maximum(x, -10.0), 10.0)
         slope = 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
         y = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * slope
     return y

@@ -11,9 +11,9 @@ from ..chunked import mm_fp32
 from ..types import GluFactors, GluGradients
 from .activations import activation, derivative
 from .blocks import Matrix, addresses
-from .glu_fwd import Glu, adapted, feature_vectors, layer_output
+from .glu_fwd import Glu, feature_vectors, layer_output
 from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, rank_block_size
-from .lora_dot import Dot
+from .lora_dot import Dot, lora_dot, right_rank_block
 from .rescale_bwd import MAX_FUSED_RANK, _rescale_bwd_finish_kernel
 
 
@@ -26,15 +26,20 @@ class GluBwdConfig(NamedTuple):
     num_stages: int
 
 
-def glu_bwd_config(glu: Glu, dot: Dot, features: int, itemsize: int) -> GluBwdConfig:
-    """By product, and whether rows start at aligned addresses."""
-    return GluBwdConfig(32, 64, num_warps=8, num_stages=2)
+def glu_bwd_config(dot: Dot, features: int, itemsize: int) -> GluBwdConfig:
+    """By types, and whether rows start at aligned addresses."""
+    if dot.acc == tl.float64:
+        return GluBwdConfig(16, 32, num_warps=8, num_stages=2)
+    if itemsize == 4 or features % 16:
+        # Wider values, or rows that start at odd addresses, which take a pointer an element: larger blocks spill.
+        return GluBwdConfig(16, 64, num_warps=8, num_stages=2)
+    return GluBwdConfig(32, 64, num_warps=8, num_stages=3)
 
 
 def glu_bwd_chunks(tokens: int, features: int, config: GluBwdConfig) -> int:
-    """How many programs share a feature's tokens, by shape alone, so that the order of summation is fixed: at most two
-    programs for each of Hopper's 132 multiprocessors, none with fewer than 128 tokens."""
-    return max(1, min(2 * 132 // triton.cdiv(features, config.block_n), tokens // 128))
+    """How many programs share a feature's tokens, none with fewer than 128. At most eight run for each of Hopper's 132
+    multiprocessors: the last wave is a small part. By shape alone, so that the order of summation is fixed."""
+    return max(1, min(8 * 132 // triton.cdiv(features, config.block_n), tokens // 128))
 
 
 @triton.jit
@@ -70,6 +75,13 @@ def _glu_bwd_kernel(
     stride_hm = R if GLU.one_h else 2 * R
     h_gate = Matrix(h_ptr, stride_hm, 1)
     h_up = h_gate if GLU.one_h else Matrix(h_ptr + R, stride_hm, 1)
+    b_gate, b_up = Matrix(b_gate_ptr, 1, R), Matrix(b_up_ptr, 1, R)
+    b_gate_block = None
+    b_up_block = None
+    if GLU.in_token_space and DOT.one_block:
+        # Once for all tokens, with their pieces.
+        b_gate_block = right_rank_block(b_gate, offs_n, mask_n, 0, R, DOT)
+        b_up_block = right_rank_block(b_up, offs_n, mask_n, 0, R, DOT)
     end = tl.minimum((chunk + 1) * tokens_per_chunk, M)
     # Pointers to the first tokens: those to others are one number away, not 64-bit products of each row.
     rows = tl.arange(0, BLOCK_M)
@@ -94,8 +106,10 @@ def _glu_bwd_kernel(
             if not GLU.one_h:
                 h_up_block = tl.load(h_up_ptrs + first * stride_hm, mask=mask_h, other=0.0)
         if GLU.in_token_space:
-            gate = adapted(gate, h_gate_block, h_gate, b_gate_ptr, scaling, offs_m, offs_n, mask_m, mask_n, R, DOT)
-            up = adapted(up, h_up_block, h_up, b_up_ptr, scaling, offs_m, offs_n, mask_m, mask_n, R, DOT)
+            gate += scaling * lora_dot(
+                h_gate, b_gate, h_gate_block, offs_m, offs_n, mask_m, mask_n, R, DOT, b_gate_block
+            )
+            up += scaling * lora_dot(h_up, b_up, h_up_block, offs_m, offs_n, mask_m, mask_n, R, DOT, b_up_block)
         gate_out = layer_output(gate, scale_gate, bias_gate, GLU)
         up_out = layer_output(up, scale_up, bias_up, GLU)
         # Rounded as in forward, so that a has the forward's bits.
@@ -150,7 +164,7 @@ def glu_bwd(
     acc, in_token_space = scale.dtype, space == "token"
     glu = Glu(activation, in_token_space, bias is not None, h.shape[1] == R)
     dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype)
-    config = glu_bwd_config(glu, dot, N, gate.element_size())
+    config = glu_bwd_config(dot, N, gate.element_size())
     chunks = glu_bwd_chunks(M, N, config)
     correlation = torch.empty(chunks, 2 * N, dtype=acc, **options)
     fused_product = R <= min(MAX_FUSED_RANK, rank_block_size(R, acc.itemsize))

@@ -1,4 +1,4 @@
-"""a = activation(gate) ⊙ up of a gated MLP: one read of both layers' products, one store of a.
+"""a = act(gate) ⊙ up of a gated MLP: one read of both layers' products, one store of a.
 
 N are the features of gate, and of up.
 """
@@ -34,15 +34,17 @@ class GluFwdConfig(NamedTuple):
     num_stages: int
 
 
-def glu_fwd_config(glu: Glu, dot: Dot, features: int, itemsize: int) -> GluFwdConfig:
+def glu_fwd_config(dot: Dot, features: int, itemsize: int) -> GluFwdConfig:
     """By product, and whether rows start at aligned addresses."""
-    return GluFwdConfig(32, 64, num_warps=4, num_stages=2)
-
-
-@triton.jit
-def adapted(base, h_block, h, b, scaling, offs_m, offs_n, mask_m, mask_n, R, DOT: tl.constexpr):
-    """z + s h Bᵀ of a block of z. `h_block` is the first block of h's rank."""
-    return base + scaling * lora_dot(h, Matrix(b, 1, R), h_block, offs_m, offs_n, mask_m, mask_n, R, DOT)
+    if dot.acc == tl.float64:
+        return GluFwdConfig(32, 32, num_warps=8, num_stages=2)
+    if itemsize == 4:
+        return GluFwdConfig(32, 64, num_warps=8, num_stages=2)
+    if not dot.one_block and features % 16 == 0:
+        # At high ranks time goes into reading h and B again for each block.
+        return GluFwdConfig(128, 64, num_warps=8, num_stages=2)
+    # What takes registers: rows that start at odd addresses, a pointer an element, and the pieces of B.
+    return GluFwdConfig(64, 64, num_warps=8 if features % 16 or dot.block_r > 16 else 4, num_stages=2)
 
 
 @triton.jit
@@ -94,10 +96,11 @@ def _glu_fwd_kernel(
         h_gate = Matrix(h_ptr, stride_hm, 1)
         h_up = h_gate if GLU.one_h else Matrix(h_ptr + R, stride_hm, 1)
         h_block = rank_block(h_gate, offs_m, mask_m, 0, R, DOT)
-        gate = adapted(gate, h_block, h_gate, b_gate_ptr, scaling, offs_m, offs_n, mask_m, mask_n, R, DOT)
+        b_gate, b_up = Matrix(b_gate_ptr, 1, R), Matrix(b_up_ptr, 1, R)
+        gate += scaling * lora_dot(h_gate, b_gate, h_block, offs_m, offs_n, mask_m, mask_n, R, DOT)
         if not GLU.one_h:
             h_block = rank_block(h_up, offs_m, mask_m, 0, R, DOT)
-        up = adapted(up, h_block, h_up, b_up_ptr, scaling, offs_m, offs_n, mask_m, mask_n, R, DOT)
+        up += scaling * lora_dot(h_up, b_up, h_block, offs_m, offs_n, mask_m, mask_n, R, DOT)
     scale, bias = feature_vectors(scale_ptr, bias_ptr, offs_n, mask_n, GLU, ACC)
     gate = layer_output(gate, scale, bias, GLU)
     scale, bias = feature_vectors(scale_ptr + N, bias_ptr + N, offs_n, mask_n, GLU, ACC)
@@ -122,13 +125,13 @@ def glu_fwd(
         return a
     gate, up, bias = contiguous_rows(gate), contiguous_rows(up), contiguous(bias)
     unused = gate  # stands for pointers the kernel never follows
-    R, h, lora_B, scale, scaling, dtypes = 1, unused, (unused, unused), unused, 1.0, ()
+    R, h, lora_B, scale, scaling = 1, unused, (unused, unused), unused, 1.0
     if factors is not None:
         R, h, lora_B = factors.rank, contiguous(factors.h), [contiguous(B) for B in factors.lora_B]
-        scale, scaling, dtypes = factors.scale, factors.scaling, (h.dtype, lora_B[0].dtype)
-    dot = dot_of(R, *dtypes, acc=acc, onto=gate.dtype)
+        scale, scaling = factors.scale, factors.scaling
+    dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype)
     glu = Glu(activation, factors is not None, bias is not None, h.shape[1] == R)
-    config = glu_fwd_config(glu, dot, N, gate.element_size())
+    config = glu_fwd_config(dot, N, gate.element_size())
     _glu_fwd_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
         gate, up, h, *lora_B, scale, unused if bias is None else bias, a,
         scaling, M, N, R,

@@ -37,6 +37,14 @@ def rank_block(left, offs_i, mask_i, start, R, DOT: tl.constexpr):
 
 
 @triton.jit
+def right_rank_block(right, offs_j, mask_j, start, R, DOT: tl.constexpr):
+    """Rows start … start + block_r of a factor [R, J]: [block_r, len(offs_j)]."""
+    offs_r = start + tl.arange(0, DOT.block_r)
+    mask = (offs_r < R)[:, None] & mask_j[None, :]
+    return tl.load(addresses(right, offs_r, offs_j), mask=mask, other=0.0)
+
+
+@triton.jit
 def first_piece(x):
     """The bf16 number nearest to `x`, and the rest of `x`, exactly; NaN where `x` is infinite.
 
@@ -87,25 +95,24 @@ def dot_onto(left, right, product, DOT: tl.constexpr):
 
 
 @triton.jit
-def lora_dot(left, right, left_block, offs_i, offs_j, mask_i, mask_j, R, DOT: tl.constexpr):
+def lora_dot(left, right, left_block, offs_i, offs_j, mask_i, mask_j, R, DOT: tl.constexpr, right_block=None):
     """left [I, R] · right [R, J] -> [len(offs_i), len(offs_j)] in `DOT.acc`.
 
-    `left_block` is left's first block of the rank. Where it holds the whole rank nothing loops in here, and the
-    compiler pipelines the caller's loop, the innermost one.
+    `left_block` is left's first block of the rank, `right_block` right's where the caller has it. Where they hold the
+    whole rank nothing loops in here, and the compiler pipelines the caller's loop, the innermost one.
     """
     BLOCK_I: tl.constexpr = offs_i.shape[0]
     BLOCK_J: tl.constexpr = offs_j.shape[0]
     product = tl.zeros([BLOCK_I, BLOCK_J], dtype=DOT.acc)
     if DOT.one_block:
-        offs_r = tl.arange(0, DOT.block_r)
-        mask = (offs_r < R)[:, None] & mask_j[None, :]
-        right_block = tl.load(addresses(right, offs_r, offs_j), mask=mask, other=0.0)  # [block_r, len(offs_j)]
-        product = dot_onto(left_block, right_block, product, DOT)
+        if right_block is None:
+            right_part = right_rank_block(right, offs_j, mask_j, 0, R, DOT)
+        else:
+            right_part = right_block
+        product = dot_onto(left_block, right_part, product, DOT)
     else:
         for start in range(0, R, DOT.block_r):
-            offs_r = start + tl.arange(0, DOT.block_r)
-            mask = (offs_r < R)[:, None] & mask_j[None, :]
             left_part = rank_block(left, offs_i, mask_i, start, R, DOT)
-            right_part = tl.load(addresses(right, offs_r, offs_j), mask=mask, other=0.0)
+            right_part = right_rank_block(right, offs_j, mask_j, start, R, DOT)
             product = dot_onto(left_part, right_part, product, DOT)
     return product

@@ -25,9 +25,9 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
 def _gelu_tanh_derivative(x: torch.Tensor) -> torch.Tensor:
     """Of x / 2 · (1 + tanh u), with u = √(2/π) (x + 0.044715 x³)."""
     factor, cubic = math.sqrt(2 / math.pi), 0.044715
-    # Beyond, it is 0 or 1 in fp64 too, and x² would overflow.
-    x = x.clamp(-10, 10)
     tanh = torch.tanh(factor * (x + cubic * x * x * x))
+    # Beyond, tanh is 1 in fp64 too, and x² would overflow.
+    x = x.clamp(-10, 10)
     return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * factor * (1 + 3 * cubic * x * x)
 
 
