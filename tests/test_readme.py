@@ -103,6 +103,36 @@ def test_what_is_kept_for_the_backward_pass():
             assert kept(layer(engine, space=space, bias=True)) == (1, 1), (engine, space)
 
 
+def kept_by_an_mlp(patched):
+    """How many bytes for each token and intermediate feature outlive a forward of Llama's MLP; of tensors of that size
+    alone."""
+    torch.manual_seed(0)
+    model = llama(torch.bfloat16, layers=1)
+    config = peft.LoraConfig(r=R, use_dora=True, target_modules=["gate_proj", "up_proj", "down_proj"])
+    model = peft.get_peft_model(model, config)
+    if patched:
+        dk.patch_peft(model, impl="reference")
+    mlp, saved = model.base_model.model.model.layers[0].mlp.train(), []
+    x = torch.randn(M, 32, dtype=torch.bfloat16, requires_grad=True)
+
+    def pack(tensor):
+        box = Saved(tensor)
+        saved.append(weakref.ref(box))
+        return box
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+        y = run(mlp, x[None])
+    alive = {box.tensor.untyped_storage() for reference in saved if (box := reference()) is not None}
+    del y
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in alive}
+    return sum(size for size in sizes.values() if size >= M * 48 * 2) / (M * 48)
+
+
+def test_what_a_gated_mlp_keeps():
+    theirs, ours = kept_by_an_mlp(False), kept_by_an_mlp(True)
+    assert table()["bytes that a Llama MLP keeps of each intermediate value"] == (f"{theirs:.0f}", f"{ours:.0f}")
+
+
 class Operations(TorchDispatchMode):
     """Counts fresh bf16 and fp32 tensors by size, and products of x with a matrix of W's size."""
 
