@@ -20,8 +20,8 @@ OPS_FLOORS = [
     {"checks", "kernels", "problem", "recomputation", "reference"},
     {"overhead"},
     {"dispatch", "forms", "members"},
-    {"gate_up"},
-    {"dora_linear", "dora_mlp"},
+    {"gate_up", "siblings"},
+    {"dora_linear", "dora_mlp", "dora_siblings"},
 ]
 # Device functions and launch data of the kernels need no reference.
 TWINS = [

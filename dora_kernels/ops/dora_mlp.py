@@ -19,7 +19,15 @@ import torch
 from . import dispatch, forms, gate_up
 from .checks import dtype_of_call
 from .forms import Call, Gradients, Inputs
-from .members import Member, why_not_together
+from .members import (
+    Member,
+    constants_of,
+    members_of,
+    tensors_of,
+    why_not_together,
+    with_quantized,
+    without_quantized,
+)
 from .output import OutputUse, note_written, shared_with_the_model
 from .overhead import glu_overhead
 from .problem import problem_of
@@ -37,10 +45,6 @@ class MlpCall(NamedTuple):
     constants: tuple[tuple[float, Rounding, OutputUse | None], ...]
     down: Call
 
-    def members(self, tensors: list) -> list[Member]:
-        parts = [tensors[start : start + 5] for start in range(0, len(tensors), 5)]
-        return [Member(*part, *constants) for part, constants in zip(parts, self.constants)]
-
 
 class DoraMlpFunction(torch.autograd.Function):
     """y [M, N] of x [M, K], and the gradients of x and of each member's A, B and m.
@@ -50,7 +54,7 @@ class DoraMlpFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, call, *tensors):
-        *group, down = call.members(tensors)
+        *group, down = members_of(tensors, call.constants)
         ops = dispatch.implementation(call.down.impl)
         form = forms.token_forward if call.down.space == "token" else forms.weight_forward
         with dispatch.on_device_of(x), dispatch.without_autocast(x.device):
@@ -66,9 +70,7 @@ class DoraMlpFunction(torch.autograd.Function):
             y, kept, ctx.writes = shared_with_the_model(y, call.down.output_use)
             saved_down = saved_down._replace(output=kept)
         ctx.call = call
-        # A quantised weight is no tensor: its library's memory, which nothing here writes.
-        ctx.quantized = [None if isinstance(weight, torch.Tensor) else weight for weight in tensors[::5]]
-        tensors = [tensor if isinstance(tensor, torch.Tensor) else None for tensor in tensors]
+        tensors, ctx.quantized = without_quantized(tensors)
         ctx.save_for_backward(*saved, *saved_down, *tensors)
         return y
 
@@ -77,9 +79,7 @@ class DoraMlpFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("dora_mlp cannot differentiate twice: call backward without create_graph=True")
         call, (saved, saved_down, tensors) = ctx.call, _split(ctx.saved_tensors)
-        for index, weight in enumerate(ctx.quantized):
-            tensors[5 * index] = tensors[5 * index] if weight is None else weight
-        *group, down = call.members(tensors)
+        *group, down = members_of(with_quantized(tensors, ctx.quantized), call.constants)
         saved_down = saved_down._replace(weight=down.weight)
         ops, in_token_space = dispatch.implementation(call.down.impl), call.down.space == "token"
         asked = Gradients(grad_y.dtype, None, down.lora_A.dtype, down.lora_B.dtype, down.magnitude.dtype, None)
@@ -117,7 +117,7 @@ ASKED = Gradients(True, None, True, True, True, False)
 def _split(tensors):
     first, second = len(gate_up.Saved._fields), len(forms.Saved._fields)
     saved, saved_down = tensors[:first], tensors[first : first + second]
-    return gate_up.Saved(*saved), forms.Saved(*saved_down), list(tensors[first + second :])
+    return gate_up.Saved(*saved), forms.Saved(*saved_down), tensors[first + second :]
 
 
 def why_not_mlp(device: torch.device, gate: Member, up: Member | None, down: Member) -> str | None:
@@ -174,9 +174,8 @@ def dora_mlp(
     plan = plan_mlp(gate, up, down, tokens=tokens, dtype=dtype, space=space, impl=impl)
     members = [*group, down]
     down_call = Call(plan.down.space, plan.down.impl, down.scaling, down.rounding, None, True, down.use)
-    call = MlpCall(plan.gate_up.space, activation, tuple(member[5:] for member in members), down_call)
-    tensors = [tensor for member in members for tensor in member[:5]]
-    y = DoraMlpFunction.apply(x.to(dtype).reshape(tokens, x.shape[-1]), call, *tensors)
+    call = MlpCall(plan.gate_up.space, activation, constants_of(members), down_call)
+    y = DoraMlpFunction.apply(x.to(dtype).reshape(tokens, x.shape[-1]), call, *tensors_of(members))
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

@@ -96,11 +96,20 @@ def token_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients)
 
     With PEFT's dropout y = x Wᵀ + b + (g − 1) ⊙ x_dropped Wᵀ + g ⊙ s h Bᵀ, of two base GEMMs.
     """
-    x, x_dropped, _, lora_B, _, bias, weight, _ = inputs
-    weight = readable(weight)
+    x, x_dropped, _, lora_B, *_ = inputs
+    weight = readable(inputs.weight)
     norm_scale, A_cast = _norm_and_cast(ops, call, inputs, weight)
     lora_x = x if x_dropped is None else x_dropped
     h = lora_x @ A_cast.T
+    y, base_out, output, base_bias = token_output(ops, call, inputs._replace(weight=weight), h, norm_scale, needs)
+    return y, Saved(lora_x, h, base_out, output, base_bias, A_cast, lora_B, *norm_scale, inputs.weight)
+
+
+def token_output(
+    ops: ModuleType, call: Call, inputs: Inputs, h: torch.Tensor, norm_scale: NormScale, needs: Gradients
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """y of h, and `base_out`, `output` and `base_bias` as `Saved` keeps them."""
+    x, x_dropped, _, lora_B, _, bias, weight, _ = inputs
     base_weight = dense(weight, x.dtype, ops)
     # A GEMM may start its sums from the bias: only with the base layer's own product a fresh adapter equals that layer
     # to the last bit. In 16 bits what dm needs would not survive taking the bias off again.
@@ -115,7 +124,7 @@ def token_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients)
         base_bias=base_bias, undropped=undropped, in_place=not keeps_base, rounding=call.rounding,
     )  # fmt: skip
     base_out, output = (base_out, None) if keeps_base else (None, y)
-    return y, Saved(lora_x, h, base_out, output, base_bias, A_cast, lora_B, *norm_scale, inputs.weight)
+    return y, base_out, output, base_bias
 
 
 def token_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Saved, asked: Gradients) -> Gradients:
@@ -141,7 +150,7 @@ def token_backward_without_A(
         saved = saved._replace(base_out=F.linear(saved.lora_x, dense(saved.weight, grad_y.dtype, ops)))
     needs_input = asked.x is not None or asked.x_dropped is not None
     needs_base = asked.x_dropped is not None if peft_dropout else asked.x is not None or through_base
-    grad_magnitude, grad_B, grad_bias, grad_base = _rescale_bwd(
+    grad_magnitude, grad_B, grad_bias, grad_base = rescale_backward(
         ops, call, grad_y, saved, asked, needs_base=needs_base, scale_shift=1.0 if peft_dropout else 0.0
     )
     grad_x = grad_dropped = grad_h = None
@@ -180,7 +189,7 @@ def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sa
         saved = saved._replace(output=F.linear(saved.lora_x, merged_again(ops, call, saved, grad_y.dtype)))
     if asked.lora_B is not None and saved.h is None:
         saved = saved._replace(h=_lora_product(ops, call, saved.lora_x, saved.lora_A))
-    grad_magnitude, grad_B, grad_bias, _ = _rescale_bwd(ops, call, grad_y, saved, asked)
+    grad_magnitude, grad_B, grad_bias, _ = rescale_backward(ops, call, grad_y, saved, asked)
     grad_x = grad_A = None
     if asked.lora_A is not None:
         grad_h = grad_y @ _scaled_B(ops, call, grad_y, saved)
@@ -233,7 +242,7 @@ def _input_gradients(ops, call, grad_y, grad_base, grad_h, saved, asked):
     return grad_x, grad_dropped
 
 
-def _rescale_bwd(ops, call, grad_y, saved, asked, needs_base=False, scale_shift=0.0):
+def rescale_backward(ops, call, grad_y, saved, asked, needs_base=False, scale_shift=0.0):
     """dm, dB, db and dZ of one pass over dy, None where one is not asked for."""
     from_base = saved.base_out is not None
     return ops.rescale_bwd(

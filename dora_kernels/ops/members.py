@@ -41,6 +41,41 @@ class Member(NamedTuple):
         return self.lora_A.shape[0]
 
 
+TENSORS = 5
+"""Of a member: W, A, B, m and b. The rest are constants of a call."""
+
+
+def tensors_of(members: list[Member]) -> list:
+    """The members' tensors in a row, as an autograd function takes them."""
+    return [tensor for member in members for tensor in member[:TENSORS]]
+
+
+def constants_of(members: list[Member]) -> tuple[tuple, ...]:
+    """What of each member is no tensor."""
+    return tuple(member[TENSORS:] for member in members)
+
+
+def members_of(tensors: list, constants: tuple[tuple, ...]) -> list[Member]:
+    """The members again, of their tensors in a row and of each one's constants."""
+    parts = [tensors[start : start + TENSORS] for start in range(0, len(tensors), TENSORS)]
+    return [Member(*part, *own) for part, own in zip(parts, constants)]
+
+
+def without_quantized(tensors: list) -> tuple[list, list]:
+    """What of the members' tensors autograd can save, and each member's weight that is no tensor: its library's memory,
+    which nothing here writes."""
+    quantized = [None if isinstance(weight, torch.Tensor) else weight for weight in tensors[::TENSORS]]
+    return [tensor if isinstance(tensor, torch.Tensor) else None for tensor in tensors], quantized
+
+
+def with_quantized(tensors: list, quantized: list) -> list:
+    """The members' tensors again."""
+    tensors = list(tensors)
+    for index, weight in enumerate(quantized):
+        tensors[TENSORS * index] = tensors[TENSORS * index] if weight is None else weight
+    return tensors
+
+
 class BlockOptions(NamedTuple):
     """What a layer asks of a block that computes it: see `dora_linear`."""
 
@@ -145,9 +180,14 @@ def grad_x_of_products(
     """dx [M, K] = dh A + Σ dz W, summed inside the GEMMs."""
     # The small product comes first: its rounding is small beside the sum's.
     grad_x = dh @ A
-    for member, grad in zip(members, grads):
-        grad_x.addmm_(grad, dense(member.weight, grad.dtype, ops))
+    for index in smallest_first(members):
+        grad_x.addmm_(grads[index], dense(members[index].weight, grad_x.dtype, ops))
     return grad_x
+
+
+def smallest_first(members: list[Member]) -> list[int]:
+    """The order in which their parts of dx are summed: in 16 bits each sum so far is rounded."""
+    return sorted(range(len(members)), key=lambda index: members[index].features)
 
 
 def stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -183,6 +223,8 @@ def why_not_together(members: list[Member], device: torch.device) -> str | None:
     for member in members:
         if not all(factor.requires_grad for factor in member.factors):
             return "a factor does not train"
+        if member.weight.requires_grad:
+            return "a weight trains"
         if member.bias is not None and member.bias.requires_grad:
             return "a bias trains"
         if any(part.device != device for part in (member.weight, *member.factors)):

@@ -46,6 +46,18 @@ def shared_with_the_model(
     return y, y.data, WriteCounter(y)
 
 
+def columns_shared_with_the_model(y: torch.Tensor, columns: slice) -> tuple[torch.Tensor, WriteCounter | None]:
+    """Some columns of y as the model gets them, and the counter of the writes to them; y itself is kept."""
+    part = y[:, columns]
+    if torch.compiler.is_compiling():
+        return part.clone(), None
+    if part.is_inference():
+        return part, None
+    # `data` is no view: autograd refuses to write in place over one of several views that a function returns.
+    part = part.data
+    return part, WriteCounter(part)
+
+
 def note_written(use: OutputUse | None, *, can_repeat: bool) -> None:
     """Lets the layer's later calls give away a copy. Raises where y cannot be computed again."""
     if use is not None:
