@@ -29,6 +29,8 @@ CONFIGURED_BY = {
     "merge_scale": "merge_config",
     "rescale_fwd": "rescale_fwd_config",
     "rescale_bwd": "rescale_bwd_config",
+    "glu_fwd": "glu_fwd_config",
+    "glu_bwd": "glu_bwd_config",
 }
 GRID = {
     "num_warps": (4, 8),
@@ -60,7 +62,8 @@ def main(args: argparse.Namespace) -> int:
         return 2
     out_features, in_features, tokens = args.shape
     space = "weight" if args.kernel.startswith("merge") else "token"
-    case = Case(*args.dtype_pairs[args.dtypes], space, args.rank, out_features, in_features, tokens)
+    mlp = "silu" if args.kernel.startswith("glu") else None
+    case = Case(*args.dtype_pairs[args.dtypes], space, args.rank, out_features, in_features, tokens, mlp=mlp)
     timed = torch.cuda.is_available() and torch.cuda.get_device_capability() == args.capability
     rows, left_out = [], 0
     for fields in candidates(CONFIGURED_BY[args.kernel], dict(args.field)):
