@@ -24,6 +24,7 @@ class GatedMlp(NamedTuple):
     """A module that takes one tensor x alone and computes down(act(gate(x)) ⊙ up(x)), and nothing else.
 
     The paths start at the module. One layer may hold gate and up as the halves of its output: then both are its path.
+    The model may write over the output afterwards, as `Probe.written` tells of down.
     """
 
     gate: str
