@@ -226,10 +226,12 @@ def test_a_hook_of_all_modules_sees_the_layers(calls):
 
 
 def test_dropout_runs_the_layers_alone_in_training(calls):
-    model = adapted(lora_dropout=0.5)
-    step(model)
+    patched = peft_model(lora_dropout=0.5)
+    dk.patch_peft(patched)
+    for model, path in ((adapted(lora_dropout=0.5), ""), (patched, "base_model.model.")):
+        step(model)
+        assert "gate_proj has dropout" in dk.explain(model, 8).blocks[f"{path}model.layers.0.mlp"]
     assert not calls
-    assert "gate_proj has dropout" in dk.explain(model, 8).blocks["model.layers.0.mlp"]
 
 
 def test_inference_runs_the_layers_alone(calls):
