@@ -1,5 +1,6 @@
 """A gated MLP's module whose calls are one function."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from ..layers.support import why_wrapped
 from ..ops.dispatch import Plan
 from ..ops.dora_mlp import dora_mlp, plan_mlp, why_not_mlp
 from ..ops.members import Member
+from ..ops.recomputation import is_selective
 
 
 class MlpBlock(NamedTuple):
@@ -31,6 +33,7 @@ class FusedMlp(nn.Module):
     """
 
     model_class: type[nn.Module]
+    model_forward: Callable  # the class's own, as it was recognised
     dora_block: MlpBlock
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
@@ -52,6 +55,10 @@ class FusedMlp(nn.Module):
         block, found = self.dora_block, []
         if _has_any_global_hook():
             return "a hook of all modules would not see its layers"
+        if self.model_class.forward is not self.model_forward:
+            return "its class got another forward"
+        if is_selective():
+            return "selective checkpointing keeps operations inside its layers"
         for name, kind in block.others:
             module = self.get_submodule(name)
             if type(module) is not kind or why_wrapped(module, kept=True):
@@ -62,6 +69,8 @@ class FusedMlp(nn.Module):
             if isinstance(member, str):
                 return f"{name} {member}"
             found.append(member)
+        if len({self.get_submodule(name).block_options for name in (block.gate, block.up, block.down) if name}) > 1:
+            return "its layers differ in the space or the implementation that they ask for"
         return why_not_mlp(device, *found) or tuple(found)
 
     def block_plans(self, tokens: int) -> dict[str, Plan] | str:
@@ -89,10 +98,15 @@ def as_member(layer: nn.Module, dtype: torch.dtype) -> Member | str:
     return layer.as_member(dtype) if hasattr(layer, "as_member") else "is no DoRA layer"
 
 
-@cache
 def fused_class(model_class: type[nn.Module]) -> type[nn.Module]:
-    """The class of fused instances of `model_class`."""
-    return type(f"Fused{model_class.__name__}", (FusedMlp, model_class), {"model_class": model_class})
+    """The class of fused instances of `model_class`, with the forward that it has now."""
+    return _fused_class(model_class, model_class.forward)
+
+
+@cache
+def _fused_class(model_class, forward):
+    own = {"model_class": model_class, "model_forward": staticmethod(forward)}
+    return type(f"Fused{model_class.__name__}", (FusedMlp, model_class), own)
 
 
 def _empty(model_class):

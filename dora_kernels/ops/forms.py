@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from .base_weights import Weight, dense, readable
 from .chunked import mm_fp32
 from .output import OutputUse
-from .recomputation import keeps_merged
+from .recomputation import is_selective, keeps_merged
 from .types import NormScale, Rounding
 
 
@@ -121,7 +121,7 @@ def token_output(
     keeps_base = needs.magnitude and (bias is not None or undropped is not None or x.dtype == torch.float16)
     y = ops.rescale_fwd(
         base_out, h, lora_B, norm_scale.scale, bias if gemm_bias is None else None, call.scaling,
-        base_bias=base_bias, undropped=undropped, in_place=not keeps_base, rounding=call.rounding,
+        base_bias=base_bias, undropped=undropped, in_place=not (keeps_base or is_selective()), rounding=call.rounding,
     )  # fmt: skip
     base_out, output = (base_out, None) if keeps_base else (None, y)
     return y, base_out, output, base_bias

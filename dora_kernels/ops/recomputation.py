@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .output import OutputUse
 from .types import NormScale
@@ -56,11 +57,22 @@ def remembered_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scal
     Bit for bit what would be computed: a change of the factors in between has spoiled the recomputation by itself.
     """
     hook = _hook()
-    if use is None or use.last_norm is None or hook is None or not _recomputes(hook):
+    if use is None or use.last_norm is None or hook is None or not _recomputes(hook) or is_selective():
         return None
     last = use.last_norm
     same = last.scaling == scaling and all(ref() is factor for ref, factor in zip(last.factors, factors))
     return last.norm_scale if same else None
+
+
+def is_selective() -> bool:
+    """Whether this call is in a region of selective checkpointing, forward or recomputation.
+
+    It keeps some operations' outputs, and finds each again by how often its operation ran before: the recomputation
+    must run the same operations, and none may write over another's output.
+    """
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack())
 
 
 def _recomputes(hook) -> bool:

@@ -185,6 +185,10 @@ def _a_plain_layer(model):
     mlp.gate_proj = nn.Linear(32, 48, bias=False, dtype=torch.float64).requires_grad_(False)
 
 
+def _another_space(model):
+    model.model.layers[0].mlp.gate_proj.space = "weight"
+
+
 def _other_rank(model):
     mlp = model.model.layers[0].mlp
     mlp.gate_proj = dk.DoraLinear(mlp.gate_proj.weight, r=3, lora_alpha=8)
@@ -199,6 +203,7 @@ def _other_rank(model):
         (_hooked_activation, "act_fn is another than it was"),
         (_frozen_factor, "a factor does not train"),
         (_a_plain_layer, "gate_proj is no DoRA layer"),
+        (_another_space, "its layers differ in the space or the implementation that they ask for"),
         (_other_rank, "gate and up differ in their features or their rank"),
     ],
 )

@@ -4,11 +4,12 @@ import copy
 import pickle
 import weakref
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import dora_kernels as dk
 from dora_kernels.ops import recomputation, reference
@@ -147,3 +148,20 @@ def test_copies_remember_nothing(copied):
     recomputed(model, torch.randn(5, 24))
     assert model[0].output_use.last_norm is not None
     assert copied(model)[0].output_use.last_norm is None
+
+
+def _keeps_products(context, operation, *args, **options):
+    kept = operation in (torch.ops.aten.mm.default, torch.ops.aten.mul.Tensor)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@every_space
+def test_selective_checkpointing_finds_what_it_kept(space, impl):
+    """The kept products are not written over, and the recomputation runs the operations of the forward."""
+    model, x = layers(space, dtype=torch.bfloat16), torch.randn(5, 24, dtype=torch.bfloat16)
+    for layer in model:
+        layer.impl, layer.bias = impl, None
+    contexts = partial(create_selective_checkpoint_contexts, _keeps_products)
+    found = gradients(model, x, partial(checkpoint, use_reentrant=False, context_fn=contexts))
+    assert same(found, gradients(model, x))
