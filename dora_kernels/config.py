@@ -31,8 +31,8 @@ class DoraConfig:
         dropout_mode: "lora" drops the input of the LoRA branch only (one base GEMM); "peft" is PEFT's meaning (two).
         space, impl, rounding: see `dora_linear`.
         nf4_parity: see `dora_linear`; of no effect on other bases.
-        fuse_blocks: "auto" computes a gated MLP by one function while it trains, where the model's own does that;
-            False computes each layer alone.
+        fuse_blocks: "auto" computes a gated MLP, and layers of one input, by one function while they train, where the
+            model's own does that; False computes each layer alone.
 
     Raises:
         TypeError, ValueError: a field of the wrong type or out of its range.

@@ -2,14 +2,17 @@
 
 from torch import nn
 
-from ..layers.blocks_seen import GatedMlp
+from ..layers.blocks_seen import GatedMlp, Siblings
+from ..layers.frozen import Freezable
 from ..layers.probe import probe
 from .mlp import FusedMlp, MlpBlock, fused_class
+from .siblings import share_inputs, shared_inputs, unshare_inputs
 
 
 def fuse_blocks(model: nn.Module) -> dict[str, str | None]:
-    """Makes each gated MLP of DoRA layers one function, in place, until `unfuse_blocks`. Returns, by the path of each
-    module that is like a block, why it is none; None where it is one."""
+    """Makes each gated MLP of DoRA layers one function, and lets other DoRA layers of one input compute together, in
+    place, until `unfuse_blocks`. Returns, by the path of each module that is like a block, why it is none; None where
+    it is one."""
     seen = probe(model)
     reasons: dict[str, str | None] = dict(seen.not_blocks)
     for path, mlp in seen.mlps.items():
@@ -18,7 +21,16 @@ def fuse_blocks(model: nn.Module) -> dict[str, str | None]:
         if reasons[path] is None and not isinstance(module, FusedMlp):
             module.dora_block = _block(module, mlp)
             module.__class__ = fused_class(type(module))
+    for path, groups in seen.siblings.items():
+        module = model.get_submodule(path)
+        if adapted := tuple(names for group in groups if len(names := _adapted(module, group)) > 1):
+            share_inputs(module, adapted)
+            reasons[path] = reasons.get(path) if path in seen.mlps else None
     return reasons
+
+
+def _adapted(module: nn.Module, group: Siblings) -> tuple[str, ...]:
+    return tuple(name for name in group.layers if isinstance(module.get_submodule(name), Freezable))
 
 
 def unfuse_blocks(model: nn.Module) -> None:
@@ -29,14 +41,19 @@ def unfuse_blocks(model: nn.Module) -> None:
 
 def unfuse_block(module: nn.Module) -> None:
     """Gives one module its own forward back; any other than a block is left alone."""
+    unshare_inputs(module)
     if isinstance(module, FusedMlp):
         module.__class__ = module.model_class
         del module.dora_block
 
 
-def fused_blocks(model: nn.Module) -> dict[str, FusedMlp]:
+def fused_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that are blocks, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, FusedMlp)}
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, FusedMlp) or shared_inputs(module) is not None
+    }
 
 
 def why_not_fused(module: nn.Module, mlp: GatedMlp) -> str | None:

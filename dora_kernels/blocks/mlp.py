@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..layers.frozen import Freezable
 from ..layers.support import why_wrapped
 from ..ops.dispatch import Plan
 from ..ops.dora_mlp import dora_mlp, plan_mlp, why_not_mlp
@@ -95,7 +96,8 @@ class FusedMlp(nn.Module):
 
 def as_member(layer: nn.Module, dtype: torch.dtype) -> Member | str:
     """The layer as a block computes it, or why it runs alone."""
-    return layer.as_member(dtype) if hasattr(layer, "as_member") else "is no DoRA layer"
+    # A wrapper would answer for the layer inside, whose weights it may have taken away.
+    return layer.as_member(dtype) if isinstance(layer, Freezable) else "is no DoRA layer"
 
 
 def fused_class(model_class: type[nn.Module]) -> type[nn.Module]:

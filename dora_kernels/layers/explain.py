@@ -64,7 +64,14 @@ def explain(model: nn.Module, tokens: int) -> Explanations:
             plans = module.block_plans(tokens)
             blocks[path] = plans if isinstance(plans, str) else f"one function ({module.dora_block.activation})"
             if not isinstance(plans, str):
-                inside |= {f"{path}.{name}".strip("."): _inside(path, plan) for name, plan in plans.items()}
+                inside |= _by_path(path, plans)
+        for hook in module._forward_pre_hooks.values():
+            if hasattr(hook, "block_plans"):
+                groups = hook.block_plans(module, tokens)
+                words = [blocks[path]] if path in blocks else []
+                blocks[path] = "; ".join(words + [_together(names, plans) for names, plans in groups])
+                for _, plans in groups:
+                    inside |= {} if isinstance(plans, str) else _by_path(path, plans)
     explanations = Explanations(
         Explanation(name, layer.out_features, layer.in_features, layer.rank, inside.get(name) or _plan(layer, tokens))
         for name, layer in layers
@@ -79,6 +86,16 @@ def explain(model: nn.Module, tokens: int) -> Explanations:
             explanations.blocks.setdefault(f"{prefix}.{path}".strip("."), f"not a block: {reason}")
         explanations.unseen = seen.stopped
     return explanations
+
+
+def _together(names: tuple[str, ...], plans: dict[str, dispatch.Plan] | str) -> str:
+    """Of layers that share an input."""
+    listed = f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{listed} run alone: {plans}" if isinstance(plans, str) else f"{listed} as one function"
+
+
+def _by_path(path: str, plans: dict[str, dispatch.Plan]) -> dict[str, dispatch.Plan]:
+    return {f"{path}.{name}".strip("."): _inside(path, plan) for name, plan in plans.items()}
 
 
 def _inside(path: str, plan: dispatch.Plan) -> dispatch.Plan:

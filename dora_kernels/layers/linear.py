@@ -41,6 +41,9 @@ class DoraLinear(Freezable):
         ValueError: `r` < 1 or a weight that is not two-dimensional.
     """
 
+    # While the module around it runs: see `blocks.siblings`.
+    shared_call = None
+
     def __init__(
         self,
         weight: nn.Parameter | None,
@@ -229,6 +232,8 @@ class DoraLinear(Freezable):
         return linear.train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.shared_call is not None and (y := self.shared_call.output(self, x)) is not None:
+            return y
         if self.training and torch.is_grad_enabled() and is_offloaded(self):
             # Its parameters are copies that accelerate throws away after forward, and gradients with them.
             raise ValueError(f"this layer is offloaded by accelerate, so that its adapter would not train: {REMEDY}")

@@ -59,7 +59,8 @@ def probe(model: nn.Module) -> Probe:
 
 
 def _probe(model: nn.Module) -> Probe:
-    layers, like, watch, blocks, stopped = linear_layers(model), repeats(model), Watch(), BlocksSeen(), None
+    layers, like, watch, blocks = linear_layers(model), repeats(model), Watch(), BlocksSeen()
+    stopped, written, found = None, frozenset(), Blocks({}, {}, {})
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _undisturbed():
             twin = valueless(model, like)
@@ -70,10 +71,15 @@ def _probe(model: nn.Module) -> Probe:
             dataflow.start(twin, firsts)
             with Undecided(), watch, dataflow:
                 stopped = _run(twin, candidates, blocks)
+                written = watch.written()
+                if stopped is None:
+                    found = blocks.found(written)
+                if found.siblings:
+                    watch.give_columns(found.siblings)
+                    found = found if (reason := _run(twin, candidates, blocks)) is None else _alone(found, reason)
     except Exception as error:  # Whatever a model does to tensors without values.
         stopped = _in_one_line(error)
-    seen, written = {path: path_of_first(path, like) for path in layers}, watch.written()
-    found = blocks.found(written) if stopped is None else Blocks({}, {}, {})
+    seen = {path: path_of_first(path, like) for path in layers}
     first_modules = {path: path_of_first(path, like) for path, _ in model.named_modules()}
     return Probe(
         {path: watch.reads[first] for path, first in seen.items() if first in watch.reads},
@@ -100,6 +106,12 @@ def _run(model: nn.Module, candidates: list[dict[str, torch.Tensor]], blocks: Bl
     return reasons[0]
 
 
+def _alone(found: Blocks, reason: str) -> Blocks:
+    """Without siblings, as the model takes no output that is a part of a wider tensor's rows."""
+    reasons = dict.fromkeys(found.siblings, f"views a layer's output as if its rows were adjacent ({reason})")
+    return found._replace(siblings={}, not_blocks=reasons | found.not_blocks)
+
+
 def _in_one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0]
 
@@ -112,6 +124,7 @@ class Watch(TorchFunctionMode):
         self._outputs: list[tuple[str, WriteCounter]] = []
         self._paths: dict[int, str] = {}  # by the weight's identity
         self._running: set[str] = set()
+        self._columns: set[str] = set()
 
     def start(self, model: nn.Module, paths: list[str]) -> None:
         self._until = time.thread_time() + SECONDS
@@ -121,6 +134,16 @@ class Watch(TorchFunctionMode):
             layer.weight = nn.Parameter(torch.empty_like(layer.weight), requires_grad=False)
             self._paths[id(layer.weight)] = path
             layer.forward = self._watched(path, layer.forward)
+
+    def give_columns(self, siblings: dict[str, tuple[Siblings, ...]]) -> None:
+        """From now on these layers return what they do when they compute together: columns of one tensor."""
+        self._until = time.thread_time() + SECONDS
+        self._columns = {
+            f"{path}.{name}".strip(".")
+            for path, groups in siblings.items()
+            for group in groups
+            for name in group.layers
+        }
 
     def written(self) -> frozenset[str]:
         return frozenset(path for path, counter in self._outputs if counter.has_moved)
@@ -134,6 +157,8 @@ class Watch(TorchFunctionMode):
                 y = forward(*args, **kwargs)
             finally:
                 self._running.discard(path)
+            if path in self._columns:
+                return torch.cat([y, y], dim=-1)[..., : y.shape[-1]]
             if isinstance(y, torch.Tensor):
                 self._outputs.append((path, WriteCounter(y)))
             return y

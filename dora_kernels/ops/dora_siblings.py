@@ -66,8 +66,9 @@ class DoraSiblingsFunction(torch.autograd.Function):
     def backward(ctx, *grads):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("dora_siblings cannot differentiate twice: call backward without create_graph=True")
-        call, count = ctx.call, TENSORS * len(grads)
-        tensors, saved = ctx.saved_tensors[:count], Saved.of(ctx.saved_tensors[count:])
+        # Read once: a checkpoint gives each tensor away a single time.
+        call, tensors, count = ctx.call, ctx.saved_tensors, TENSORS * len(grads)
+        tensors, saved = tensors[:count], Saved.of(tensors[count:])
         members = members_of(with_quantized(tensors, ctx.quantized), call.constants)
         ops, x = dispatch.implementation(call.impl), saved.x
         with dispatch.on_device_of(x), dispatch.without_autocast(x.device):

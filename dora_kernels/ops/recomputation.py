@@ -26,7 +26,7 @@ def keeps_merged(weight: torch.Tensor) -> bool:
 
     Forward and recomputation of a region, whose calls come in one order, get the same answers.
     """
-    hook = _hook()
+    hook = checkpoint_hook()
     if hook is None:
         return False
     kept = _kept.get(hook, 0) + weight.nbytes
@@ -46,7 +46,7 @@ class LastNorm(NamedTuple):
 
 def remember_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scaling: float, found: NormScale) -> None:
     """Keeps n and g for the recomputation of this forward, if one will follow."""
-    hook = _hook()
+    hook = checkpoint_hook()
     if use is not None and hook is not None and not _recomputes(hook):
         use.last_norm = LastNorm(tuple(map(weakref.ref, factors)), scaling, found)
 
@@ -56,7 +56,7 @@ def remembered_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scal
 
     Bit for bit what would be computed: a change of the factors in between has spoiled the recomputation by itself.
     """
-    hook = _hook()
+    hook = checkpoint_hook()
     if use is None or use.last_norm is None or hook is None or not _recomputes(hook) or is_selective():
         return None
     last = use.last_norm
@@ -79,7 +79,7 @@ def _recomputes(hook) -> bool:
     return hook.__qualname__.startswith("_recomputation_hook")
 
 
-def _hook():
+def checkpoint_hook():
     """The hook that packs what is saved here, if it is that of a checkpointed region."""
     if torch.compiler.is_compiling():
         return None

@@ -49,11 +49,16 @@ class FusedForward(Freezable):
 
     peft_class: type[nn.Module]
     dora_fusion: Fusion
+    # While the module around it runs: see `blocks.siblings`.
+    shared_call = None
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         # A wrapper made while the layer was patched may call this after it was unpatched.
         if not isinstance(self, FusedForward):
             return type(self).forward(self, x, *args, **kwargs)
+        call = None if args or kwargs else self.shared_call
+        if call is not None and (y := call.output(self, x)) is not None:
+            return y
         # torch.jit.trace records PyTorch's own operations: those of PEFT's forward, which have the same meaning.
         adapter = None if args or kwargs or torch.jit.is_tracing() else fused_adapter(self)
         weight = None if adapter is None else _readable_base(self)

@@ -75,7 +75,8 @@ def patch_peft(
 
     Args:
         space, impl, rounding, nf4_parity: see `dora_linear`. A forced one raises where it cannot run.
-        blocks: "auto" computes a gated MLP by one function while it trains; False computes each layer alone.
+        blocks: "auto" computes a gated MLP, and layers of one input, by one function while they train; False computes
+            each layer alone.
 
     Raises:
         ValueError: an option that does not exist, or a model without a DoRA adapter. ImportError: PEFT is missing or

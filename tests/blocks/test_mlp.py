@@ -124,7 +124,9 @@ def test_losses_are_those_of_peft(family, calls):
             # With NF4, what PEFT multiplies by.
             layer.impl, layer.nf4_parity = "triton", True
     report = dk.patch_peft(patched, impl="triton", nf4_parity=True)
-    assert report.blocks == dict.fromkeys([f"base_model.model.model.layers.{i}.mlp" for i in range(2)])
+    names = ("mlp",) if family == "phi3" else ("mlp", "self_attn")  # phi3's q, k and v are one layer
+    paths = [f"base_model.model.model.layers.{i}.{name}" for i in range(2) for name in names]
+    assert report.blocks == dict.fromkeys(paths)
     expected = losses(made("peft"))
     assert losses(patched) == pytest.approx(expected, rel=SAME_FP32)
     assert losses(ours) == pytest.approx(expected, rel=SAME_FP32)
@@ -293,7 +295,8 @@ def test_a_saved_model_loads():
     torch.save(model, memory)
     memory.seek(0)
     loaded = torch.load(memory, weights_only=False)
-    assert list(fused_blocks(loaded)) == list(fused_blocks(model)) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    paths = [f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn", "mlp")]
+    assert list(fused_blocks(loaded)) == list(fused_blocks(model)) == paths
 
 
 def test_names_and_classes_stay():
@@ -326,7 +329,7 @@ def test_merging_and_unpatching_give_the_class_back(calls):
 def test_patching_again_takes_the_blocks_back():
     model = peft_model()
     dk.patch_peft(model)
-    assert len(fused_blocks(model)) == 2
+    assert len(fused_blocks(model)) == 4
     assert not dk.patch_peft(model, blocks=False).blocks and not fused_blocks(model)
 
 

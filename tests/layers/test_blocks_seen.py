@@ -136,6 +136,16 @@ def test_what_is_almost_a_sibling(name):
     assert seen.not_blocks.get("block") == reason
 
 
+def views_across_tokens(self, x):
+    return self.q(x).view(-1, D // 2).view(x.shape) + self.k(x)
+
+
+def test_an_output_that_must_be_contiguous_is_no_column_of_a_wider_tensor():
+    seen = probe(Host(attention(views_across_tokens)))
+    assert seen.stopped is None and not seen.siblings
+    assert seen.not_blocks["block"].startswith("views a layer's output as if its rows were adjacent (")
+
+
 def test_layers_of_several_modules_are_no_siblings():
     def part():
         return module(lambda self, x: self.only(x), only=(D, D))

@@ -61,6 +61,16 @@ def test_errors_in_16_bits_are_those_of_the_layers_at_most(dtype, space, biases)
     assert {name: together[name] / alone[name] for name in alone if together[name] > 1.05 * alone[name]} == {}
 
 
+def test_young_adapters_in_fp16_in_which_g_B_would_underflow():
+    x, grads, members = make_siblings(64, 32, torch.float16, torch.float32)
+    for member in members.values():
+        member.lora_B.data.mul_(1e-6)
+        member.magnitude.data.mul_(0.1)
+    found, alone, expected = solve(x, grads, members), one_by_one(x, grads, members), exact(x, grads, members)
+    for name in (f"{name}.lora_A" for name in members):
+        assert relative_error(found[name], expected[name]) <= 1.05 * relative_error(alone[name], expected[name])
+
+
 def test_fp16_takes_token_space():
     """In which the gradient of the magnitude does not underflow."""
     problem = make_siblings(8, 16, torch.float16, torch.float32)

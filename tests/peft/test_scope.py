@@ -62,7 +62,7 @@ def test_models_made_inside_are_fused_and_undone(way, tmp_path):
     assert_close(infer(model), expected, SAME_FP32)
 
 
-@pytest.mark.parametrize(("blocks", "count"), [("auto", 2), (False, 0)])
+@pytest.mark.parametrize(("blocks", "count"), [("auto", 4), (False, 0)])
 def test_blocks_are_made_inside_and_undone(blocks, count):
     patched_before = peft_model()
     patch_peft(patched_before)
@@ -71,7 +71,7 @@ def test_blocks_are_made_inside_and_undone(blocks, count):
         patched_before.add_adapter("other", dora_config())
         assert len(fused_blocks(model)) == count
     assert not fused_blocks(model)
-    assert len(fused_blocks(patched_before)) == 2
+    assert len(fused_blocks(patched_before)) == 4
 
 
 def test_adapters_added_inside_are_fused_and_models_from_before_are_not():

@@ -54,7 +54,7 @@ def _start(stack, engine, counts):
     from triton.runtime.interpreter import InterpretedFunction
 
     import dora_kernels.peft.layer as peft_linear
-    from dora_kernels.blocks import mlp
+    from dora_kernels.blocks import mlp, siblings
     from dora_kernels.peft import patched_peft
 
     def counted(name, function):
@@ -67,6 +67,7 @@ def _start(stack, engine, counts):
     for owner, attribute, name in (
         (peft_linear, "dora_linear", "fused"),
         (mlp, "dora_mlp", "fused"),
+        (siblings, "dora_siblings", "fused"),
         (DoraLinearLayer, "forward", "left_to_peft"),
         (InterpretedFunction, "run", "launches"),
     ):

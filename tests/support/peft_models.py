@@ -7,7 +7,7 @@ from unittest.mock import patch
 import peft
 import torch
 
-from dora_kernels.blocks import mlp
+from dora_kernels.blocks import mlp, siblings
 from dora_kernels.ops.dora_linear import DoraLinearFunction
 from dora_kernels.peft import layer as peft_linear
 from tests.support.tiny_models import FAMILIES, VOCAB
@@ -97,8 +97,16 @@ def count_fused():
         calls.extend([kwargs] * sum(member is not None for member in members))
         return dora_mlp(x, *members, **kwargs)
 
-    dora_linear, dora_mlp = peft_linear.dora_linear, mlp.dora_mlp
-    with patch.object(peft_linear, "dora_linear", counted), patch.object(mlp, "dora_mlp", counted_mlp):
+    def counted_siblings(x, members, **kwargs):
+        calls.extend([kwargs] * len(members))
+        return dora_siblings(x, members, **kwargs)
+
+    dora_linear, dora_mlp, dora_siblings = peft_linear.dora_linear, mlp.dora_mlp, siblings.dora_siblings
+    with (
+        patch.object(peft_linear, "dora_linear", counted),
+        patch.object(mlp, "dora_mlp", counted_mlp),
+        patch.object(siblings, "dora_siblings", counted_siblings),
+    ):
         yield calls
 
 

@@ -14,6 +14,7 @@ import dora_kernels as dk
 from dora_kernels.adapters.integrity import carries_digests
 from dora_kernels.adapters.save_load import WEIGHTS_NAME, check_files, stored_key
 from dora_kernels.blocks.fuse import fused_blocks, unfuse_blocks
+from dora_kernels.blocks.mlp import FusedMlp
 from dora_kernels.ops.base_weights import keep_packing
 
 from ..flags import Flags
@@ -68,8 +69,8 @@ def _engine_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
 
 
 def _blocks_of(model: torch.nn.Module) -> str:
-    blocks = fused_blocks(model)
-    return f", {len(blocks)} MLPs as one function each" if blocks else ""
+    mlps = sum(isinstance(block, FusedMlp) for block in fused_blocks(model).values())
+    return f", {mlps} MLPs as one function each" if mlps else ""
 
 
 def _peft_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
