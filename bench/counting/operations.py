@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from dora_kernels.ops.types import NormScale, Rounding
+from dora_kernels.ops.types import GluFactors, NormScale, Rounding
 
 from ..contestants.layer import ALPHA_OVER_RANK
 
@@ -60,4 +60,32 @@ def operations(ops, problem, norm, scale, base_out, h) -> dict[str, Work]:
             lambda: ops.scaled_cast(p.lora_B, dtype, scale=scale, scaling=s, **ROUNDED), (p.lora_B, scale),
         ),
     }  # fmt: skip
-    return {name: Work(*work) for name, work in found.items()}
+    return {name: Work(*work) for name, work in (found | _of_a_gated_mlp(ops, p, norm, scale, base_out, h)).items()}
+
+
+def beside(tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """Gate's tensor as another one, for up: backwards along `dim`."""
+    return tensor.flip(dim)
+
+
+def _of_a_gated_mlp(ops, p, norm, scale, base_out, h) -> dict[str, tuple]:
+    """The layer is gate; up has its values in another order."""
+    gate, up = base_out, beside(base_out, 1)
+    norms, scales, hs = torch.cat([norm, beside(norm)]), torch.cat([scale, beside(scale)]), torch.cat([h, beside(h)], 1)
+    factors = GluFactors(hs, (p.lora_B, beside(p.lora_B)), scales, ALPHA_OVER_RANK)
+    # In 16 bits dm and dB are held to its rounding, which they have from act(gate) and from products' gradients.
+    options = {"activation": "silu", "dtype": p.x.dtype}
+
+    def glu_bwd(space):
+        a = p.grad_y.clone()  # which is written over
+        return *ops.glu_bwd(a, gate, up, factors, None, norms, space=space, **options), a
+
+    adapters = hs, *factors.lora_B, scales
+    return {
+        "glu_fwd, token space": (
+            lambda: ops.glu_fwd(gate, up, factors, None, activation="silu"), (gate, up, *adapters),
+        ),
+        "glu_fwd, weight space": (lambda: ops.glu_fwd(gate, up, None, None, activation="silu"), (gate, up)),
+        "glu_bwd, token space": (lambda: glu_bwd("token"), (p.grad_y, gate, up, *adapters, norms)),
+        "glu_bwd, weight space": (lambda: glu_bwd("weight"), (p.grad_y, gate, up, hs, scales, norms)),
+    }  # fmt: skip

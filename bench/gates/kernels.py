@@ -3,8 +3,10 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from ..contestants.layer import ALPHA_OVER_RANK, Problem
+from ..counting.operations import beside
 from ..measuring.timing import attempt
 from .layer import BAR, UNIT_ROUNDOFF, error
 
@@ -43,7 +45,36 @@ def truths(problem: Problem, norm, scale, base_out, h) -> dict[str, Callable[[],
         "rescale_bwd, token space": lambda: backward(True),
         "rescale_bwd, weight space": lambda: backward(False),
         "scaled_cast of B": lambda: ((s * g)[:, None] * B,),
+    } | _of_a_gated_mlp(n, g, z, hidden, dy, B)
+
+
+def _of_a_gated_mlp(n, g, z, hidden, dy, B) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
+    """By autograd through what gate and up return."""
+    layers = [(n, g, z, hidden, B), (beside(n), beside(g), beside(z, 1), beside(hidden), beside(B))]
+
+    @torch.enable_grad()
+    def backward(space: str) -> tuple[torch.Tensor, ...]:
+        outputs = [_output(space, *layer[1:]).requires_grad_() for layer in layers]
+        a = F.silu(outputs[0]) * outputs[1]
+        found = []
+        for grad, y, (norm, scale, _, h, _) in zip(torch.autograd.grad(a, outputs, dy), outputs, layers):
+            # V x = y / g.
+            dm, dB = (grad * y.detach()).sum(0) / (scale * norm), ALPHA_OVER_RANK * scale[:, None] * (grad.T @ h)
+            found.append((grad * scale if space == "token" else grad, dm, dB))
+        products, magnitudes, lora_B = zip(*found)
+        return torch.cat(products, 1), torch.cat(magnitudes), torch.cat(lora_B), a.detach()
+
+    return {
+        "glu_fwd, token space": lambda: backward("token")[-1:],
+        "glu_fwd, weight space": lambda: backward("weight")[-1:],
+        "glu_bwd, token space": lambda: backward("token"),
+        "glu_bwd, weight space": lambda: backward("weight"),
     }
+
+
+def _output(space: str, scale, product, h, lora_B) -> torch.Tensor:
+    """Of the layer's product z = x Wᵀ, or x W'ᵀ."""
+    return scale * (product + ALPHA_OVER_RANK * h @ lora_B.T) if space == "token" else product.clone()
 
 
 def check(calls: dict[str, Callable], truths: dict[str, Callable]) -> tuple[dict[str, list[float]], dict[str, str]]:

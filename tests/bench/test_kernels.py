@@ -37,14 +37,15 @@ def test_every_operation_is_correct(dtype):
     for name, row in results.items():
         assert row["failed"] is None and row["seconds"]["total"], name
     held = [row["errors"] for row in results.values() if "errors" in row]
-    assert [len(errors) for errors in held] == [2, 3, 1, 1, 3, 2, 1]
+    assert [len(errors) for errors in held] == [2, 3, 1, 1, 3, 2, 1, 1, 1, 4, 4]
 
 
 RETURNED = [
     *(("weight_norm", 0), ("weight_norm", 1), ("merge", 0), ("merge", 1), ("merge", 2), ("merge, g given", 0)),
     *(("rescale_fwd", 0), ("rescale_bwd, token space", 0), ("rescale_bwd, token space", 1)),
     *(("rescale_bwd, token space", 3), ("rescale_bwd, weight space", 0), ("rescale_bwd, weight space", 1)),
-    ("scaled_cast of B", 0),
+    *(("scaled_cast of B", 0), ("glu_fwd, token space", 0), ("glu_fwd, weight space", 0)),
+    *((f"glu_bwd, {space} space", at) for space, at in (("token", 0), ("token", 3), ("weight", 1), ("weight", 2))),
 ]
 
 
@@ -72,6 +73,9 @@ def test_a_floor_counts_every_argument_and_result_once():
     assert counted["merge"].compulsory_bytes == factors + 4 * N + 2 * N * K + 2 * 4 * N
     assert counted["merge, g given"].compulsory_bytes == factors + 2 * N * K + 2 * 4 * N
     assert counted["rescale_fwd"].compulsory_bytes == 2 * (2 * TOKENS * N) + 2 * TOKENS * RANK + 4 * N * RANK + 4 * N
+    mlp = 3 * (2 * TOKENS * N), 2 * (2 * TOKENS * RANK) + 2 * (4 * N * RANK) + 2 * 4 * N
+    assert counted["glu_fwd, weight space"].compulsory_bytes == mlp[0]
+    assert counted["glu_fwd, token space"].compulsory_bytes == sum(mlp)
     rows = {name: one.row() for name, one in counted.items()}
     # Launches read what they must and some of it again; the accounting of what they write is exact.
     assert all(row["memory_bytes"] >= 0.9 * row["compulsory_bytes"] for row in rows.values()), rows

@@ -58,6 +58,7 @@ def _glu_bwd_kernel(
     BLOCK_N: tl.constexpr = CONFIG.block_n
     BLOCK_R: tl.constexpr = DOT.block_r
     ACC: tl.constexpr = DOT.acc
+    ACTIVATION: tl.constexpr = GLU.activation
     OPERAND: tl.constexpr = PRODUCT.operand
     PRECISION: tl.constexpr = PRODUCT.input_precision
     DTYPE: tl.constexpr = grads_ptr.dtype.element_ty
@@ -113,8 +114,8 @@ def _glu_bwd_kernel(
         gate_out = layer_output(gate, scale_gate, bias_gate, GLU)
         up_out = layer_output(up, scale_up, bias_up, GLU)
         # Rounded as in forward, so that a has the forward's bits.
-        activated = activation(gate_out, GLU.activation).to(DTYPE).to(ACC)
-        grad_gate = grad * up_out * derivative(gate_out, GLU.activation)
+        activated = activation(gate_out, ACTIVATION).to(DTYPE).to(ACC)
+        grad_gate = grad * up_out * derivative(gate_out, ACTIVATION)
         grad_up = grad * activated
         correlation_gate += grad_gate * gate
         correlation_up += grad_up * up

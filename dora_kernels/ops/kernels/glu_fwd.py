@@ -83,6 +83,7 @@ def _glu_fwd_kernel(
     BLOCK_M: tl.constexpr = CONFIG.block_m
     BLOCK_N: tl.constexpr = CONFIG.block_n
     ACC: tl.constexpr = DOT.acc
+    ACTIVATION: tl.constexpr = GLU.activation
     scaling = tl.cast(scaling, ACC)
     blocks_n = tl.cdiv(N, BLOCK_N)
     offs_m = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -106,7 +107,7 @@ def _glu_fwd_kernel(
     scale, bias = feature_vectors(scale_ptr + N, bias_ptr + N, offs_n, mask_n, GLU, ACC)
     up = layer_output(up, scale, bias, GLU)
     # Rounded where a model stores it.
-    activated = activation(gate, GLU.activation).to(a_ptr.dtype.element_ty).to(ACC)
+    activated = activation(gate, ACTIVATION).to(a_ptr.dtype.element_ty).to(ACC)
     tl.store(addresses(Matrix(a_ptr, N, 1), offs_m, offs_n), (activated * up).to(a_ptr.dtype.element_ty), mask=mask)
 
 
