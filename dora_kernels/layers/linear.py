@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import dispatch
-from ..ops.base_weights import Weight, is_quantized, needs_its_layer, weight_of
+from ..ops.base_weights import Weight, is_quantized, keep_packed, needs_its_layer, weight_of
 from ..ops.dora_linear import dora_linear
 from ..ops.members import BlockOptions, Member
 from ..ops.output import OutputUse
@@ -209,6 +209,7 @@ class DoraLinear(Freezable):
         options |= {"r": r, "lora_alpha": lora_alpha, "fan_in_fan_out": isinstance(linear, Conv1D)}
         if below:
             layer = cls(None, linear.bias, base_layer=linear, **options)
+            keep_packed(linear)
         else:
             # bitsandbytes' 4-bit layers compute in a dtype of their own where the user set one.
             layer = cls(linear.weight, linear.bias, compute_dtype=getattr(linear, "compute_dtype", None), **options)
