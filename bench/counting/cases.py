@@ -8,6 +8,7 @@ import torch
 from dora_kernels import dora_linear
 from dora_kernels.ops.base_weights import Int4Weight, Nf4Weight
 from dora_kernels.ops.base_weights.compressed_tensors import LAYOUT as COMPRESSED_TENSORS
+from dora_kernels.ops.base_weights.gptqmodel import AWQ, GPTQ
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
@@ -19,6 +20,9 @@ INT4 = {
     "symmetric": (COMPRESSED_TENSORS, "", 128),
     "asymmetric": (COMPRESSED_TENSORS, "zeros", 32),
     "per channel": (COMPRESSED_TENSORS, "zeros", None),
+    "GPTQ": (GPTQ, "zeros", 128),
+    "act-order": (GPTQ, "zeros, groups", 128),
+    "AWQ": (AWQ, "zeros", 128),
 }
 """Layout, what the weight has beside codes and scales, and the input features of a group; None: all."""
 

@@ -8,7 +8,7 @@ import dora_kernels as dk
 from dora_kernels.ops import kernels, reference
 from dora_kernels.ops.base_weights import needs_its_layer, stored_rounding, weight_of
 from dora_kernels.ops.types import Rounding
-from tests.support.int4 import linear_compressed
+from tests.support.int4 import layer_of, linear_awq, linear_compressed, linear_gptq
 from tests.support.oracle import errors, exact, make_problem, relative_error, solve
 from tests.support.packed import compare
 from tests.tolerances import ORACLE_FP32, TWIN
@@ -22,7 +22,11 @@ def asymmetric(N, K, group, dtype=torch.bfloat16):
     return linear_compressed(N, K, group, dtype, symmetric=False)
 
 
-KINDS = {"symmetric": symmetric, "asymmetric": asymmetric}
+def act_order(N, K, group, dtype=torch.float16):
+    return linear_gptq(N, K, group, dtype, act_order=True)
+
+
+KINDS = {"symmetric": symmetric, "asymmetric": asymmetric, "gptq": linear_gptq, "awq": linear_awq}
 every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 
 # (kind, N, K, group): groups as wide as a kernel's block and wider, narrower, of an odd width, and one for each row.
@@ -33,6 +37,11 @@ LAYOUTS = {
     "row": (symmetric, 19, 70, None),
     "row_with_zeros": (asymmetric, 19, 70, None),
     "one_row": (asymmetric, 1, 192, 64),
+    "gptq": (linear_gptq, 37, 192, 64),
+    "gptq_row": (linear_gptq, 19, 70, None),
+    "act_order": (act_order, 37, 144, 16),
+    "awq": (linear_awq, 40, 256, 128),
+    "awq_row": (linear_awq, 8, 72, None),
 }
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 every_operation = pytest.mark.parametrize("ops", [reference, kernels], ids=["reference", "triton"])
@@ -90,7 +99,7 @@ def test_output_and_gradients_against_fp64(kind, impl, space):
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @every_kind
 def test_a_fresh_adapter_is_the_product_with_the_decoded_weight(kind, impl, space):
-    layer, values = kind(32, 64, 32)
+    layer, values = kind(32, 64, 32, torch.bfloat16)
     x = torch.randn(5, 64, dtype=torch.bfloat16)
     adapted = dk.DoraLinear.from_linear(layer, r=4, lora_alpha=8, impl=impl, space=space)
     assert torch.equal(adapted(x), x @ values.T)
@@ -200,3 +209,37 @@ def test_a_forward_of_another_is_refused():
 
 def test_it_is_read_from_its_layer():
     assert needs_its_layer(symmetric(8, 32, 32)[0])
+
+
+def test_a_bias_that_is_a_buffer_is_the_layers_own():
+    layer, values = linear_gptq(8, 32, 32, torch.float32, bias=True)
+    model = dk.apply_dora(nn.Sequential(layer), dk.DoraConfig(r=2))
+    x = torch.randn(3, 32)
+    expected = torch.nn.functional.linear(x, values, layer.bias)
+    assert relative_error(model(x), expected) <= TWIN[torch.float32]
+    assert relative_error(dk.merge_dora(model, base="dequantized")(x), expected) <= TWIN[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda layer: setattr(layer, "bits", 8), "has 8 bits"),
+        (lambda layer: setattr(layer, "zeros_version", 1), "zeros .* are one too small"),
+        (lambda layer: layer.g_idx.fill_(2), "names groups that have no scales"),
+        (lambda layer: layer.g_idx.fill_(-1), "names groups that have no scales"),
+        (lambda layer: setattr(layer, "g_idx", None), "no `g_idx`"),
+        (lambda layer: setattr(layer, "group_size", 48), "groups of 48"),
+        (lambda layer: setattr(layer, "qweight", layer.qweight.T), r"has codes \[48, 8\]"),
+    ],
+)
+def test_a_gptq_layer_half_understood_is_refused(fault, message):
+    layer, _ = linear_gptq(48, 64, 32)
+    fault(layer)
+    with pytest.raises(ValueError, match=message):
+        dk.apply_dora(nn.Sequential(layer), dk.DoraConfig(r=4))
+
+
+def test_a_layer_packed_for_one_kernel_is_refused_by_name():
+    tensors = linear_gptq(48, 64, 32)[0]._buffers
+    with pytest.raises(ValueError, match="a MarlinLinear packs its weight for one kernel"):
+        dk.apply_dora(nn.Sequential(layer_of("MarlinLinear", 48, 64, 32, **tensors)), dk.DoraConfig(r=4))

@@ -52,5 +52,50 @@ def linear_compressed(N, K, group=None, dtype=torch.bfloat16, symmetric=True, bi
     return layer, decoded(*values)
 
 
+class GptqModelLinear(nn.Module):
+    """What GPTQModel's layers have in common; `layer_of` makes the classes, by name."""
+
+    def __init__(self, N, K, group, bias=None, **tensors):
+        super().__init__()
+        self.in_features, self.out_features, self.group_size, self.bits = K, N, group or -1, 4
+        self.format, self.zeros_version = "gptq", 2
+        for name, tensor in {**tensors, "bias": bias}.items():
+            self.register_buffer(name, tensor)
+
+    def qzero_format(self):
+        return self.zeros_version
+
+
+def layer_of(name, *sizes, **tensors):
+    return type(name, (GptqModelLinear,), {})(*sizes, **tensors)
+
+
+def linear_gptq(N, K, group=None, dtype=torch.float16, act_order=False, bias=False):
+    """GPTQModel's GPTQ layer and W."""
+    codes, scales, zeros = parts(N, K, group, dtype)
+    groups = torch.arange(K) // (group or K)
+    if act_order:
+        groups = groups[torch.randperm(K)]
+    tensors = {
+        "qweight": words(codes.T, 0),
+        "scales": scales.T.contiguous(),
+        "qzeros": words(zeros.T, 1),
+        "g_idx": groups.int(),
+        "bias": torch.randn(N, dtype=dtype) if bias else None,
+    }
+    return layer_of("TorchLinear", N, K, group, **tensors), decoded(codes, scales, zeros, groups)
+
+
+def linear_awq(N, K, group=None, dtype=torch.float16):
+    """GPTQModel's AWQ layer and W."""
+    codes, scales, zeros = parts(N, K, group, dtype)
+    tensors = {
+        "qweight": words(codes.T, 1, INTERLEAVED),
+        "scales": scales.T.contiguous(),
+        "qzeros": words(zeros.T, 1, INTERLEAVED),
+    }
+    return layer_of("AwqTorchLinear", N, K, group, **tensors), decoded(codes, scales, zeros)
+
+
 def _forward(self, x):
     raise AttributeError("the layer has no `weight`")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import bitsandbytes_4bit, bitsandbytes_8bit, compressed_tensors, fp8, hqq, torchao
+from . import bitsandbytes_4bit, bitsandbytes_8bit, compressed_tensors, fp8, gptqmodel, hqq, torchao
 from .bitsandbytes_4bit import Nf4Weight, of_params4bit
 from .compressed_tensors import keep_packed, wrapped_forward
 from .fp8 import Fp8Weight
@@ -34,6 +34,7 @@ __all__ = [
     "Nf4Weight",
     "Packed",
     "Weight",
+    "bias_of",
     "dense",
     "is_packed",
     "is_quantized",
@@ -72,6 +73,7 @@ FORMATS = (
     Format(bitsandbytes_8bit.recognises, bitsandbytes_8bit.read, needs_its_layer=True),
     Format(fp8.recognises, fp8.read, needs_its_layer=True),
     Format(compressed_tensors.recognises, compressed_tensors.read, needs_its_layer=True),
+    Format(gptqmodel.recognises, gptqmodel.read, needs_its_layer=True),
     Format(torchao.recognises, torchao.read, needs_its_layer=False),
 )
 
@@ -98,6 +100,12 @@ def needs_its_layer(module: nn.Module) -> bool:
     bits."""
     found = _format_of(module)
     return found is not None and found.needs_its_layer
+
+
+def bias_of(module: nn.Module) -> nn.Parameter | None:
+    """The bias of a linear layer as a frozen parameter; some libraries keep it as a buffer."""
+    is_buffer = isinstance(module.bias, torch.Tensor) and not isinstance(module.bias, nn.Parameter)
+    return nn.Parameter(module.bias, requires_grad=False) if is_buffer else module.bias
 
 
 def _format_of(module: nn.Module) -> Format | None:

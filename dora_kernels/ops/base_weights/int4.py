@@ -14,7 +14,6 @@ class Int4Layout(NamedTuple):
     rows_are_outputs: bool  # codes, scales and zeros begin with N, else with K or its groups
     words_along_outputs: bool = False  # a word of codes holds eight output features, else eight input features
     interleaved: bool = False  # a word holds elements 0, 2, 4, 6, 1, 3, 5, 7
-    added_to_zeros: int = 0  # a stored zero is that much too small
 
 
 class Int4Weight(NamedTuple):

@@ -29,7 +29,6 @@ class Format(NamedTuple):
     rows_are_outputs: bool = False  # and the rest of an `Int4Layout`
     words_along_outputs: bool = False
     interleaved: bool = False
-    added_to_zeros: int = 0
 
     @property
     def straddles(self) -> bool:
@@ -186,7 +185,6 @@ def int4_group(w, offs_n, groups, mask, N, K, FORMAT: tl.constexpr):
     scales = tl.load(w.absmax + offs_scale, mask=mask, other=0.0).to(tl.float32)
     if FORMAT.has_zeros:
         zeros = nibbles_of(tl.load(w.code + offs_zero, mask=mask, other=0), offs_n[:, None], FORMAT)
-        zeros += FORMAT.added_to_zeros
     else:
         zeros = tl.full(scales.shape, 8, tl.int32)
     return scales, zeros

@@ -33,7 +33,7 @@ def _int4_rows(weight: Int4Weight, rows: slice) -> torch.Tensor:
     if zeros is None:
         centred = codes - 8
     else:
-        zeros = _nibbles(weight, zeros[features // 8], features[:, None]) + weight.layout.added_to_zeros
+        zeros = _nibbles(weight, zeros[features // 8], features[:, None])
         centred = codes - zeros[:, groups]
     return (centred.float() * scales[features].float()[:, groups]).to(weight.dtype)
 
