@@ -67,6 +67,8 @@ def _weight(a, block_n: int, block_k: int) -> tuple[int, int]:
         # Of a block's columns each row loads one scale, or each element its own.
         loads = a.N * triton.cdiv(a.K, block_k) if not form.scale_columns or columns % block_k == 0 else elements
         return elements + 4 * loads, elements + 4 * scales
+    if form.int4:
+        return _int4(a, block_n, block_k)
     if form.nf4_block == 0:
         return elements * _size(a.w_ptr), elements * _size(a.w_ptr)
     tiles = triton.cdiv(a.N, block_n) * triton.cdiv(a.K, block_k)
@@ -82,6 +84,23 @@ def _weight(a, block_n: int, block_k: int) -> tuple[int, int]:
         nested, code, offset = (_size(p) for p in (a.nested_absmax_ptr, a.nested_code_ptr, a.offset_ptr))
         loaded += scales * nested + tiles * (lookups * code + offset)
         unique += triton.cdiv(blocks, form.nested_block) * nested + 256 * code + offset
+    return loaded, unique
+
+
+def _int4(a, block_n: int, block_k: int) -> tuple[int, int]:
+    form, groups = a.FORMAT, a.K // a.FORMAT.group if a.FORMAT.group else 1
+    words = triton.cdiv(a.N, 8) * a.K if form.words_along_outputs else a.N * triton.cdiv(a.K, 8)
+    if not form.has_groups and form.group % block_k == 0:
+        loads = a.N * triton.cdiv(a.K, block_k)
+    elif not form.has_groups and block_k % form.group == 0:
+        loads = a.N * groups
+    else:
+        loads = a.N * a.K
+    loaded, unique = 4 * words + loads * _size(a.absmax_ptr), 4 * words + a.N * groups * _size(a.absmax_ptr)
+    if form.has_zeros:
+        loaded, unique = loaded + 4 * loads, unique + 4 * triton.cdiv(a.N, 8) * groups
+    if form.has_groups:
+        loaded, unique = loaded + 4 * a.K * triton.cdiv(a.N, block_n), unique + 4 * a.K
     return loaded, unique
 
 

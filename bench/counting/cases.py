@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 
 from dora_kernels import dora_linear
-from dora_kernels.ops.base_weights import Nf4Weight
+from dora_kernels.ops.base_weights import Int4Weight, Nf4Weight
+from dora_kernels.ops.base_weights.compressed_tensors import LAYOUT as COMPRESSED_TENSORS
+from dora_kernels.ops.base_weights.gptqmodel import AWQ, GPTQ
 from dora_kernels.ops.dora_mlp import dora_mlp
 from dora_kernels.ops.members import Member
 from dora_kernels.ops.types import Rounding
@@ -16,6 +18,17 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
 DTYPES = ((BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16), (FP32, FP32), (FP64, FP64))
 """(x and weight, adapter)."""
+
+
+INT4 = {
+    "symmetric": (COMPRESSED_TENSORS, "", 128),
+    "asymmetric": (COMPRESSED_TENSORS, "zeros", 32),
+    "per channel": (COMPRESSED_TENSORS, "zeros", None),
+    "GPTQ": (GPTQ, "zeros", 128),
+    "act-order": (GPTQ, "zeros, groups", 128),
+    "AWQ": (AWQ, "zeros", 128),
+}
+"""Layout, what the weight has beside codes and scales, and the input features of a group; None: all."""
 
 
 class Case(NamedTuple):
@@ -38,6 +51,7 @@ class Case(NamedTuple):
     nf4: str | None = None  # "plain" or "nested" statistics, or "parity": nested, rounded first
     mlp: str | None = None  # the activation of a gated MLP; the shape is gate's and up's
     stacked: bool = False  # one layer is gate and up
+    int4: str | None = None  # a name of `INT4`
 
     @property
     def dtypes(self) -> str:
@@ -72,6 +86,7 @@ def quick_cases() -> Iterable[Case]:
     yield from _nf4(DTYPES[1:2], (16,), ("plain", "parity"))
     for dtypes in DTYPES:
         yield from _mlps(dtypes, (16, 24, 33) if FP32 in dtypes else (24,))
+    yield from _int4(DTYPES[:1], (8, 64))
 
 
 def all_cases() -> Iterable[Case]:
@@ -132,6 +147,16 @@ def _nf4(dtype_pairs, ranks, kinds) -> Iterable[Case]:
         yield Case(*dtypes, "token", 16, 1001, 333, 77, dropout_mode="lora", nf4="nested")
 
 
+def _int4(dtype_pairs, ranks) -> Iterable[Case]:
+    for dtypes in dtype_pairs:
+        for int4, (_, _, group) in INT4.items():
+            for rank in ranks:
+                yield Case(*dtypes, _spaces(dtypes[0])[-1], rank, int4=int4)
+            # The zeros of the last output features share a word with none; groups divide input features.
+            yield Case(*dtypes, _spaces(dtypes[0])[-1], ranks[0], 1001, 3 * group if group else 333, 77, int4=int4)
+            yield Case(*dtypes, "token", ranks[0], dropout_mode="lora", int4=int4)
+
+
 def _options(dtype_pairs, ranks) -> Iterable[Case]:
     for dtypes in dtype_pairs:
         for rank in ranks:
@@ -171,7 +196,7 @@ def call(case: Case) -> None:
         acc = FP64 if case.dtype == FP64 else FP32
         frozen_scale = (torch.empty(N, dtype=acc), torch.empty(N, dtype=acc))
     y = dora_linear(
-        make("x", M, K, dtype=case.dtype), _nf4_weight(case) if case.nf4 else make("weight", N, K, dtype=case.dtype),
+        make("x", M, K, dtype=case.dtype), _weight(case) or make("weight", N, K, dtype=case.dtype),
         make("lora_A", R, K), make("lora_B", N, R), make("magnitude", N),
         bias=make("bias", N, dtype=case.dtype) if case.bias else None,
         scaling=2.0, space=case.space, impl="triton", rounding=case.rounding, frozen_scale=frozen_scale,
@@ -200,6 +225,32 @@ def _call_mlp(case: Case) -> None:
     x = torch.empty(case.tokens, K, dtype=case.dtype, requires_grad=True)
     y = dora_mlp(x, gate, up, member(K, N), activation=case.mlp, space=case.space, impl="triton")
     y.backward(torch.empty_like(y))
+
+
+def _weight(case: Case) -> Nf4Weight | Int4Weight | None:
+    """The packed weight of a case; None where it is a matrix."""
+    return _nf4_weight(case) if case.nf4 else _int4_weight(case) if case.int4 else None
+
+
+def _int4_weight(case: Case) -> Int4Weight:
+    N, K = case.out_features, case.in_features
+    layout, options, group = INT4[case.int4]
+    group = group or K
+
+    def make(dtype, *shape):
+        shape = shape if layout.rows_are_outputs else shape[::-1]
+        return torch.empty(shape, dtype=dtype)
+
+    words = (-(-N // 8), K) if layout.words_along_outputs else (N, -(-K // 8))
+    return Int4Weight(
+        make(torch.int32, *words),
+        make(case.dtype, N, K // group),
+        make(torch.int32, -(-N // 8), K // group) if "zeros" in options else None,
+        torch.empty(K, dtype=torch.int32) if "groups" in options else None,
+        group,
+        torch.Size((N, K)),
+        layout,
+    )
 
 
 def _nf4_weight(case: Case) -> Nf4Weight:

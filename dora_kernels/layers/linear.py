@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..ops import dispatch
-from ..ops.base_weights import Weight, is_quantized, needs_its_layer, weight_of
+from ..ops.base_weights import Weight, bias_of, is_quantized, keep_packed, needs_its_layer, weight_of
 from ..ops.dora_linear import dora_linear
 from ..ops.members import BlockOptions, Member
 from ..ops.output import OutputUse
@@ -34,8 +34,8 @@ class DoraLinear(Freezable):
         nf4_parity: see `dora_linear`.
         adapter_dtype: dtype of the trained parameters; fp32 by default, whatever the base has.
         compute_dtype: x is cast to it, and the output back (4-bit layers); None computes in x's dtype.
-        base_layer: instead of `weight`, a layer without which its weight cannot be read (8-bit layers, FP8, HQQ); its
-            state-dict keys stay its own, below `base_layer`.
+        base_layer: instead of `weight`, a layer without which its weight cannot be read (8-bit layers, FP8, int4, HQQ);
+            its state-dict keys stay its own, below `base_layer`.
 
     Raises:
         ValueError: `r` < 1 or a weight that is not two-dimensional.
@@ -211,7 +211,8 @@ class DoraLinear(Freezable):
             raise ValueError(f"from_linear cannot adapt a layer that {reason}")
         options |= {"r": r, "lora_alpha": lora_alpha, "fan_in_fan_out": isinstance(linear, Conv1D)}
         if below:
-            layer = cls(None, linear.bias, base_layer=linear, **options)
+            layer = cls(None, bias_of(linear), base_layer=linear, **options)
+            keep_packed(linear)
         else:
             # bitsandbytes' 4-bit layers compute in a dtype of their own where the user set one.
             layer = cls(linear.weight, linear.bias, compute_dtype=getattr(linear, "compute_dtype", None), **options)

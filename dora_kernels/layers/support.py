@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor  # tracing and counting: no other weight's stand-in
 from transformers.pytorch_utils import Conv1D
 
-from ..ops.base_weights import is_quantized, sharding_of, weight_of
+from ..ops.base_weights import is_quantized, sharding_of, weight_of, wrapped_forward
 
 LINEAR_CLASSES = (nn.Linear, Conv1D)
 REMEDY = "load the model without cpu or disk in its device_map"
@@ -124,7 +124,11 @@ def why_wrapped(module: nn.Module, kept: bool) -> str | None:
     """Why calling the layer does more than its class's forward, or None."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "has hooks" if kept else "has hooks, which would be lost: register them after apply_dora"
-    if "forward" in vars(module) and not (_only_moves_inputs(module) if kept else hasattr(module, "_hf_hook")):
+    if (
+        "forward" in vars(module)
+        and not wrapped_forward(module)
+        and not (_only_moves_inputs(module) if kept else hasattr(module, "_hf_hook"))
+    ):
         return "had its forward replaced"
     return None
 

@@ -30,9 +30,9 @@ from .targets import find_saved, find_targets, is_all_linear, rank_and_alpha
 def apply_dora(model: Model, config: DoraConfig) -> Model:
     """Replaces the target layers by `DoraLinear`, in place, and freezes all the rest. Returns the model.
 
-    Quantised layers keep their weights packed: NF4 and FP8 are decoded inside the kernels, bitsandbytes' FP4 and
-    8-bit, torchao's and HQQ's layers dequantise themselves at each use. bitsandbytes' repacking of 4-bit weights in
-    the first eval forward on some CPUs is switched off.
+    Quantised layers keep their weights packed: NF4, FP8 and int4 are decoded inside the kernels, bitsandbytes'
+    FP4 and 8-bit, torchao's and HQQ's layers dequantise themselves at each use. bitsandbytes' repacking of
+    4-bit weights in the first eval forward on some CPUs is switched off.
 
     The adapters are fp32 and start as an exact no-op. `modules_to_save` become trainable as they are, in their own
     dtype as in PEFT (load them in fp32 to train them well); one that shares a weight with another module trains its own

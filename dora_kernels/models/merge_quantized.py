@@ -5,7 +5,7 @@ from torch import nn
 
 from ..layers.linear import DoraLinear
 from ..ops import dispatch
-from ..ops.base_weights import is_quantized, weight_of
+from ..ops.base_weights import bias_of, is_quantized, weight_of
 
 MODEL_MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
 
@@ -79,7 +79,7 @@ def dense_linear(layer: nn.Module, original: nn.Module | None, dtype: torch.dtyp
         dense = dispatch.dense_weight(weight, dtype)
     with torch.device("meta"):
         linear = nn.Linear(*reversed(dense.shape))
-    linear.weight, linear.bias = nn.Parameter(dense, requires_grad=False), layer.bias
+    linear.weight, linear.bias = nn.Parameter(dense, requires_grad=False), bias_of(layer)
     return linear.train(layer.training)
 
 

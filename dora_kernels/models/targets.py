@@ -6,6 +6,7 @@ from torch import nn
 
 from ..config import DoraConfig
 from ..layers.support import LINEAR_CLASSES
+from ..ops.base_weights import is_quantized
 
 
 def find_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
@@ -17,13 +18,13 @@ def find_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
     modules = {name: module for name, module in model.named_modules() if name}
     if is_all_linear(config.target_modules):
         head = output_embeddings(model)
-        matched = [name for name, m in modules.items() if isinstance(m, LINEAR_CLASSES) and m is not head]
+        matched = [name for name, m in modules.items() if _is_linear(m) and m is not head]
         unmatched = []
     else:
         matched = [name for name in modules if matches(config.target_modules, name)]
         unmatched = unmatched_targets(model, config.target_modules)
     if unmatched or not matched:
-        linear = sorted({name.rpartition(".")[2] for name, m in modules.items() if isinstance(m, LINEAR_CLASSES)})
+        linear = sorted({name.rpartition(".")[2] for name, m in modules.items() if _is_linear(m)})
         raise ValueError(
             f"Target modules {unmatched or config.target_modules} not found in the base model. Please check the target "
             f"modules and try again. Its linear layers are named: {', '.join(linear) or 'it has none'}"
@@ -35,6 +36,10 @@ def find_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
             f"configuration: {len(matched)} modules match, the first is {matched[0]!r}"
         )
     return targets
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, LINEAR_CLASSES) or is_quantized(module)
 
 
 def find_saved(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:

@@ -7,9 +7,11 @@ import torch
 
 import dora_kernels as dk
 from bench.counting import accounting
-from dora_kernels.ops import kernels
+from dora_kernels.ops import dispatch, kernels
+from dora_kernels.ops.base_weights import weight_of
 from dora_kernels.ops.types import GluFactors
 from tests.bench.test_offline import ROOT
+from tests.support.int4 import linear_awq, linear_compressed, linear_gptq
 from tests.support.loads_and_stores import count_bytes
 from tests.support.nf4 import linear_4bit
 from tests.support.oracle import make_problem, solve
@@ -91,6 +93,26 @@ def test_a_4_bit_layer(shape, nested, options):
     with count_bytes() as launches:
         solve(problem, impl="triton", **options)
     assert len(held_to_the_interpreter(launches)) >= 3
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: linear_compressed(70, 192, 64),
+        lambda: linear_compressed(70, 83, None, symmetric=False),
+        lambda: linear_gptq(70, 192, 16, act_order=True),
+        lambda: linear_awq(72, 192, 48),
+    ],
+    ids=["symmetric", "one for each row", "act-order", "AWQ"],
+)
+def test_an_int4_layer(layer):
+    weight = weight_of(layer()[0])
+    problem = make_problem(9, *weight.shape, 5, dtype=BF16, adapter_dtype=FP32)
+    problem.weight = weight
+    with count_bytes() as launches:
+        solve(problem, impl="triton", space="weight")
+        dispatch.dense_weight(weight, BF16, "triton")
+    assert "_decode_kernel" in held_to_the_interpreter(launches)
 
 
 @pytest.mark.parametrize("rank", [5, 40], ids="r{}".format)

@@ -18,22 +18,27 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import bitsandbytes_4bit, bitsandbytes_8bit, fp8, hqq, torchao
+from . import bitsandbytes_4bit, bitsandbytes_8bit, compressed_tensors, fp8, gptqmodel, hqq, torchao
 from .bitsandbytes_4bit import Nf4Weight, of_params4bit
+from .compressed_tensors import keep_packed, wrapped_forward
 from .fp8 import Fp8Weight
+from .int4 import Int4Weight
 from .library import LibraryWeight
 from .sharding import sharding_of
 
 __all__ = [
     "FORMATS",
     "Fp8Weight",
+    "Int4Weight",
     "LibraryWeight",
     "Nf4Weight",
     "Packed",
     "Weight",
+    "bias_of",
     "dense",
     "is_packed",
     "is_quantized",
+    "keep_packed",
     "keep_packing",
     "needs_its_layer",
     "note_of",
@@ -42,9 +47,10 @@ __all__ = [
     "sharding_of",
     "stored_rounding",
     "weight_of",
+    "wrapped_forward",
 ]
 
-Packed = Nf4Weight | Fp8Weight
+Packed = Nf4Weight | Fp8Weight | Int4Weight
 """What the operations decode themselves."""
 
 Weight = torch.Tensor | Packed | LibraryWeight
@@ -66,6 +72,8 @@ FORMATS = (
     Format(bitsandbytes_4bit.recognises, bitsandbytes_4bit.read, needs_its_layer=False),
     Format(bitsandbytes_8bit.recognises, bitsandbytes_8bit.read, needs_its_layer=True),
     Format(fp8.recognises, fp8.read, needs_its_layer=True),
+    Format(compressed_tensors.recognises, compressed_tensors.read, needs_its_layer=True),
+    Format(gptqmodel.recognises, gptqmodel.read, needs_its_layer=True),
     Format(torchao.recognises, torchao.read, needs_its_layer=False),
 )
 
@@ -88,9 +96,16 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def needs_its_layer(module: nn.Module) -> bool:
-    """Whether the weight cannot be read without the layer that holds it: HQQ's, FP8, bitsandbytes' in 8 bits."""
+    """Whether the weight cannot be read without the layer that holds it: HQQ's, FP8, int4, bitsandbytes' in 8
+    bits."""
     found = _format_of(module)
     return found is not None and found.needs_its_layer
+
+
+def bias_of(module: nn.Module) -> nn.Parameter | None:
+    """The bias of a linear layer as a frozen parameter; some libraries keep it as a buffer."""
+    is_buffer = isinstance(module.bias, torch.Tensor) and not isinstance(module.bias, nn.Parameter)
+    return nn.Parameter(module.bias, requires_grad=False) if is_buffer else module.bias
 
 
 def _format_of(module: nn.Module) -> Format | None:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..base_weights import Fp8Weight, Packed
+from ..base_weights import Fp8Weight, Int4Weight, Packed
 from .blocks import Matrix, addresses, offsets_2d
 from .launch import TRITON_DTYPES, dot_of
 from .lora_dot import Dot, lora_dot
@@ -22,6 +22,13 @@ class Format(NamedTuple):
     fp8: bool = False
     scale_rows: int = 0  # output features that share an FP8 scale; 0 for all
     scale_columns: int = 0  # input features that do; 0 for all
+    int4: bool = False
+    group: int = 0  # input features that share an int4 scale; 0 for all
+    has_zeros: bool = False
+    has_groups: bool = False  # each input feature says its group
+    rows_are_outputs: bool = False  # and the rest of an `Int4Layout`
+    words_along_outputs: bool = False
+    interleaved: bool = False
 
     @property
     def straddles(self) -> bool:
@@ -33,12 +40,12 @@ class WeightMemory(NamedTuple):
     """W as a kernel sees it; pointers that its format lacks are stand-ins."""
 
     data: Any
-    absmax: Any  # of FP8 the scales
-    code: Any
-    nested_absmax: Any
+    absmax: Any  # of FP8 and int4 the scales
+    code: Any  # of int4 the zeros
+    nested_absmax: Any  # of int4 each input feature's group
     nested_code: Any
     offset: Any
-    stride_n: Any  # of NF4 in bytes
+    stride_n: Any  # of NF4 in bytes, of int4 in words
     stride_k: Any
 
 
@@ -51,12 +58,30 @@ def weight_arguments(weight: torch.Tensor | Packed) -> tuple[WeightMemory, Forma
         rows, columns = (0 if part >= size else part for part, size in zip(weight.block, weight.shape, strict=True))
         memory = WeightMemory(codes, scales, *(scales,) * 4, *codes.stride())
         return memory, Format(fp8=True, scale_rows=rows, scale_columns=columns)
+    if isinstance(weight, Int4Weight):
+        return _int4_arguments(weight)
     w = weight
     nested = (w.nested_absmax, w.nested_code, w.offset) if w.nested_blocksize else (w.absmax,) * 3
     dtype = TRITON_DTYPES[w.dtype] if w.parity else tl.float32
     return (
         WeightMemory(w.packed, w.absmax, w.code, *nested, w.shape[1] // 2, 1),
         Format(w.blocksize, w.nested_blocksize, not w.straddles, dtype),
+    )
+
+
+def _int4_arguments(weight: Int4Weight) -> tuple[WeightMemory, Format]:
+    codes, scales = weight.codes.contiguous(), weight.scales.contiguous()
+    zeros = codes if weight.zeros is None else weight.zeros.contiguous()
+    groups = codes if weight.groups is None else weight.groups.contiguous()
+    strides = codes.stride() if weight.layout.rows_are_outputs else codes.stride()[::-1]
+    memory = WeightMemory(codes, scales, zeros, groups, codes, codes, *strides)
+    return memory, Format(
+        dtype=TRITON_DTYPES[weight.dtype],
+        int4=True,
+        group=0 if weight.group == weight.shape[1] else weight.group,
+        has_zeros=weight.zeros is not None,
+        has_groups=weight.groups is not None,
+        **weight.layout._asdict(),
     )
 
 
@@ -140,10 +165,79 @@ def fp8_block(w, offs_n, start_k, N, K, FORMAT: tl.constexpr, BLOCK_K: tl.conste
 
 
 @triton.jit
+def nibbles_of(words, index, FORMAT: tl.constexpr):
+    """Of each word the code of element `index` of eight."""
+    place = index % 8
+    if FORMAT.interleaved:
+        place = place // 2 + place % 2 * 4
+    return (words >> (4 * place)) & 15
+
+
+@triton.jit
+def int4_group(w, offs_n, groups, mask, N, K, FORMAT: tl.constexpr):
+    """Scales in fp32, 0 where masked, and zeros, of output features `offs_n` in `groups` [any, len(offs_n) or 1]."""
+    COUNT = 1 if FORMAT.group == 0 else K // FORMAT.group
+    rows, groups = offs_n.to(tl.int64)[:, None], groups.to(tl.int64)
+    if FORMAT.rows_are_outputs:
+        offs_scale, offs_zero = rows * COUNT + groups, rows // 8 * COUNT + groups
+    else:
+        offs_scale, offs_zero = groups * N + rows, groups * tl.cdiv(N, 8) + rows // 8
+    scales = tl.load(w.absmax + offs_scale, mask=mask, other=0.0).to(tl.float32)
+    if FORMAT.has_zeros:
+        zeros = nibbles_of(tl.load(w.code + offs_zero, mask=mask, other=0), offs_n[:, None], FORMAT)
+    else:
+        zeros = tl.full(scales.shape, 8, tl.int32)
+    return scales, zeros
+
+
+@triton.jit
+def int4_block(w, offs_n, start_k, N, K, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """W [len(offs_n), BLOCK_K] from column `start_k` on, zero outside [N, K]."""
+    BLOCK_N: tl.constexpr = offs_n.shape[0]
+    GROUP: tl.constexpr = FORMAT.group
+    offs_k = start_k + tl.arange(0, BLOCK_K)
+    mask_n = offs_n < N
+    memory = Matrix(w.data, w.stride_n, w.stride_k)
+    if FORMAT.words_along_outputs:
+        offs_word = tl.min(tl.reshape(offs_n, [BLOCK_N // 8, 8]), axis=1) // 8
+        mask = (offs_word < tl.cdiv(N, 8))[:, None] & (offs_k < K)[None, :]
+        words = tl.load(addresses(memory, offs_word, offs_k), mask=mask, other=0)
+        codes = nibbles_of(words[:, None, :], tl.arange(0, 8)[None, :, None], FORMAT)
+    else:
+        # Written so that the compiler sees what divides these offsets, and reads 16 bytes at a time.
+        offs_word = start_k // BLOCK_K * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+        mask = mask_n[:, None] & (offs_word < tl.cdiv(K, 8))[None, :]
+        words = tl.load(addresses(memory, offs_n, offs_word), mask=mask, other=0)
+        codes = nibbles_of(words[:, :, None], tl.arange(0, 8)[None, None, :], FORMAT)
+    codes = tl.reshape(codes, [BLOCK_N, BLOCK_K])
+    if not FORMAT.has_groups and GROUP % BLOCK_K == 0:  # one scale for a block's every row
+        group = 0 if GROUP == 0 else start_k // GROUP
+        scales, zeros = int4_group(w, offs_n, tl.full([1, 1], 0, tl.int32) + group, mask_n[:, None], N, K, FORMAT)
+    elif not FORMAT.has_groups and BLOCK_K % GROUP == 0:
+        GROUPS: tl.constexpr = BLOCK_K // GROUP
+        groups = start_k // GROUP + tl.arange(0, GROUPS)
+        mask = mask_n[:, None] & (groups < K // GROUP)[None, :]
+        scales, zeros = int4_group(w, offs_n, groups[None, :], mask, N, K, FORMAT)
+        scales = tl.reshape(tl.broadcast_to(scales[:, :, None], [BLOCK_N, GROUPS, GROUP]), [BLOCK_N, BLOCK_K])
+        zeros = tl.reshape(tl.broadcast_to(zeros[:, :, None], [BLOCK_N, GROUPS, GROUP]), [BLOCK_N, BLOCK_K])
+    else:
+        groups = offs_k // GROUP if GROUP > 0 else offs_k * 0
+        if FORMAT.has_groups:
+            groups = tl.load(w.nested_absmax + offs_k, mask=offs_k < K, other=0)
+        mask = mask_n[:, None] & (offs_k < K)[None, :]
+        scales, zeros = int4_group(w, offs_n, groups[None, :], mask, N, K, FORMAT)
+    # Behind the mantissa of 2²³ a code is that number plus 2²³, exactly: cheaper than a conversion.
+    numbers = (codes | 0x4B000000).to(tl.float32, bitcast=True) - (zeros + 8388608).to(tl.float32)
+    return tl.where((offs_k < K)[None, :], numbers * scales, 0.0).to(FORMAT.dtype)
+
+
+@triton.jit
 def weight_block(w, offs_n, start_k, N, K, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr):
     """W [len(offs_n), BLOCK_K] from column `start_k` on, zero outside [N, K]."""
     if FORMAT.fp8:
         block = fp8_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
+    elif FORMAT.int4:
+        block = int4_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
     elif FORMAT.nf4_block > 0:
         block = nf4_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
     else:

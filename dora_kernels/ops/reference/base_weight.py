@@ -2,7 +2,7 @@
 
 import torch
 
-from ..base_weights import Fp8Weight, Nf4Weight, Packed
+from ..base_weights import Fp8Weight, Int4Weight, Nf4Weight, Packed
 from ..chunked import row_chunks
 
 
@@ -10,13 +10,40 @@ def weight_rows(weight: torch.Tensor | Packed, rows: slice, dtype: torch.dtype) 
     """W[rows] [rows, K] in `dtype`; what is packed is decoded in fp32."""
     if isinstance(weight, torch.Tensor):
         return weight[rows].to(dtype)
-    return (_fp8_rows if isinstance(weight, Fp8Weight) else _nf4_rows)(weight, rows).to(dtype)
+    return ROWS[type(weight)](weight, rows).to(dtype)
 
 
 def _fp8_rows(weight: Fp8Weight, rows: slice) -> torch.Tensor:
     height, width = weight.block
     scales = weight.scales.float()[torch.arange(rows.start, rows.stop, device=weight.device) // height]
     return weight.codes[rows].float() * scales.repeat_interleave(width, 1)[:, : weight.shape[1]]
+
+
+def _int4_rows(weight: Int4Weight, rows: slice) -> torch.Tensor:
+    features = torch.arange(rows.start, rows.stop, device=weight.device)
+    columns = torch.arange(weight.shape[1], device=weight.device)
+    groups = columns // weight.group if weight.groups is None else weight.groups
+    codes, scales, zeros = weight.codes, weight.scales, weight.zeros
+    if not weight.layout.rows_are_outputs:
+        codes, scales, zeros = codes.T, scales.T, None if zeros is None else zeros.T
+    if weight.layout.words_along_outputs:
+        codes = _nibbles(weight, codes[features // 8], features[:, None])
+    else:
+        codes = _nibbles(weight, codes[features][:, columns // 8], columns)
+    if zeros is None:
+        centred = codes - 8
+    else:
+        zeros = _nibbles(weight, zeros[features // 8], features[:, None])
+        centred = codes - zeros[:, groups]
+    return (centred.float() * scales[features].float()[:, groups]).to(weight.dtype)
+
+
+def _nibbles(weight: Int4Weight, words: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Of each word the code of element `index` of eight."""
+    place = index % 8
+    if weight.layout.interleaved:
+        place = place // 2 + place % 2 * 4
+    return (words >> (4 * place)) & 15
 
 
 def _nf4_rows(weight: Nf4Weight, rows: slice) -> torch.Tensor:
@@ -46,3 +73,6 @@ def _absmax(weight: Nf4Weight) -> torch.Tensor:
         return weight.absmax
     scale = weight.nested_absmax.repeat_interleave(weight.nested_blocksize)[: weight.absmax.shape[0]]
     return weight.nested_code[weight.absmax.int()] * scale + weight.offset
+
+
+ROWS = {Fp8Weight: _fp8_rows, Int4Weight: _int4_rows, Nf4Weight: _nf4_rows}

@@ -1,0 +1,70 @@
+"""compressed-tensors' layers: packed integers of 4 bits. Other formats of the library are refused by name."""
+
+import torch
+from torch import nn
+
+from .int4 import Int4Layout, Int4Weight, checked
+
+LAYOUT = Int4Layout(rows_are_outputs=True)
+
+
+def recognises(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "weight_packed", None), torch.Tensor)
+
+
+def read(module: nn.Module, nf4_parity: bool) -> Int4Weight:
+    packed, scales = module.weight_packed.detach(), getattr(module, "weight_scale", None)
+    shape = torch.Size((module.out_features, module.in_features))
+    if reason := _why_unknown(module, shape):
+        raise ValueError(f"this compressed-tensors weight {reason}")
+    if scales.ndim != 2 or not 0 < scales.shape[1] <= shape[1]:
+        raise ValueError(f"this compressed-tensors weight has scales {list(scales.shape)}, not one for each group")
+    zeros = getattr(module, "weight_zero_point", None)
+    group = shape[1] // scales.shape[1]
+    weight = Int4Weight(packed, scales.detach(), None if zeros is None else zeros.detach(), None, group, shape, LAYOUT)
+    return checked(weight, "compressed-tensors")
+
+
+def keep_packed(module: nn.Module) -> None:
+    """Hides the layer from the library, whose hook would decompress it for good in the model's first forward."""
+    vars(module).pop("quantization_scheme", None)
+
+
+def wrapped_forward(module: nn.Module) -> bool:
+    """Whether the forward that was put on the layer is the library's, which computes as the layer's class does."""
+    function = getattr(vars(module).get("forward"), "__func__", None)
+    return recognises(module) and _library_of(function) == "compressed_tensors"
+
+
+def _library_of(function) -> str:
+    # functools.wraps has given it the name and the module of what it wraps.
+    return getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
+
+
+def _why_unknown(module: nn.Module, shape: torch.Size) -> str | None:
+    """What is not known here about the layer's scheme, as what follows "the weight"."""
+    packed = module.weight_packed
+    if packed.dtype != torch.int32:
+        return f"is packed in {packed.dtype}: of its formats pack-quantized, int32, is known here"
+    if getattr(module, "weight_scale", None) is None:
+        return "has no `weight_scale` beside it"
+    if getattr(module, "weight_g_idx", None) is not None:
+        return "is ordered by activations (`weight_g_idx`), which the library itself no longer reads"
+    scheme = getattr(module, "quantization_scheme", None)
+    if scheme is None:  # adapted before: it was known then
+        return None
+    format_name = getattr(scheme.format, "value", scheme.format)
+    if format_name not in (None, "pack-quantized"):
+        return f"is in the format {format_name}: pack-quantized is known here"
+    kind, bits = getattr(scheme.weights.type, "value", scheme.weights.type), scheme.weights.num_bits
+    if (kind, bits) != ("int", 4):
+        return f"has {kind} numbers of {bits} bits: integers of 4 bits are known here"
+    if scheme.input_activations is not None or scheme.output_activations is not None:
+        return "belongs to a layer that quantises activations, too"
+    if scheme.weights.symmetric != (getattr(module, "weight_zero_point", None) is None):
+        symmetric = "symmetric, with" if scheme.weights.symmetric else "asymmetric, without"
+        return f"is {symmetric} `weight_zero_point`"
+    stored = getattr(module, "weight_shape", None)
+    if stored is not None and not stored.is_meta and tuple(stored.tolist()) != tuple(shape):
+        return f"has the shape {stored.tolist()}, its layer {list(shape)}"
+    return None

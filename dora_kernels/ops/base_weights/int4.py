@@ -1,0 +1,103 @@
+"""4-bit integers with a scale, and often a zero, for each group of input features."""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from .sharding import sharding_of
+
+
+class Int4Layout(NamedTuple):
+    """How codes, scales and zeros lie in memory. A word of 32 bits holds eight codes, the first in the lowest bits."""
+
+    rows_are_outputs: bool  # codes, scales and zeros begin with N, else with K or its groups
+    words_along_outputs: bool = False  # a word of codes holds eight output features, else eight input features
+    interleaved: bool = False  # a word holds elements 0, 2, 4, 6, 1, 3, 5, 7
+
+
+class Int4Weight(NamedTuple):
+    """W = (code − zero) · scale, rounded to the scales' dtype; without zeros, zero = 8.
+
+    Shapes are those of `layout.rows_are_outputs`; else they are transposed. Zeros are packed along N in each layout.
+    """
+
+    codes: torch.Tensor  # int32 [N, ⌈K / 8⌉], or [⌈N / 8⌉, K] with `layout.words_along_outputs`
+    scales: torch.Tensor  # [N, K / group]
+    zeros: torch.Tensor | None  # int32 [⌈N / 8⌉, K / group]
+    groups: torch.Tensor | None  # int32 [K], each input feature's group; None where groups lie side by side
+    group: int  # input features that share a scale
+    shape: torch.Size  # [N, K]
+    layout: Int4Layout
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scales.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.codes.is_cuda
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @property
+    def is_packed(self) -> bool:
+        return True
+
+    @property
+    def note(self) -> str:
+        return "int4 is decoded in the same pass"
+
+    def element_size(self) -> float:
+        """Bytes of one element, its share of scales and zeros left out."""
+        return 0.5
+
+    def readable(self) -> "Int4Weight":
+        return self
+
+    def dense(self, dtype: torch.dtype, ops: ModuleType) -> torch.Tensor:
+        return ops.decode(self, dtype)
+
+    def rounding(self, mode: str) -> str:
+        """As asked where scales have 16 bits: every value is then on their grid, into whose gaps small updates would
+        fall. Else to nearest, which is unbiased over such values already and keeps a fresh adapter a no-op."""
+        return mode if self.scales.element_size() == 2 else "nearest"
+
+
+def checked(weight: Int4Weight, kind: str) -> Int4Weight:
+    """The weight itself.
+
+    Raises:
+        ValueError: tensors of other shapes, dtypes or devices, or of which this process holds a part.
+    """
+    N, K = weight.shape
+    G = K // weight.group if weight.group else 0
+    words = (-(-N // 8), K) if weight.layout.words_along_outputs else (N, -(-K // 8))
+    shapes = {"codes": words, "scales": (N, G), "zeros": (-(-N // 8), G), "groups": (K,)}
+    for name, shape in shapes.items():
+        tensor = getattr(weight, name)
+        if tensor is None:
+            continue
+        if sharding := sharding_of(tensor):
+            raise ValueError(f"the {name} of this {kind} weight are {sharding}")
+        if not weight.layout.rows_are_outputs:
+            shape = shape[::-1]
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"this {kind} weight has {name} {list(tensor.shape)}; {N} x {K} in groups of {weight.group} have "
+                f"{list(shape)}"
+            )
+        if tensor.device != weight.device:
+            raise ValueError(f"this {kind} weight is on {weight.device} and its {name} on {tensor.device}")
+        is_number = tensor.is_floating_point() and tensor.element_size() >= 2
+        if not (is_number if name == "scales" else tensor.dtype == torch.int32):
+            raise ValueError(f"the {name} of this {kind} weight are {tensor.dtype}, which is not known here")
+    if K % weight.group:
+        raise ValueError(f"this {kind} weight has {K} input features, which groups of {weight.group} do not divide")
+    return weight
