@@ -264,8 +264,12 @@ def fits(self, x, scale=1):
 
 @pytest.mark.parametrize(
     "forward",
-    [lambda self, x: self.inner(x=x) + 1, lambda self, x: self.inner(x, 2) + 1],
-    ids=["by_name", "with_a_scale"],
+    [
+        lambda self, x: self.inner(x=x) + 1,
+        lambda self, x: self.inner(x, 2) + 1,
+        lambda self, x: self.inner(x, scale=2) + 1,
+    ],
+    ids=["by_name", "with_a_scale", "with_a_named_scale"],
 )
 def test_a_gated_mlp_gets_one_tensor_alone(forward):
     seen = probe(Host(module(forward, inner=mlp(fits))))
