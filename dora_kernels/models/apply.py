@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..blocks.fuse import fuse_blocks
+from ..blocks.fuse import fuse_blocks, unfuse_blocks
 from ..config import DoraConfig
 from ..layers import Model
 from ..layers.linear import DoraLinear
@@ -69,6 +69,7 @@ def apply_dora(model: Model, config: DoraConfig) -> Model:
         model.dora_batches = batches
     for path in probe(model).written & layers.keys():
         layers[path].output_use.is_written = True
+    unfuse_blocks(model)  # PEFT's unload leaves those of a patched model
     if config.fuse_blocks:
         fuse_blocks(model)
     add_hooks(model)

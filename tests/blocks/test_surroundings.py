@@ -6,8 +6,9 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import dora_kernels as dk
+from dora_kernels.blocks.fuse import fused_blocks
 from tests.blocks.test_mlp import adapted, base, calls, differences  # noqa: F401 (a fixture)
-from tests.support.peft_models import step
+from tests.support.peft_models import peft_model, step
 from tests.support.tiny_models import checkpoint_activations
 
 
@@ -37,3 +38,11 @@ def test_selective_checkpointing_runs_the_layers_alone(calls):  # noqa: F811
     found = step(model)
     assert len(calls) == 2
     assert max(differences(found, expected).values()) <= 1e-11
+
+
+def test_the_config_counts_in_a_model_that_peft_unloaded():
+    model = peft_model()
+    dk.patch_peft(model)
+    plain = model.unload()
+    dk.apply_dora(plain, dk.DoraConfig(r=4, fuse_blocks=False))
+    assert not fused_blocks(plain)
