@@ -15,7 +15,7 @@ from ..ops.dispatch import Plan
 from ..ops.dora_siblings import dora_siblings, plan_siblings, why_not_siblings
 from ..ops.members import Member
 from ..ops.output import WriteCounter
-from ..ops.recomputation import checkpoint_hook
+from ..ops.recomputation import checkpoint_hook, is_selective
 from .mlp import as_member
 
 
@@ -121,6 +121,8 @@ def shared_inputs(module: nn.Module) -> OpenShared | None:
 
 def members_of_layers(layers: dict[str, nn.Module], dtype: torch.dtype, device: torch.device) -> list[Member] | str:
     """The layers as `dora_siblings` takes them for an input, or why each runs alone in the present state."""
+    if is_selective():
+        return "selective checkpointing keeps operations inside its layers"
     members = []
     for name, layer in layers.items():
         member = as_member(layer, dtype)
