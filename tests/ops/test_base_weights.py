@@ -26,6 +26,7 @@ from dora_kernels.ops.base_weights import (
     weight_of,
 )
 from tests.support.fp8 import linear_fp8
+from tests.support.int4 import linear_compressed, linear_gptq
 from tests.support.nf4 import decoded, linear_4bit
 from tests.support.oracle import relative_error
 from tests.tolerances import ORACLE_FP32
@@ -115,6 +116,7 @@ def test_each_format_recognises_its_own_layers_alone():
     torch.manual_seed(0)
     layers = {name: make(torch.randn(48, 64)) for name, make in LIBRARIES.items() if name != "bitsandbytes (fp4)"}
     layers |= {"nf4": linear_4bit(torch.randn(48, 64)), "fp8": linear_fp8(48, 64)}
+    layers |= {"compressed-tensors": linear_compressed(48, 64), "GPTQ": linear_gptq(48, 64)}
     found = {name: [each for each in FORMATS if each.recognises(layer)] for name, layer in layers.items()}
     assert [len(formats) for formats in found.values()] == [1] * len(FORMATS)
     assert {formats[0] for formats in found.values()} == set(FORMATS)

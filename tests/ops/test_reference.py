@@ -7,7 +7,7 @@ import dora_kernels as dk
 from dora_kernels.ops import dispatch, reference
 from dora_kernels.ops.dora_linear import Call, DoraLinearFunction
 from dora_kernels.ops.reference.weight_norm import scale_of
-from dora_kernels.ops.types import NEAREST
+from dora_kernels.ops.types import NEAREST, NormScale
 from tests.support.oracle import errors, exact, make_problem, solve
 from tests.tolerances import ORACLE_FP64, SAME_FP32
 
@@ -36,7 +36,7 @@ def _inner(problem, space, impl, norm):
     """y as a function of x, A, B, m, b with the norm given: the function whose derivative the backward claims to be."""
 
     def function(x, lora_A, lora_B, magnitude, bias):
-        frozen = norm, scale_of(magnitude.detach(), norm)
+        frozen = NormScale(norm, scale_of(magnitude.detach(), norm))
         call = Call(space, impl, problem.scaling, NEAREST, None, True)
         return DoraLinearFunction.apply(x, None, lora_A, lora_B, magnitude, bias, problem.weight, frozen, call)
 

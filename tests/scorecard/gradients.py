@@ -19,7 +19,7 @@ def run(case):
 
     from dora_kernels.ops import kernels
     from dora_kernels.ops.dora_linear import Call, DoraLinearFunction
-    from dora_kernels.ops.types import Rounding
+    from dora_kernels.ops.types import NormScale, Rounding
     from tests.support.oracle import make_problem
 
     random = Random(case)
@@ -37,7 +37,7 @@ def run(case):
 
     def function(x, lora_A, lora_B, magnitude, bias=None):
         # g follows m, and n does not.
-        given = frozen[0], magnitude.detach() / frozen[0]
+        given = NormScale(frozen[0], magnitude.detach() / frozen[0])
         x_dropped = x * mask if dropout else None
         return DoraLinearFunction.apply(x, x_dropped, lora_A, lora_B, magnitude, bias, problem.weight, given, call)
 
