@@ -1,5 +1,6 @@
 """Blocks of the frozen weight W [N, K], and of V = W + s B A: W is a matrix, or packed and decoded as it is read."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ class Format(NamedTuple):
     scale_columns: int = 0  # input features that do; 0 for all
     int4: bool = False
     group: int = 0  # input features that share an int4 scale; 0 for all
+    group_unit: int = 1  # divides the number of groups, which lets reads of scales be wide
     has_zeros: bool = False
     has_groups: bool = False  # each input feature says its group
     rows_are_outputs: bool = False  # and the rest of an `Int4Layout`
@@ -79,6 +81,7 @@ def _int4_arguments(weight: Int4Weight) -> tuple[WeightMemory, Format]:
         dtype=TRITON_DTYPES[weight.dtype],
         int4=True,
         group=0 if weight.group == weight.shape[1] else weight.group,
+        group_unit=math.gcd(weight.shape[1] // weight.group, 8),
         has_zeros=weight.zeros is not None,
         has_groups=weight.groups is not None,
         **weight.layout._asdict(),
@@ -174,9 +177,16 @@ def nibbles_of(words, index, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def group_count(K, FORMAT: tl.constexpr):
+    """K / group, so that the compiler sees what divides it."""
+    UNIT: tl.constexpr = FORMAT.group_unit
+    return K // (FORMAT.group * UNIT) * UNIT
+
+
+@triton.jit
 def int4_group(w, offs_n, groups, mask, N, K, FORMAT: tl.constexpr):
     """Scales in fp32, 0 where masked, and zeros, of output features `offs_n` in `groups` [any, len(offs_n) or 1]."""
-    COUNT = 1 if FORMAT.group == 0 else K // FORMAT.group
+    COUNT = 1 if FORMAT.group == 0 else group_count(K, FORMAT)
     rows, groups = offs_n.to(tl.int64)[:, None], groups.to(tl.int64)
     if FORMAT.rows_are_outputs:
         offs_scale, offs_zero = rows * COUNT + groups, rows // 8 * COUNT + groups
@@ -215,8 +225,8 @@ def int4_block(w, offs_n, start_k, N, K, FORMAT: tl.constexpr, BLOCK_K: tl.const
         scales, zeros = int4_group(w, offs_n, tl.full([1, 1], 0, tl.int32) + group, mask_n[:, None], N, K, FORMAT)
     elif not FORMAT.has_groups and BLOCK_K % GROUP == 0:
         GROUPS: tl.constexpr = BLOCK_K // GROUP
-        groups = start_k // GROUP + tl.arange(0, GROUPS)
-        mask = mask_n[:, None] & (groups < K // GROUP)[None, :]
+        groups = start_k // BLOCK_K * GROUPS + tl.arange(0, GROUPS)
+        mask = mask_n[:, None] & (groups < group_count(K, FORMAT))[None, :]
         scales, zeros = int4_group(w, offs_n, groups[None, :], mask, N, K, FORMAT)
         scales = tl.reshape(tl.broadcast_to(scales[:, :, None], [BLOCK_N, GROUPS, GROUP]), [BLOCK_N, BLOCK_K])
         zeros = tl.reshape(tl.broadcast_to(zeros[:, :, None], [BLOCK_N, GROUPS, GROUP]), [BLOCK_N, BLOCK_K])
