@@ -116,11 +116,12 @@ def test_each_format_recognises_its_own_layers_alone():
     torch.manual_seed(0)
     layers = {name: make(torch.randn(48, 64)) for name, make in LIBRARIES.items() if name != "bitsandbytes (fp4)"}
     layers |= {"nf4": linear_4bit(torch.randn(48, 64)), "fp8": linear_fp8(48, 64)}
-    layers |= {"compressed-tensors": linear_compressed(48, 64), "GPTQ": linear_gptq(48, 64)}
+    layers |= {"compressed-tensors": linear_compressed(48, 64)[0], "GPTQ": linear_gptq(48, 64)[0]}
     found = {name: [each for each in FORMATS if each.recognises(layer)] for name, layer in layers.items()}
     assert [len(formats) for formats in found.values()] == [1] * len(FORMATS)
     assert {formats[0] for formats in found.values()} == set(FORMATS)
-    assert {name for name, layer in layers.items() if needs_its_layer(layer)} == {"bitsandbytes (int8)", "HQQ", "fp8"}
+    needing = {"bitsandbytes (int8)", "HQQ", "fp8", "compressed-tensors", "GPTQ"}
+    assert {name for name, layer in layers.items() if needs_its_layer(layer)} == needing
     assert not any(each.recognises(nn.Linear(8, 4)) for each in FORMATS)
 
 
