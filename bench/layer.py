@@ -7,9 +7,14 @@ gradients. `--preset full` runs every shape of three models; an interrupted run 
 """
 
 import argparse
+from types import ModuleType
+
+import torch
+from torch.utils._pytree import tree_leaves
 
 from .contestants.layer import DTYPES, Contestant, Problem, contestants, left_out, make_problem
-from .gates.layer import broken, errors, truth
+from .gates import layer as layer_gate
+from .gates.layer import errors
 from .measuring.memory import peak_bytes
 from .measuring.outputs import Outputs
 from .measuring.profiler import profile
@@ -49,19 +54,21 @@ def run(session: Session) -> None:
             print(group_table(results), flush=True)
 
 
-def measure(problem: Problem, field: dict[str, Contestant], repetitions: int) -> dict[str, dict]:
-    """By contestant: its error against fp64, and its times and peak memory, or why it failed."""
+def measure(
+    problem: Problem, field: dict[str, Contestant], repetitions: int, gate: ModuleType = layer_gate
+) -> dict[str, dict]:
+    """By contestant: its error against fp64, and its times and peak memory, or why it failed. `gate` has the truth."""
     device, dtype = problem.x.device, problem.x.dtype
     results: dict[str, dict] = {name: {} for name in field}
     for kind in ("base", "lora", "dora"):
-        exact, lost = attempt(lambda kind=kind: truth(kind, problem), who="the truth in fp64")
+        exact, lost = attempt(lambda kind=kind: gate.truth(kind, problem), who="the truth in fp64")
         for name, contestant in field.items():
             if contestant.kind != kind:
                 continue
             found, failure = (
                 (None, lost) if lost else attempt(lambda c=contestant, e=exact: errors(c, problem, e), who=name)
             )
-            failure = failure or broken(found, dtype)
+            failure = failure or gate.broken(found, dtype)
             results[name] = {"errors": found, "failed": failure}
             print(f"  {name}: {failure or 'correct'}", flush=True)
         del exact
@@ -77,7 +84,7 @@ def measure(problem: Problem, field: dict[str, Contestant], repetitions: int) ->
             continue
         phases[name] = entry.phases(problem)
     # The first pass of a compiled contestant compiles it.
-    kept = [tensor for tensor in problem if tensor is not None]
+    kept = [leaf for leaf in tree_leaves(problem) if isinstance(leaf, torch.Tensor)]
     times, failed = interleaved(phases, device, repetitions=repetitions, inspect=Outputs(kept))
     for name, run_phases in phases.items():
         if name in failed:

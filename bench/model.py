@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from .contestants.layer import DTYPES
-from .contestants.model import Contestant, First, Trained, adapted, build_base, contestants
+from .contestants.model import Contestant, First, Trained, adapted, build_base, contestants, left_out
 from .gates.layer import error
 from .gates.model import Gate, worst
 from .measuring.memory import peak_bytes
@@ -78,9 +78,13 @@ def measure(base: nn.Module, run: Run, session: Session) -> dict[str, dict]:
     generator = torch.Generator(session.device).manual_seed(0)
     vocabulary = MODELS[run.model].vocab_size
     ids = torch.randint(vocabulary, (run.batch, run.sequence), generator=generator, device=session.device)
-    results = hold_to_fp64(run, session)
+    missing = left_out(session.device)
+    print("\n".join(f"  {name}: left out; {reason}" for name, reason in missing.items()))
+    field = contestants(DTYPES[session.preset.dtype], run.rank)
+    field = {name: contestant for name, contestant in field.items() if name not in missing}
+    results = hold_to_fp64(field, run, session)
     expected = None  # the frozen base is the first
-    for name, contestant in contestants(DTYPES[session.preset.dtype], run.rank).items():
+    for name, contestant in field.items():
         if not results[name]["failed"]:
             found, failure = attempt(
                 lambda c=contestant, e=expected: one(base, c, ids, e, run.checkpointing, session), who=name
@@ -93,14 +97,14 @@ def measure(base: nn.Module, run: Run, session: Session) -> dict[str, dict]:
     return results
 
 
-def hold_to_fp64(run: Run, session: Session) -> dict[str, dict]:
+def hold_to_fp64(field: dict[str, Contestant], run: Run, session: Session) -> dict[str, dict]:
     """By contestant: its errors, and why it is not to be timed."""
     dtype = DTYPES[session.preset.dtype]
     gate, lost = attempt(
         lambda: Gate(run, dtype, session.device, compiled=session.preset.compiled), who="the truth in fp64"
     )
     results = {}
-    for name, contestant in contestants(dtype, run.rank).items():
+    for name, contestant in field.items():
         errors, failure = (None, lost) if lost else attempt(lambda c=contestant: gate.errors(c), who=name)
         failure = failure or gate.broken(errors)
         results[name] = {"errors": worst(errors) if errors else None, "failed": failure}

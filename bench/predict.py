@@ -1,4 +1,4 @@
-"""PREDICTS the tables of `kernels`, `layer` and `model` for a GPU that is not here.
+"""PREDICTS the tables of `kernels`, `layer`, `block` and `model` for a GPU that is not here.
 
 A launch of our kernels takes the longest of four roofs, or a fixed time: the bytes that must come from memory, the
 bytes that programs load and store through L2, the issue slots and pipes that its instructions take, and its products
@@ -20,14 +20,17 @@ from pathlib import Path
 
 import torch
 
-from . import kernels, layer, model
+from . import block, kernels, layer, model
+from .contestants import block as block_field
+from .contestants import layer as layer_field
 from .contestants import model as model_field
-from .contestants.layer import DTYPES, Contestant, contestants, empty_problem
+from .contestants.layer import DTYPES
 from .counting.gpus import ROOFS, Roofs, by_bytes_and_flops
+from .counting.layer_counts import count, saved_by
 from .counting.model_counts import predict_step, seconds_by_roof
 from .counting.roofs import longest
-from .counting.traffic import Operation, counting, fake_module
-from .measuring.shapes import MODELS, Run, Shape, layer_shapes
+from .counting.traffic import Operation
+from .measuring.shapes import MODELS, BlockShape, Preset, Run, Shape, layer_shapes, mlp_shape
 from .measuring.timing import attempt
 from .offline import check_compilable
 from .rows.compare import group_table, title
@@ -41,7 +44,7 @@ NOTES = {
     longest: f"{MARK} kernels of the base, PEFT and PyTorch are counted by bytes and FLOPs alone, ours by four roofs",
     by_bytes_and_flops: f"{MARK} all kernels are counted by bytes and FLOPs alone",
 }
-TABLES = (kernels.COMMAND, layer.COMMAND, model.COMMAND)
+TABLES = (kernels.COMMAND, layer.COMMAND, block.COMMAND, model.COMMAND)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,12 +112,14 @@ def versions() -> str:
 def sections(args: argparse.Namespace) -> Iterator[str]:
     """Each case's title and table; an empty line before each."""
     for command in args.tables:
-        yield from _models(args) if command == model.COMMAND else _layers(command, args)
+        if command == model.COMMAND:
+            yield from _models(args)
+        else:
+            yield from _blocks(args) if command == block.COMMAND else _layers(command, args)
 
 
 def _layers(command: str, args: argparse.Namespace) -> Iterator[str]:
-    limit = limit_of(args)
-    of_gpu = (DTYPES[args.dtype], ROOFS[args.gpu], limit)
+    of_gpu = (DTYPES[args.dtype], ROOFS[args.gpu], limit_of(args))
     for shape, tokens, rank in itertools.product(layer_shapes(args.model), args.tokens, args.ranks):
         case = {"layer": shape.name, "out": shape.out_features, "in": shape.in_features}
         case |= {"tokens": tokens, "rank": rank, "dtype": args.dtype}
@@ -122,11 +127,22 @@ def _layers(command: str, args: argparse.Namespace) -> Iterator[str]:
         if command == kernels.COMMAND:
             lines.append(kernels.kernels_table(kernels.predict(shape, tokens, rank, *of_gpu)))
         else:
-            found = predict(shape, tokens, rank, *of_gpu)
-            if args.verbose:
-                lines += launches_of_ours(found, ROOFS[args.gpu], limit)
-            lines += [group_table(found, mark=MARK), *seconds_of_ours(found), NOTES[limit]]
+            lines += _table(predict(shape, tokens, rank, *of_gpu), args)
         yield "\n".join(lines)
+
+
+def _blocks(args: argparse.Namespace) -> Iterator[str]:
+    grid = Preset((args.model,), tuple(args.tokens), tuple(args.ranks), (), args.dtype)
+    for case, shape, tokens, rank in grid.blocks():
+        found = predict(shape, tokens, rank, DTYPES[args.dtype], ROOFS[args.gpu], limit_of(args))
+        yield "\n".join([f"\nPREDICTION, block: {title(case)}", *_table(found, args)])
+
+
+def _table(found: dict[str, dict], args: argparse.Namespace) -> Iterator[str]:
+    limit = limit_of(args)
+    if args.verbose:
+        yield from launches_of_ours(found, ROOFS[args.gpu], limit)
+    yield from (group_table(found, mark=MARK), *seconds_of_ours(found), NOTES[limit])
 
 
 def _models(args: argparse.Namespace) -> Iterator[str]:
@@ -169,15 +185,16 @@ def fitting(row: dict, roofs: Roofs) -> dict:
     if held <= roofs.memory:
         return row
     why = f"would not fit: {held / 2**30:.1f} GiB of {roofs.memory / 2**30:.1f} GiB"
-    return {"failed": why, "peak_bytes": row["peak_bytes"]}
+    return {"failed": why, "peak_bytes": row["peak_bytes"], "layer": row["layer"]}
 
 
 def predict(
-    shape: Shape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs, limit: Limit = longest
+    shape: Shape | BlockShape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs, limit: Limit = longest
 ) -> dict[str, dict]:
     """By contestant, in the form of a measured result, with the launches of each part as "launches" and the seconds
-    under each roof as "roofs"."""
-    field = contestants(dtype, torch.device("cuda"), reference=False)
+    under each roof as "roofs". Of a block, how many launches there are and what they save stands as "block"."""
+    is_block, cuda = isinstance(shape, BlockShape), torch.device("cuda")
+    field = block_field.counted(dtype) if is_block else layer_field.contestants(dtype, cuda, reference=False)
     # A patched layer refuses tensors without data, and runs what ours runs; Axolotl's kernel has no account here.
     field = {name: c for name, c in field.items() if not name.endswith("patched") and not name.startswith("Axolotl")}
     results = {}
@@ -191,6 +208,9 @@ def predict(
         whole = sum(limited.values(), Counter())
         medians = {part: {"median": by_roof.total()} for part, by_roof in (limited | {"total": whole}).items()}
         results[name] = {"seconds": medians, "roofs": whole, "peak_bytes": peak, "launches": parts}
+        if is_block:
+            results[name]["saved_bytes"] = saved_by(contestant, shape, tokens, rank, dtype, roofs.capability)
+            results[name]["block"] = {"launches": {part: len(made) for part, made in parts.items()}}
     return results
 
 
@@ -204,25 +224,6 @@ def launches_of_ours(results: dict[str, dict], roofs: Roofs, limit: Limit) -> It
                     f"  {name}, {part}: {o.name:28}{o.memory / 1e6:9.1f} MB  loads {o.loaded / 1e6:9.1f} MB"
                     f"{o.flops / 1e9:10.1f} GFLOP {o.rate:7}{seconds * 1e6:9.1f} µs by {roof}"
                 )
-
-
-def count(
-    contestant: Contestant, shape: Shape, tokens: int, rank: int, dtype: torch.dtype, capability: tuple[int, int]
-) -> tuple[dict[str, list[Operation]], int]:
-    """The launches of each part, and the peak memory beyond parameters and inputs."""
-    meta = empty_problem(shape, tokens, rank, dtype, "meta")
-    # Built outside the counter, without data: some builders move parameters, which fake ones refuse.
-    entry = contestant.build(meta)
-    with counting(capability) as counter:
-        fake = fake_module(entry.module)
-        entry = entry._replace(trained={name: fake[id(p)] for name, p in entry.trained.items()})
-        problem = empty_problem(shape, tokens, rank, dtype, "cpu")
-        counter.take()
-        before = counter.restart()
-        parts = {}
-        for part in entry.phases(problem)():
-            parts[part] = counter.take()
-        return parts, counter.peak_bytes - before
 
 
 def compare(path: Path, roofs: Roofs, tables: list[str], limit: Limit) -> int:
@@ -246,6 +247,9 @@ def predict_case(command: str, case: dict, roofs: Roofs, limit: Limit = longest)
     dtype = DTYPES[case["dtype"]]
     if command == model.COMMAND:
         return predict_model(Run(**{name: case[name] for name in Run._fields}), dtype, roofs, limit)
+    if command == block.COMMAND:
+        shape = mlp_shape(case["hidden"], case["intermediate"])
+        return predict(shape, case["tokens"], case["rank"], dtype, roofs, limit)
     shape = Shape(case["layer"], case["out"], case["in"], case["bias"])
     of = kernels.predict if command == kernels.COMMAND else predict
     return of(shape, case["tokens"], case["rank"], dtype, roofs, limit)

@@ -14,7 +14,7 @@ from .rows.records import RESULTS, groups, read_rows
 from .rows.tables import ratio, table
 from .step import curves_table
 
-COMMANDS = ("layer", "model", "step", "kernels")
+COMMANDS = ("layer", "block", "model", "step", "kernels")
 OURS = ("ours fp32, auto", "ours fp32, auto, compiled")
 """What a user gets who asks for no form."""
 

@@ -6,7 +6,7 @@ AdamW. All rows are `cutoff_len` long.
     whole step      weights, adapters, their gradients (they outlive a forward under accumulation), Adam's two moments
     after forward   what the decoder layers keep; with checkpointing each layer's input alone
     then either     the loss, from the final norm to the gradient of its input,
-    or              the backward of one layer: its recomputed activations, gradients, and W' or dZ of one linear
+    or              the backward of one layer: its recomputed activations and W', gradients, and W' or dZ of one call
 
 Not counted: tensors smaller than a row of tokens or a weight (n and g, partial sums), the attention mask of padded
 rows, the allocator's rounding, and the CUDA context. `USABLE` leaves room for them.
@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 import dora_kernels as dk
 from dora_kernels.models.targets import find_targets
-from dora_kernels.ops import dispatch
+
+from .layer_memory import BF16, FP32, NORM_BACKWARD, Adapters, LayerMemory
 
 MODEL_TYPES = ("llama", "qwen2", "qwen3")
 LOSSES = ("tiled", "liger", "whole")
@@ -30,9 +31,6 @@ LOSSES = ("tiled", "liger", "whole")
 USABLE = 0.92
 # TRL's fused LM head projects tiles of this many tokens by this many words.
 TRL_TILE = (4096, 32768)
-BF16, FP32 = 2, 4
-# fp32 tensors of its input's shape in an RMSNorm's backward, besides the saved one.
-NORM_BACKWARD = 5
 
 
 class Memory(NamedTuple):
@@ -61,12 +59,18 @@ class Planned(NamedTuple):
     quantize: bool
     weights: int  # bytes
     adapters: int  # bytes, fp32
+    fuse_blocks: bool  # MLPs whose layers are all adapted are one function
 
 
 def planned_model(
-    config: PretrainedConfig, *, lora_r: int = 16, target_modules="all-linear", quantize: bool = False
+    config: PretrainedConfig,
+    *,
+    lora_r: int = 16,
+    target_modules="all-linear",
+    quantize: bool = False,
+    fuse_blocks: str | bool = "auto",
 ) -> Planned:
-    """The model of `config` on the meta device.
+    """The model of `config` on the meta device; `fuse_blocks` is `DoraConfig`'s.
 
     Raises:
         ValueError: a model type whose layers the formulas do not describe, or targets outside its decoder layers.
@@ -76,12 +80,13 @@ def planned_model(
         raise ValueError(f"the memory of model type {config.model_type!r} cannot be predicted; known are {known}")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    targets = find_targets(model, dk.DoraConfig(r=lora_r, target_modules=target_modules))
+    targets = find_targets(model, dk.DoraConfig(r=lora_r, target_modules=target_modules, fuse_blocks=fuse_blocks))
     for path in targets:
         if not path.startswith("model.layers."):
             raise ValueError(f"target {path} is outside the decoder layers: only adapters inside them can be predicted")
     adapters = sum(lora_r * sum(linear.weight.shape) + linear.out_features for linear in targets.values())
-    return Planned(model, targets, lora_r, quantize, weight_bytes(model, quantize), adapters * FP32)
+    weights = weight_bytes(model, quantize)
+    return Planned(model, targets, lora_r, quantize, weights, adapters * FP32, bool(fuse_blocks))
 
 
 def predict(
@@ -95,11 +100,14 @@ def predict(
     if loss not in LOSSES:
         raise ValueError(f"loss should be one of {', '.join(LOSSES)}, got {loss!r}")
     config, tokens = planned.model.config, batch_size * cutoff_len
-    layers = [_Layer(planned, layer, tokens) for layer in planned.model.model.layers]
+    adapters = Adapters(
+        frozenset(map(id, planned.targets.values())), planned.rank, planned.quantize, planned.fuse_blocks
+    )
+    layers = [LayerMemory(layer, adapters, tokens) for layer in planned.model.model.layers]
     hidden = tokens * config.hidden_size
     if activation_checkpointing:
         activations = len(layers) * hidden * BF16
-        backward = max(layer.kept + layer.backward for layer in layers)
+        backward = max(layer.kept + layer.recomputed_backward for layer in layers)
     else:
         # The embedding's output takes no gradient, so the first norm keeps nothing.
         activations = sum(layer.kept for layer in layers) - hidden * FP32
@@ -164,81 +172,3 @@ def loss_bytes(loss: str, tokens: int, hidden: int, vocab: int) -> int:
     # The head's input, its gradient in fp32 and then rounded.
     tile = min(tokens, TRL_TILE[0]) * TRL_TILE[1] * BF16
     return tile + tokens * hidden * (BF16 + FP32 + BF16)
-
-
-class _Layer:
-    """One decoder layer: `kept` between forward and backward, and `backward`, the most that its backward adds."""
-
-    def __init__(self, planned: Planned, layer: nn.Module, tokens: int):
-        self.planned, self.tokens = planned, tokens
-        self.adapted = {id(module) for module in planned.targets.values()}
-        self.head_dim = layer.self_attn.head_dim
-        attention, mlp = layer.self_attn, layer.mlp
-        mlp_kept = self._mlp(mlp)
-        self.kept = 2 * self._norm(layer.input_layernorm) + self._attention(attention) + mlp_kept
-        hidden, wide = (tokens * size * BF16 for size in (mlp.down_proj.out_features, mlp.gate_proj.out_features))
-        # Three heights of the layer's backward, each with the gradient of the layer's output: in down_proj's; in the
-        # product's, where the gradients of both factors stand beside its own; and in the norm's before the MLP, which
-        # takes five fp32 tensors when what the MLP kept is gone. Attention's is lower.
-        down = hidden + wide + self._transient(mlp.down_proj)
-        product = hidden + 3 * wide - ((wide + hidden) if self._is_adapted(mlp.down_proj) else 0)
-        norm = hidden + NORM_BACKWARD * self._norm(layer.input_layernorm) - mlp_kept
-        self.backward = max(down, product, norm)
-
-    def _norm(self, norm: nn.Module) -> int:
-        """An RMSNorm keeps its input in fp32."""
-        return self.tokens * norm.weight.shape[0] * FP32
-
-    def _attention(self, attention: nn.Module) -> int:
-        projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-        query, key, value = (linear.out_features for linear in projections)
-        # sdpa keeps the rotated query and key, the value, its output (o_proj's input) and fp32 log-sums.
-        elements = query + key + value + query
-        kept = self.tokens * (elements * BF16 + attention.config.num_attention_heads * FP32)
-        if any(map(self._is_adapted, projections)):
-            kept += self.tokens * attention.q_proj.in_features * BF16
-        if hasattr(attention, "q_norm"):  # Qwen3 normalises each head
-            kept += self.tokens * (query + key) * FP32
-        kept += self._adapter(attention.q_proj) + self._adapter(attention.k_proj)
-        return kept + self._adapter(attention.v_proj, output_is_kept=True) + self._adapter(attention.o_proj)
-
-    def _mlp(self, mlp: nn.Module) -> int:
-        # SwiGLU keeps gate, up and silu(gate); their product is down_proj's input.
-        kept = 3 * self.tokens * mlp.gate_proj.out_features * BF16
-        if self._is_adapted(mlp.gate_proj) or self._is_adapted(mlp.up_proj):
-            kept += self.tokens * mlp.gate_proj.in_features * BF16
-        if self._is_adapted(mlp.down_proj):
-            kept += self.tokens * mlp.down_proj.in_features * BF16
-        kept += self._adapter(mlp.gate_proj, output_is_kept=True) + self._adapter(mlp.up_proj, output_is_kept=True)
-        return kept + self._adapter(mlp.down_proj)
-
-    def _adapter(self, linear: nn.Linear, output_is_kept: bool = False) -> int:
-        """What a DoRA layer keeps beside its input: its output, or with a bias what comes before; in token space h."""
-        if not self._is_adapted(linear):
-            return 0
-        output = 0 if output_is_kept and linear.bias is None else linear.out_features
-        return self.tokens * (output + (self.planned.rank if self._space(linear) == "token" else 0)) * BF16
-
-    def _transient(self, linear: nn.Linear) -> int:
-        """W', or a dequantised W, in weight space; dZ in token space; nothing for a plain frozen linear."""
-        if not self._is_adapted(linear):
-            return linear.weight.numel() * BF16 if self.planned.quantize else 0
-        elements = linear.weight.numel() if self._space(linear) == "weight" else self.tokens * linear.out_features
-        return elements * BF16
-
-    def _space(self, linear: nn.Linear) -> str:
-        """The form that a DoRA layer takes."""
-        problem = dispatch.Problem(
-            tokens=self.tokens,
-            out_features=linear.out_features,
-            in_features=linear.in_features,
-            dtype=torch.bfloat16,
-            device=linear.weight.device,
-            rank=self.planned.rank,
-            has_bias=linear.bias is not None,
-            is_packed=self.planned.quantize,
-        )
-        return dispatch.choose(problem).space
-
-    def _is_adapted(self, linear: nn.Module) -> bool:
-        return id(linear) in self.adapted

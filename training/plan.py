@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 from transformers.hf_argparser import HfArg
@@ -51,6 +52,7 @@ class Flags:
         help="recompute activations in the backward, true or false; default: both ways side by side",
         metadata={"nargs": "?", "const": True},
     )
+    fuse_blocks: Literal["auto", "off"] = HfArg(default="auto", help="a gated MLP as one function, or layer by layer")
     use_liger: bool = HfArg(default=False, help="Liger's fused linear cross-entropy")
     whole_logits: bool = HfArg(default=False, help="a loop of your own: transformers' loss")
     card: list[float] = field(
@@ -139,6 +141,7 @@ def _planned(config: PretrainedConfig, flags: Flags, quantize: bool | None = Non
         lora_r=flags.lora_r,
         target_modules=module_names(flags.lora_target_modules),
         quantize=flags.quantize if quantize is None else quantize,
+        fuse_blocks=flags.fuse_blocks == "auto" and "auto",
     )
 
 

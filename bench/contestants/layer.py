@@ -79,9 +79,11 @@ class Contestant(NamedTuple):
     build: Callable[[Problem], Entry]
 
 
-def make_problem(shape: Shape, tokens: int, rank: int, dtype: torch.dtype, device: torch.device) -> Problem:
+def make_problem(
+    shape: Shape, tokens: int, rank: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Problem:
     """Random data at the scales of a trained model: the update is a third of the weight, m within 10 % of its norm."""
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     N, K = shape.out_features, shape.in_features
 
     def normal(*size, scale=1.0):
@@ -147,9 +149,12 @@ def contestants(
                 found[f"ours fp32, {space}, {impl}"] = Contestant("dora", _ours(torch.float32, space, impl))
     if half:
         found[f"ours {own}, auto, {implementations[0]}"] = Contestant("dora", _ours(dtype, "auto", implementations[0]))
-    if compiled:
-        found = {f"{name}, compiled": c._replace(build=_compiled(c.build)) for name, c in found.items()}
-    return found
+    return compiled_contestants(found) if compiled else found
+
+
+def compiled_contestants(field: dict[str, Contestant]) -> dict[str, Contestant]:
+    """Each under `torch.compile`."""
+    return {f"{name}, compiled": c._replace(build=_compiled(c.build)) for name, c in field.items()}
 
 
 def left_out() -> list[str]:
@@ -183,7 +188,8 @@ def patch(model: nn.Module) -> None:
         )
 
 
-def _linear(problem: Problem) -> nn.Linear:
+def linear_of(problem: Problem) -> nn.Linear:
+    """The base's layer."""
     N, K = problem.weight.shape
     linear = nn.Linear(K, N, bias=problem.bias is not None, device="meta")
     linear.weight, linear.bias = problem.weight, problem.bias
@@ -191,19 +197,23 @@ def _linear(problem: Problem) -> nn.Linear:
 
 
 def _base(problem: Problem) -> Entry:
-    return Entry(_linear(problem), {})
+    return Entry(linear_of(problem), {})
 
 
 def _ours(adapter_dtype: torch.dtype, space: str, impl: str) -> Callable[[Problem], Entry]:
     def build(problem: Problem) -> Entry:
-        layer = dk.DoraLinear(
-            problem.weight, problem.bias, r=problem.rank, lora_alpha=ALPHA_OVER_RANK * problem.rank,
-            space=space, impl=impl, adapter_dtype=adapter_dtype,
-        )  # fmt: skip
-        trained = {"dA": layer.lora_A, "dB": layer.lora_B, "dm": layer.magnitude}
-        return Entry(layer, _filled(trained, problem, adapter_dtype))
+        layer = dora_linear_of(problem, adapter_dtype, space, impl)
+        return Entry(layer, filled(factors_of(layer), problem, adapter_dtype))
 
     return build
+
+
+def dora_linear_of(problem: Problem, adapter_dtype: torch.dtype, space: str, impl: str) -> dk.DoraLinear:
+    """Our layer with the problem's weight, and a fresh adapter."""
+    return dk.DoraLinear(
+        problem.weight, problem.bias, r=problem.rank, lora_alpha=ALPHA_OVER_RANK * problem.rank,
+        space=space, impl=impl, adapter_dtype=adapter_dtype,
+    )  # fmt: skip
 
 
 def _peft(adapter_dtype, autocast, *, dora: bool, patched: bool = False) -> Callable[[Problem], Entry]:
@@ -214,12 +224,8 @@ def _peft(adapter_dtype, autocast, *, dora: bool, patched: bool = False) -> Call
             target_modules=["linear"],
             use_dora=dora,
         )
-        model = peft.get_peft_model(_OneLinear(_linear(problem)), config, autocast_adapter_dtype=False)
-        layer = model.base_model.model.linear
-        trained = {"dA": layer.lora_A["default"].weight, "dB": layer.lora_B["default"].weight}
-        if dora:
-            trained["dm"] = layer.lora_magnitude_vector["default"].weight
-        _filled(trained, problem, adapter_dtype)
+        model = peft.get_peft_model(_OneLinear(linear_of(problem)), config, autocast_adapter_dtype=False)
+        trained = filled(factors_of(model.base_model.model.linear), problem, adapter_dtype)
         if patched:
             patch(model)
         return Entry(model.base_model.model, trained, autocast)
@@ -245,7 +251,15 @@ def _compiled(build: Callable[[Problem], Entry]) -> Callable[[Problem], Entry]:
     return build_compiled
 
 
-def _filled(trained: dict[str, nn.Parameter], problem: Problem, dtype: torch.dtype) -> dict[str, nn.Parameter]:
+def factors_of(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained parameters of our layer, or of PEFT's, by the names of their gradients."""
+    if isinstance(layer, dk.DoraLinear):
+        return {"dA": layer.lora_A, "dB": layer.lora_B, "dm": layer.magnitude}
+    parts = {"dA": layer.lora_A, "dB": layer.lora_B, "dm": layer.lora_magnitude_vector}
+    return {name: part["default"].weight for name, part in parts.items() if "default" in part}
+
+
+def filled(trained: dict[str, nn.Parameter], problem: Problem, dtype: torch.dtype) -> dict[str, nn.Parameter]:
     """Gives the parameters the problem's values, in `dtype`."""
     values = {"dA": problem.lora_A, "dB": problem.lora_B, "dm": problem.magnitude}
     for name, parameter in trained.items():

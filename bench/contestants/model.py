@@ -1,4 +1,5 @@
-"""Whole models in every form that competes: the frozen base, PEFT's LoRA and DoRA, ours; random weights."""
+"""Whole models in every form that competes: the frozen base, also with a fused GLU, PEFT's LoRA and DoRA, ours; random
+weights."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ import dora_kernels as dk
 
 from ..measuring.shapes import MODELS, Run
 from ..measuring.timing import release
+from ..rows.compare import FUSED_GLU
+from .fused_glu import fuse_glu, why_no_fused_glu
 from .layer import ALPHA_OVER_RANK, DTYPE_NAMES, patch
 
 POSITIONS = 64  # whose logits are compared
@@ -167,11 +170,14 @@ def contestants(dtype: torch.dtype, rank: int) -> dict[str, Contestant]:
 
         return adapt
 
-    def by_us(model):
-        config = dk.DoraConfig(r=rank, lora_alpha=ALPHA_OVER_RANK * rank, target_modules="all-linear")
-        return dk.apply_dora(model, config)
+    def by_us(**options):
+        def adapt(model):
+            config = dk.DoraConfig(r=rank, lora_alpha=ALPHA_OVER_RANK * rank, target_modules="all-linear", **options)
+            return dk.apply_dora(model, config)
 
-    field = {"frozen base": Contestant("base", lambda model: model)}
+        return adapt
+
+    field = {"frozen base": Contestant("base", lambda model: model), FUSED_GLU: Contestant("base", fuse_glu)}
     if dtype == torch.float32:
         field["PEFT LoRA fp32"] = Contestant("lora", by_peft(False, True))
         field["PEFT DoRA fp32"] = Contestant("dora", by_peft(True, True))
@@ -182,8 +188,15 @@ def contestants(dtype: torch.dtype, rank: int) -> dict[str, Contestant]:
             field[f"PEFT {method} {DTYPE_NAMES[dtype]}"] = Contestant(kind, by_peft(kind == "dora", False))
         field["PEFT DoRA fp32"] = Contestant("dora", by_peft(True, True))
         field["PEFT DoRA fp32, autocast, patched"] = Contestant("dora", by_peft(True, True, patched=True), dtype)
-    field["ours fp32, auto"] = Contestant("dora", by_us)
+    field["ours fp32, auto"] = Contestant("dora", by_us())
+    field["ours fp32, layer by layer"] = Contestant("dora", by_us(fuse_blocks=False))
     return field | {"frozen base, again": field["frozen base"]}
+
+
+def left_out(device: torch.device) -> dict[str, str]:
+    """The contestants that cannot run on `device`, with the reason."""
+    reason = why_no_fused_glu(device)
+    return {} if reason is None else {FUSED_GLU: reason}
 
 
 def adapted(base: nn.Module, adapt: Adapt, checkpointing: bool) -> nn.Module:

@@ -23,11 +23,13 @@ COUNTED = 2  # layers; and one more
 
 
 class Step(NamedTuple):
-    """The launches of each part of a step, and bytes: beyond the frozen weights at each stretch's peak, and those."""
+    """The launches of each part of a step, and bytes: beyond the frozen weights at each stretch's peak, those, and what
+    the forward leaves for the backward."""
 
     parts: dict[str, list[Operation]]
     peaks: tuple[int, ...]
     frozen: int
+    saved: int
 
 
 def count_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability: tuple[int, int], layers: int) -> Step:
@@ -51,8 +53,11 @@ def count_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability:
         frozen = counter.restart() - sum(parameter.nbytes for parameter in trained.parameters)
         trained.begin()
         counter.take()
-        parts = {part: counter.take() for part in trained.step()}
-    return Step(parts, tuple(max(o.held for o in stretch) - frozen for stretch in stretches(parts)), frozen)
+        before, parts, held = counter.restart(), {}, {}
+        for part in trained.step():
+            parts[part], held[part] = counter.take(), counter.restart()
+    peaks = tuple(max(o.held for o in stretch) - frozen for stretch in stretches(parts))
+    return Step(parts, peaks, frozen, held["forward"] - before)
 
 
 def stretches(parts: dict[str, list[Operation]]) -> list[list[Operation]]:
@@ -81,8 +86,8 @@ def seconds_by_roof(launches: Iterable[Operation], limit) -> Counter[str]:
 
 
 def predict_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability: tuple[int, int], limit) -> dict:
-    """In the form of a measured result, with "frozen_bytes" and the seconds under each roof. `limit` gives the roof and
-    the seconds of one launch."""
+    """In the form of a measured result, with "frozen_bytes", the seconds under each roof, and what one decoder layer
+    launches and saves. `limit` gives the roof and the seconds of one launch."""
     layers = run.layers or MODELS[run.model].num_hidden_layers
     steps = [count_step(run, contestant, dtype, capability, COUNTED + more) for more in (0, 1)]
     limited = [{part: seconds_by_roof(made, limit) for part, made in step.parts.items()} for step in steps]
@@ -94,4 +99,12 @@ def predict_step(run: Run, contestant: Contestant, dtype: torch.dtype, capabilit
         "seconds": {part: {"median": time} for part, time in times.items()},
         "peak_bytes": max(at_depth(*pair, layers) for pair in zip(*(step.peaks for step in steps))),
         "frozen_bytes": at_depth(*(step.frozen for step in steps), layers),
+        "layer": of_one_layer(*steps),
     }
+
+
+def of_one_layer(counted: Step, one_more: Step) -> dict:
+    """The launches by part, and the bytes kept from forward to backward, of each further decoder layer."""
+    parts = ("forward", "backward")
+    launches = {part: len(one_more.parts[part]) - len(counted.parts[part]) for part in parts}
+    return {"launches": launches, "saved_bytes": one_more.saved - counted.saved}

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from .. import kernels, layer, model, questions, roofs
+from .. import block, kernels, layer, model, questions, roofs
 from ..measuring.shapes import BREAK_EVEN, PRESETS, Preset
 from . import compile_ahead, gpu_tests, self_test, thresholds
 from .session import session_step
@@ -61,6 +61,8 @@ STEPS = (
     Step("kernels", "each kernel against its roofs", 3, _cases, 8, session_step(in_order(kernels))),
     Step("layer", "one layer against the frozen base and every mode of PEFT", 4, _cases, 12,
          session_step(in_order(layer))),
+    Step("block", "a gated MLP alone, as one function and layer by layer", 1.5,
+         lambda day: len(list(PRESETS[day.preset].blocks())), 20, session_step(in_order(block))),
     Step("model", "a training step of the whole model against every mode of PEFT", 6,
          lambda day: len(PRESETS[day.preset].runs), 120, session_step(model.run), 120),
     Step("questions", "what dispatch and the design rest on", 3, _asked, 2, session_step(_questions)),

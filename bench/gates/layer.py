@@ -15,21 +15,23 @@ It says that a contestant computes the right thing, not how well: tests/ops/test
 
 def truth(kind: str, problem: Problem) -> dict[str, torch.Tensor]:
     """In fp64, by autograd on the materialised weight, with DoRA's norm detached; it shares no code with anybody."""
-    x, A, B, m = (
-        t.detach().double().requires_grad_() for t in (problem.x, problem.lora_A, problem.lora_B, problem.magnitude)
-    )
+    x = problem.x.detach().double().requires_grad_()
+    y, leaves = exact_linear(kind, x, problem)
+    leaves = {"dx": x} | leaves
+    grads = torch.autograd.grad(y, list(leaves.values()), problem.grad_y.double())
+    return dict(zip(["y", *leaves], (y.detach(), *grads)))
+
+
+def exact_linear(kind: str, x: torch.Tensor, problem: Problem) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The layer's output for `x` in fp64, and its trained factors by the names of their gradients."""
+    A, B, m = (t.double().requires_grad_() for t in (problem.lora_A, problem.lora_B, problem.magnitude))
+    leaves = {"base": {}, "lora": {"dA": A, "dB": B}, "dora": {"dA": A, "dB": B, "dm": m}}[kind]
     weight = problem.weight.double()
-    bias = None if problem.bias is None else problem.bias.double()
-    leaves = {"base": {"dx": x}, "lora": {"dx": x, "dA": A, "dB": B}, "dora": {"dx": x, "dA": A, "dB": B, "dm": m}}[
-        kind
-    ]
     if kind != "base":
         weight = weight + ALPHA_OVER_RANK * B @ A
     if kind == "dora":
         weight = (m / weight.norm(dim=1).detach())[:, None] * weight
-    y = linear(x, weight, bias)
-    grads = torch.autograd.grad(y, list(leaves.values()), problem.grad_y.double())
-    return dict(zip(["y", *leaves], (y.detach(), *grads)))
+    return linear(x, weight, None if problem.bias is None else problem.bias.double()), leaves
 
 
 def errors(contestant: Contestant, problem: Problem, exact: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -40,7 +42,11 @@ def errors(contestant: Contestant, problem: Problem, exact: dict[str, torch.Tens
 
 def broken(errors: dict[str, float], dtype: torch.dtype) -> str | None:
     """What fails, or None."""
-    bar = BAR[dtype] * UNIT_ROUNDOFF[dtype]
+    return worse_than(BAR[dtype] * UNIT_ROUNDOFF[dtype], errors)
+
+
+def worse_than(bar: float, errors: dict[str, float]) -> str | None:
+    """The errors above the bar, or None."""
     # Not `value > bar`: NaN is a failure.
     wrong = [f"{name} {value:.1e}" for name, value in errors.items() if not value <= bar]
     return f"wrong: {', '.join(wrong)} against fp64, allowed {bar:.1e}" if wrong else None

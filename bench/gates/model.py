@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, linear
 
 import dora_kernels as dk
 
-from ..contestants.layer import ALPHA_OVER_RANK
+from ..contestants.layer import ALPHA_OVER_RANK, factors_of
 from ..contestants.model import Contestant, Trained, adapted, build_base
 from ..measuring.shapes import Run
 from .layer import BAR, UNIT_ROUNDOFF, error
@@ -153,16 +153,11 @@ def dense(module: nn.Linear) -> torch.Tensor:
 
 def adapters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     """The trained parameters of each adapted linear, by its path in the base and the names of their gradients."""
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, dk.DoraLinear):
-            found[path] = {"dA": module.lora_A, "dB": module.lora_B, "dm": module.magnitude}
-        elif isinstance(module, peft.tuners.lora.LoraLayer):
-            parts = {"dA": module.lora_A, "dB": module.lora_B, "dm": module.lora_magnitude_vector}
-            found[path.removeprefix("base_model.model.")] = {
-                name: part["default"].weight for name, part in parts.items() if "default" in part
-            }
-    return found
+    return {
+        path.removeprefix("base_model.model."): factors_of(module)
+        for path, module in model.named_modules()
+        if isinstance(module, (dk.DoraLinear, peft.tuners.lora.LoraLayer))
+    }
 
 
 def take_the_forms_of(model: nn.Module, tokens: int) -> None:

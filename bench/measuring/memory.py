@@ -1,14 +1,17 @@
-"""Peak memory of a call: the GPU allocator's own count, or on a CPU the sum of what PyTorch's allocator reports."""
+"""Memory of a call: its peak, and what autograd saves in it."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """The most memory held at once during `call`, beyond what was held before it."""
+    """The most memory held at once during `call`, beyond what was held before it.
+
+    On a GPU it is the allocator's own count, on a CPU the sum of what PyTorch's allocator reports.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -26,3 +29,19 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def saved_bytes(forward: Callable[[], object], kept: Iterable[torch.Tensor]) -> int:
+    """What autograd saves in `forward` for the backward, each memory once, but for that of the tensors of `kept`."""
+    saved, known = {}, {tensor.untyped_storage()._cdata for tensor in kept}
+
+    def pack(tensor):
+        # Held until the end: another tensor must not get its memory.
+        saved[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = forward()
+    found = sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in known)
+    del output
+    return found

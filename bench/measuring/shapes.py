@@ -38,6 +38,27 @@ def layer_shapes(model: str) -> list[Shape]:
     return [shapes[0]._replace(name="q,o_proj"), *shapes[1:]]
 
 
+class BlockShape(NamedTuple):
+    """Linear layers that one function may compute."""
+
+    name: str
+    layers: tuple[Shape, ...]
+
+    @property
+    def in_features(self) -> int:
+        return self.layers[0].in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.layers[-1].out_features
+
+
+def mlp_shape(hidden: int, intermediate: int) -> BlockShape:
+    """A gated MLP."""
+    wide = (Shape(name, intermediate, hidden) for name in ("gate_proj", "up_proj"))
+    return BlockShape("mlp", (*wide, Shape("down_proj", hidden, intermediate)))
+
+
 class Run(NamedTuple):
     """One training step of a whole model."""
 
@@ -65,7 +86,7 @@ def model_flops(run: Run) -> int:
 
 
 class Preset(NamedTuple):
-    """What `--preset` runs: the grid of `kernels` and `layer`, and the runs of `model`."""
+    """What `--preset` runs: the grid of `kernels`, `layer` and `block`, and the runs of `model`."""
 
     models: tuple[str, ...]
     tokens: tuple[int, ...]
@@ -87,6 +108,13 @@ class Preset(NamedTuple):
                     "bias": shape.bias, "tokens": tokens, "rank": rank, "dtype": self.dtype, "compiled": self.compiled,
                 }  # fmt: skip
                 yield case, shape, tokens, rank
+
+    def blocks(self) -> Iterator[tuple[dict, BlockShape, int, int]]:
+        """What `block` measures: the case as results name it, the shape, tokens and rank."""
+        for model, tokens, rank in itertools.product(self.models, self.tokens, self.ranks):
+            sizes = {"hidden": MODELS[model].hidden_size, "intermediate": MODELS[model].intermediate_size}
+            case = {"model": model, "block": "mlp", **sizes, "tokens": tokens, "rank": rank, "dtype": self.dtype}
+            yield case | {"compiled": self.compiled}, mlp_shape(**sizes), tokens, rank
 
 
 PRESETS = {

@@ -1,9 +1,13 @@
 """The table of one case: every contestant's times and memory, and their ratio to the frozen base and to PEFT's LoRA."""
 
+from collections.abc import Callable
+
 from ..measuring.profiler import profiled_seconds
 from .tables import mebibytes, milliseconds, ratio, table
 
-HEADER = ("contestant", "forward ms", "backward ms", "total ms", "± %", "min ms", "peak MiB", "× base", "× LoRA")
+HEADER = ("contestant", "forward ms", "backward ms", "total ms", "± %", "min ms", "peak MiB")
+FUSED_GLU = "frozen base, fused GLU"
+"""A contestant: silu(gate) ⊙ up is one pass each way."""
 
 
 def seconds(row: dict | None, part: str = "total") -> float | None:
@@ -12,10 +16,9 @@ def seconds(row: dict | None, part: str = "total") -> float | None:
 
 
 def base_seconds(group: dict[str, dict], part: str = "total") -> float | None:
-    """The frozen base's time."""
-    return min(
-        (t for name, row in group.items() if name.startswith("frozen base") and (t := seconds(row, part))), default=None
-    )
+    """The frozen base's time, as its own library computes it."""
+    names = (name for name in group if name.startswith("frozen base") and name != FUSED_GLU)
+    return min((t for name in names if (t := seconds(group[name], part))), default=None)
 
 
 def lora_seconds(group: dict[str, dict], part: str = "total") -> float | None:
@@ -25,25 +28,23 @@ def lora_seconds(group: dict[str, dict], part: str = "total") -> float | None:
     )
 
 
-RATIOS = ("× base", "× LoRA")
-
-
 def group_table(group: dict[str, dict], tokens: int = 0, mark: str = "") -> str:
     """`group` holds a result by contestant, as `records` stores them. Below it stands why a contestant failed.
 
     One that is predicted to fail for its memory has a peak and no time.
-    With `tokens` per call there is a column of tokens a second; where kernels were profiled, one of their sum. `mark`
-    stands behind the names of the ratios.
+    With `tokens` per call there is a column of tokens a second; where kernels were profiled, one of their sum; where it
+    was counted, what a decoder layer launches; where it is known, what is saved for the backward. `mark` stands behind
+    the names of the ratios.
     """
-    base, lora = base_seconds(group), lora_seconds(group)
-    profiled = any(row.get("profile") for row in group.values())
-    named = [name + mark if name in RATIOS else name for name in HEADER]
-    header = (*named, *["tokens/s"] * bool(tokens), *["kernels ms"] * profiled)
+    references = {"× base": base_seconds(group), "× LoRA": lora_seconds(group)}
+    if FUSED_GLU in group:
+        references["× base, fused GLU"] = seconds(group[FUSED_GLU])
+    extra = _extra_columns(group, tokens)
     rows, notes = [], []
     for name, row in group.items():
         total = seconds(row)
         if total is None:
-            cells = ["FAILED", *["-"] * 4, mebibytes(row.get("peak_bytes")), "-", "-"]
+            cells = ["FAILED", *["-"] * 4, mebibytes(row.get("peak_bytes")), *["-"] * len(references)]
             notes.append(f"{name} failed: {row.get('failed')}")
         else:
             times = row["seconds"]["total"]
@@ -53,15 +54,33 @@ def group_table(group: dict[str, dict], tokens: int = 0, mark: str = "") -> str:
                 f"{50 * (times['high'] - times['low']) / total:.0f}" if "high" in times else "-",
                 milliseconds(times.get("minimum")),
                 mebibytes(row.get("peak_bytes")),
-                ratio(total, base),
-                ratio(total, lora),
+                *(ratio(total, reference) for reference in references.values()),
             ]
-        if tokens:
-            cells.append(f"{tokens / total:.0f}" if total else "-")
-        if profiled:
-            cells.append(milliseconds(profiled_seconds(row)))
-        rows.append((name, *cells))
+        rows.append((name, *cells, *(cell(row) for cell in extra.values())))
+    header = (*HEADER, *(name + mark for name in references), *extra)
     return "\n".join([table(header, rows), *notes])
+
+
+def _extra_columns(group: dict[str, dict], tokens: int) -> dict[str, Callable[[dict], str]]:
+    """The columns that not every group has: by name, a row's cell."""
+    columns = {}
+    if tokens:
+        columns["tokens/s"] = lambda row: f"{tokens / total:.0f}" if (total := seconds(row)) else "-"
+    if any(row.get("profile") for row in group.values()):
+        columns["kernels ms"] = lambda row: milliseconds(profiled_seconds(row))
+    if any(row.get("saved_bytes") for row in group.values()):
+        columns["saved MiB"] = lambda row: mebibytes(row.get("saved_bytes"))
+    if any(row.get("block") for row in group.values()):
+        columns["launches"] = lambda row: _launches(row.get("block"))
+    if any(row.get("layer") for row in group.values()):
+        columns["launches a layer"] = lambda row: _launches(row.get("layer"))
+        columns["saved MiB a layer"] = lambda row: mebibytes((row.get("layer") or {}).get("saved_bytes"))
+    return columns
+
+
+def _launches(layer: dict | None) -> str:
+    """Forward + backward."""
+    return "+".join(map(str, layer["launches"].values())) if layer else "-"
 
 
 def title(case: dict) -> str:

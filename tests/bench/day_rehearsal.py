@@ -19,7 +19,7 @@ from bench.day.folder import FILES, KERNELS, LOG, REPORT, RESULTS, STATE, TESTS,
 from bench.rows.records import read_rows
 
 ROOT = Path(__file__).parents[2]
-STEPS = ("compile", "selftest", "tests", "roofs", "kernels", "layer", "model", "questions", "thresholds")
+STEPS = ("compile", "selftest", "tests", "roofs", "kernels", "layer", "block", "model", "questions", "thresholds")
 KILLED = "model"
 FAILS = {"questions": "the GPU's context was lost by", "layer": "out of memory"}
 """What is planned to go wrong, in which step."""
@@ -131,8 +131,8 @@ def test_what_went_wrong_is_said(day):
 
 def test_the_report_has_every_part(day):
     report = (day.out / REPORT).read_text()
-    for part in ("Headline", "Steps", "model", "layer", "kernels", "Roofs", "Predicted beside measured", "Questions",
-                 "Proposed constants", "Tests"):  # fmt: skip
+    for part in ("Headline", "Steps", "model", "block", "layer", "kernels", "Roofs", "Predicted beside measured",
+                 "Questions", "Proposed constants", "Tests"):  # fmt: skip
         assert f"## {part}\n" in report, part
     assert "12473" in report and "PEFT DoRA bf16" in report and "PEFT LoRA fp32, autocast" in report
     assert "1980 MHz SM" in report

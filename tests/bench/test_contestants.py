@@ -6,9 +6,10 @@ import types
 import pytest
 import torch
 
-from bench import layer, predict
+from bench import layer
 from bench.contestants import layer as contestants
 from bench.contestants import model as model_field
+from bench.counting import layer_counts
 from bench.gates import layer as gate
 from bench.measuring.shapes import layer_shapes
 
@@ -110,7 +111,7 @@ def test_what_is_chosen_unasked_is_a_contestant(tokens):
     field = contestants.contestants(torch.bfloat16, torch.device("cuda"))
     launched = {}
     for form in ("auto", "token, triton", "weight, triton"):
-        parts, _ = predict.count(field[f"ours fp32, {form}"], shape, tokens, 16, torch.bfloat16, (9, 0))
+        parts, _ = layer_counts.count(field[f"ours fp32, {form}"], shape, tokens, 16, torch.bfloat16, (9, 0))
         launched[form] = [o.name for operations in parts.values() for o in operations]
     assert launched["token, triton"] != launched["weight, triton"]
     assert launched["auto"] == launched["token, triton" if tokens == 1 else "weight, triton"]

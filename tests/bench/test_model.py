@@ -1,22 +1,27 @@
 """Whole models: what is counted at two depths is exact at every depth, and the gate closes."""
 
 import argparse
+import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import dora_kernels as dk
 import dora_kernels.models.apply
 from bench import model
 from bench.contestants import model as model_field
+from bench.contestants.fused_glu import silu_mul
 from bench.counting import model_counts
 from bench.counting.model_counts import at_depth, count_step
 from bench.counting.traffic import counting
 from bench.gates import model as model_gate
 from bench.measuring.shapes import MODELS, Run
+from bench.rows.compare import FUSED_GLU
 from bench.rows.session import Session
-from tests.tolerances import SAME_FP32
+from tests.support.oracle import relative_error
+from tests.tolerances import SAME_FP32, TWIN
 
 BF16, HOPPER = torch.bfloat16, (9, 0)
 CPU = torch.device("cpu")
@@ -27,6 +32,7 @@ CASES = {
     "ours": ("ours fp32, auto", Run("tiny", 0, 2, 64, 4)),
     "ours, nf4, checkpointed, high rank": ("ours fp32, auto", Run("tiny", 0, 1, 20, 64, True, "nf4")),
     "PEFT DoRA": ("PEFT DoRA fp32, autocast", Run("tiny", 0, 2, 64, 4)),
+    "fused GLU": (FUSED_GLU, Run("tiny", 0, 2, 64, 4)),
 }
 
 
@@ -49,6 +55,7 @@ def test_two_depths_give_every_depth(name, run, monkeypatch):
         found = [at_depth(*pair, 6) for pair in zip(sums(two)[part], sums(three)[part])]
         assert found == list(exact), part
     assert max(at_depth(*pair, 6) for pair in zip(two.peaks, three.peaks)) == max(six.peaks)
+    assert at_depth(two.saved, three.saved, 6) == six.saved
 
 
 @pytest.mark.parametrize("quantize", ["", "nf4"], ids=["dense", "nf4"])
@@ -80,6 +87,47 @@ def test_every_contestant_has_the_bases_products():
     assert sums(ours)["forward"][2] > sums(base)["forward"][2]
     names = {operation.name for operation in ours.parts["forward"]}
     assert names & {"merge_scale_kernel", "rescale_fwd_kernel"}
+
+
+def test_a_fused_glu_is_one_pass_each_way():
+    """Two reads and a write forward; backward three reads, and writes over gate and up. silu(gate) is not kept."""
+    run = Run("tiny", 0, 2, 64, 4)
+    field = model_field.contestants(BF16, run.rank)
+    base, fused = (count_step(run, field[name], BF16, HOPPER, 2) for name in ("frozen base", FUSED_GLU))
+    wide = 2 * 2 * 64 * 128  # bytes of [tokens, intermediate]
+    for part, passes in {"forward": 3, "backward": 5}.items():
+        (first, second) = [o for o in fused.parts[part] if o.name.startswith("silu_mul")]
+        assert first.memory == second.memory == passes * wide
+        assert not any("silu" in o.name for o in fused.parts[part] if "mul" not in o.name)
+        assert len(base.parts[part]) - len(fused.parts[part]) == 2 * (1 if part == "forward" else 2)
+    assert base.saved - fused.saved == 2 * wide
+
+
+def test_the_stand_in_of_the_fused_glu_is_right():
+    generator = torch.Generator().manual_seed(0)
+    gate, up, grad = torch.randn(3, 64, 32, generator=generator, dtype=torch.float64).unbind()
+    leaves = [gate.requires_grad_(), up.requires_grad_()]
+    expected, found = F.silu(gate) * up, silu_mul(gate * 1, up * 1)
+    assert relative_error(found, expected) <= TWIN[torch.float64]
+    pairs = zip(torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad))
+    assert all(relative_error(*pair) <= TWIN[torch.float64] for pair in pairs)
+
+
+def test_without_a_fused_glu_the_reason_is_said(monkeypatch):
+    assert model_field.left_out(CPU) == {FUSED_GLU: "on cpu no library fuses it"}
+    monkeypatch.setitem(sys.modules, "liger_kernel.ops.swiglu", None)
+    assert model_field.left_out(torch.device("cuda"))[FUSED_GLU].startswith("ModuleNotFoundError")
+
+
+def test_a_fused_function_of_the_mlp_is_what_ours_is_unless_asked():
+    """The row without blocks launches no pass over gate and up, and saves silu(gate) and the product besides."""
+    run = Run("tiny", 0, 2, 64, 4)
+    field = model_field.contestants(BF16, run.rank)
+    blocks, layers = (
+        count_step(run, field[name], BF16, HOPPER, 2) for name in ("ours fp32, auto", "ours fp32, layer by layer")
+    )
+    assert {"glu_bwd_kernel"} <= {o.name for o in blocks.parts["backward"]} - {o.name for o in layers.parts["backward"]}
+    assert layers.saved - blocks.saved >= 2 * 2 * 2 * 2 * 64 * 128  # two tensors of two layers
 
 
 def test_a_fused_optimizer_reads_four_tensors_and_writes_three():

@@ -53,10 +53,11 @@ def test_what_exceeds_the_memory_would_not_fit(monkeypatch):
 def test_every_gpu_has_its_data_sheets_memory():
     found = {name: roofs.memory / 2**30 for name, roofs in ROOFS.items()}
     assert found == {"h200": 141, "h100": 80, "a100": 80, "4090": 24, "b200": 180}
-    held = {"seconds": {}, "frozen_bytes": 100 << 30}
+    layer = {"launches": {"forward": 1, "backward": 2}, "saved_bytes": 1 << 20}
+    held = {"seconds": {}, "frozen_bytes": 100 << 30, "layer": layer}
     assert predict.fitting(held | {"peak_bytes": 41 << 30}, H200)["frozen_bytes"]
     row = predict.fitting(held | {"peak_bytes": 42 << 30}, H200)
-    assert row == {"failed": "would not fit: 142.0 GiB of 141.0 GiB", "peak_bytes": 42 << 30}
+    assert row == {"failed": "would not fit: 142.0 GiB of 141.0 GiB", "peak_bytes": 42 << 30, "layer": layer}
 
 
 def by_title(sections):
@@ -141,6 +142,25 @@ def test_seconds_of_ours_are_told_by_roof_and_the_ratios_are_marked():
     assert list(predict.seconds_of_ours({"ours fp32, auto": row, "frozen base": row})) == [
         "ours fp32, auto, ms by roof: alu 5.00, memory 1.00"
     ]
-    header = group_table({"frozen base": row}, mark=predict.MARK).splitlines()[0]
+    header, _, _ = group_table({"frozen base": row}, mark=predict.MARK).splitlines()
     assert "| × base* | × LoRA* |" in header and "by bytes and FLOPs alone" in predict.NOTES[longest]
     assert "*" not in group_table({"frozen base": row})
+
+
+def test_both_floors_are_columns_and_a_layer_is_told_beside_the_step():
+    layer = {"launches": {"forward": 53, "backward": 105}, "saved_bytes": 3 << 20}
+    group = {
+        name: {"seconds": {"total": {"median": t}}, "layer": layer}
+        for name, t in (("frozen base", 4.0), ("frozen base, fused GLU", 2.0), ("ours fp32, auto", 5.0))
+    } | {"PEFT DoRA fp32": {"failed": "would not fit", "layer": layer}, "lost": {"failed": "it raised"}}
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in group_table(group).splitlines()[:-2]
+    )
+    found = {row[0]: dict(zip(header, row)) for row in rows}
+    # The fused floor is no frozen base to divide by, though it is the faster.
+    assert [row["× base"] for row in found.values()] == ["1.00", "0.50", "1.25", "-", "-"]
+    assert [row["× base, fused GLU"] for row in found.values()] == ["2.00", "1.00", "2.50", "-", "-"]
+    assert [row["launches a layer"] for row in found.values()] == ["53+105"] * 4 + ["-"]
+    assert [row["saved MiB a layer"] for row in found.values()] == ["3.0"] * 4 + ["-"]
+    plain = group_table({"lost": {"failed": "it raised"}}).splitlines()[0]
+    assert "fused GLU" not in plain and "a layer" not in plain

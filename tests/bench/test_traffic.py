@@ -9,9 +9,9 @@ from torch import nn
 import dora_kernels as dk
 from bench.contestants.layer import contestants
 from bench.counting.gpus import ROOFS, seconds
+from bench.counting.layer_counts import count
 from bench.counting.traffic import counting
 from bench.measuring.shapes import layer_shapes
-from bench.predict import count
 from dora_kernels.ops.dispatch import choose
 from dora_kernels.ops.overhead import layer_overhead
 from dora_kernels.ops.problem import Problem

@@ -1,0 +1,153 @@
+"""A block of adapted linear layers, a gated MLP, in every form that competes: the frozen base, also with a fused GLU,
+PEFT's LoRA and DoRA, ours layer by layer and as one function.
+
+All hold the same parameters, rounded so that each of them can represent them, and share the frozen weights.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import peft
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dora_kernels.blocks.fuse import fuse_blocks
+
+from ..measuring.shapes import BlockShape
+from ..rows.compare import FUSED_GLU
+from . import layer
+from .fused_glu import FusedGluMlp, why_no_fused_glu
+from .layer import ALPHA_OVER_RANK, DTYPE_NAMES, Contestant, Entry, Problem, patch
+
+MLP = "model.layers.0.mlp"
+
+
+class BlockProblem(NamedTuple):
+    """A block's parameters, its input and the gradient that comes back."""
+
+    x: torch.Tensor  # [M, K]
+    layers: dict[str, Problem]  # by name; without tokens of their own
+    grad_y: torch.Tensor  # [M, N]
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.layers.values())).rank
+
+
+def make_problem(shape: BlockShape, tokens: int, rank: int, dtype: torch.dtype, device: torch.device) -> BlockProblem:
+    """Random data at the scales of a trained model, of each layer as `layer.make_problem`'s."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, device=device).to(dtype)
+
+    layers = {
+        part.name: layer.make_problem(part, 0, rank, dtype, device, seed)
+        for seed, part in enumerate(shape.layers, start=1)
+    }
+    x, grad_y = normal(tokens, shape.in_features), normal(tokens, shape.out_features)
+    return BlockProblem(x.requires_grad_(), layers, grad_y)
+
+
+def empty_problem(shape: BlockShape, tokens: int, rank: int, dtype: torch.dtype, device: str) -> BlockProblem:
+    """One without values, for counting."""
+    layers = {part.name: layer.empty_problem(part, 0, rank, dtype, device) for part in shape.layers}
+    x = torch.empty(tokens, shape.in_features, dtype=dtype, device=device, requires_grad=True)
+    return BlockProblem(x, layers, torch.empty(tokens, shape.out_features, dtype=dtype, device=device))
+
+
+def contestants(dtype: torch.dtype, device: torch.device, *, compiled: bool = False) -> dict[str, Contestant]:
+    """By name, in the order of the tables; what the names say is as in `layer`."""
+    half, own = dtype != torch.float32, DTYPE_NAMES[dtype]
+    settings = [("fp32, autocast", torch.float32, dtype), (own, dtype, None)]
+    settings = settings if half else [("fp32", torch.float32, None)]
+    found = {"frozen base": Contestant("base", _base)}
+    if why_no_fused_glu(device) is None:
+        found[FUSED_GLU] = Contestant("base", _fused_base)
+    for kind, method in (("lora", "LoRA"), ("dora", "DoRA")):
+        for name, adapter, autocast in settings:
+            found[f"PEFT {method} {name}"] = Contestant(kind, _peft(adapter, autocast, dora=kind == "dora"))
+    name, adapter, autocast = settings[0]
+    found[f"PEFT DoRA {name}, patched"] = Contestant("dora", _peft(adapter, autocast, dora=True, patched=True))
+    impl = "triton" if device.type == "cuda" else "reference"
+    found["ours fp32, auto"] = Contestant("dora", _ours("auto", impl))
+    found["ours fp32, layer by layer"] = Contestant("dora", _ours("auto", impl, fused=False))
+    for space in ("token", "weight"):
+        if not (dtype == torch.float16 and space == "weight"):
+            found[f"ours fp32, {space}, {impl}"] = Contestant("dora", _ours(space, impl))
+    return layer.compiled_contestants(found) if compiled else found
+
+
+def counted(dtype: torch.dtype) -> dict[str, Contestant]:
+    """Those of a GPU that can be counted, all libraries taken for installed."""
+    found = contestants(dtype, torch.device("cuda"))
+    base = {"frozen base": found["frozen base"], FUSED_GLU: Contestant("base", _fused_base)}
+    return base | found
+
+
+def left_out(device: torch.device) -> list[str]:
+    """Contestants that are no row here, with the reason."""
+    reason = why_no_fused_glu(device)
+    return [] if reason is None else [f"{FUSED_GLU}: left out; {reason}"]
+
+
+def _model(problem: BlockProblem, linear: Callable[[Problem], nn.Module]) -> nn.Module:
+    """A model whose MLP has these layers. The rest of it has no values, and is there for those who look for an MLP."""
+    gate = problem.layers["gate_proj"].weight
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=gate.shape[1], intermediate_size=gate.shape[0], num_hidden_layers=1,
+        num_attention_heads=1, num_key_value_heads=1,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).requires_grad_(False)
+    for name, part in problem.layers.items():
+        model.set_submodule(f"{MLP}.{name}", linear(part))
+    return model
+
+
+def _base(problem: BlockProblem) -> Entry:
+    return Entry(_model(problem, layer.linear_of).get_submodule(MLP), {})
+
+
+def _fused_base(problem: BlockProblem) -> Entry:
+    return Entry(FusedGluMlp(_model(problem, layer.linear_of).get_submodule(MLP)), {})
+
+
+def _ours(space: str, impl: str, fused: bool = True) -> Callable[[BlockProblem], Entry]:
+    def build(problem: BlockProblem) -> Entry:
+        model = _model(problem, lambda part: layer.dora_linear_of(part, torch.float32, space, impl))
+        if fused:
+            reasons = fuse_blocks(model)
+            if reasons.get(MLP, "it was not looked at") is not None:
+                raise RuntimeError(f"the MLP is no block: {reasons.get(MLP)}")
+        return _filled(model.get_submodule(MLP).train(), problem, torch.float32)
+
+    return build
+
+
+def _peft(adapter_dtype, autocast, *, dora: bool, patched: bool = False) -> Callable[[BlockProblem], Entry]:
+    def build(problem: BlockProblem) -> Entry:
+        config = peft.LoraConfig(
+            r=problem.rank,
+            lora_alpha=ALPHA_OVER_RANK * problem.rank,
+            target_modules=list(problem.layers),
+            use_dora=dora,
+        )
+        base = _model(problem, layer.linear_of)
+        model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+        entry = _filled(base.get_submodule(MLP).train(), problem, adapter_dtype)
+        if patched:
+            patch(model)
+        return entry._replace(autocast=autocast)
+
+    return build
+
+
+def _filled(mlp: nn.Module, problem: BlockProblem, dtype: torch.dtype) -> Entry:
+    """The MLP with the problem's factors, by the names of their gradients and their layers."""
+    trained = {}
+    for name, part in problem.layers.items():
+        factors = layer.filled(layer.factors_of(mlp.get_submodule(name)), part, dtype)
+        trained |= {f"{factor} of {name}": parameter for factor, parameter in factors.items()}
+    return Entry(mlp, trained)
