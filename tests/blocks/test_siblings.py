@@ -98,6 +98,7 @@ STATES = {
     "another-input": {"between": lambda x: x * 2},
     "an-equal-input": {"between": lambda x: x.clone()},
     "written-outputs": {"after": lambda y: y.mul_(2)},
+    "written-outputs-of-one-twice": {"after": lambda y: y.mul_(2), "order": ("q", "k", "v", "k")},
 }
 
 
