@@ -60,6 +60,7 @@ def remembered_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scal
     if use is None or use.last_norm is None or hook is None or not _recomputes(hook) or is_selective():
         return None
     last = use.last_norm
+    use.last_norm = None  # taken: nothing is held from step to step
     same = last.scaling == scaling and all(ref() is factor for ref, factor in zip(last.factors, factors))
     return last.norm_scale if same else None
 

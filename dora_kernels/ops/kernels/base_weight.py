@@ -34,8 +34,9 @@ class Format(NamedTuple):
 
     @property
     def straddles(self) -> bool:
-        """Whether it is NF4 whose blocks hold elements of two output features."""
-        return self.nf4_block > 0 and not self.whole_blocks
+        """Whether scales are read one by one: NF4 whose blocks hold elements of two output features, or int4 whose
+        input features each say their group."""
+        return (self.nf4_block > 0 and not self.whole_blocks) or self.has_groups
 
 
 class WeightMemory(NamedTuple):

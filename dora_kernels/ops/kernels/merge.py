@@ -29,12 +29,12 @@ class MergeConfig(NamedTuple):
     num_stages: int
 
 
-def merge_config(dot: Dot, in_features: int) -> MergeConfig:
-    """By product, and whether rows start at aligned addresses."""
+def merge_config(dot: Dot, in_features: int, straddles: bool = False) -> MergeConfig:
+    """By product, whether rows start at aligned addresses, and whether scales are read one by one."""
     if dot.acc == tl.float64:
         return MergeConfig(32, 32, num_warps=8, num_stages=2)
     if dot.is_16_bit:
-        if in_features % 16:
+        if in_features % 16 or straddles:
             # Each value read alone has an address of its own: larger blocks spill.
             return MergeConfig(64, 64, num_warps=8, num_stages=2)
         # At high ranks time goes into reading A and B again for each block.
@@ -116,7 +116,7 @@ def merge(
     partial, splits = None, 1
     if not given:
         partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale)
-    config = merge_config(dot, K)
+    config = merge_config(dot, K, weight_format.straddles)
     # At least one program a row, which keeps n and g, even for K = 0.
     _merge_scale_kernel[(triton.cdiv(N, config.block_n) * max(1, triton.cdiv(K, config.block_k)),)](
         *pointers, norm_scale.scale if partial is None else partial, *sizes,

@@ -41,7 +41,7 @@ def weight_norm_config(
     out_features: int, in_features: int, dot: Dot, gpu: Gpu, straddles: bool = False
 ) -> WeightNormConfig:
     """By shape and architecture alone, so that summation order never depends on load. `straddles`: of NF4 whose blocks
-    hold elements of two output features, read one by one."""
+    hold elements of two output features, and of int4 in activation order, read one by one."""
     aligned, in_flight = in_features % 16 == 0, None
     if dot.acc == tl.float64:
         block_n, block_k, num_warps, in_flight = 16, 32, 4, 4 if dot.one_block else None
