@@ -277,3 +277,9 @@ def test_a_module_may_be_cast_in_a_forward():
         return self.q(x) + self.k(x)
 
     assert probe(Host(attention(casts, norm=nn.LayerNorm(D)))).stopped is None
+
+
+def test_a_constant_of_the_models_own_is_left_as_it_is():
+    constant = torch.ones(D)
+    assert probe(Host(attention(lambda self, x: self.q(x) * constant + self.k(x)))).siblings
+    assert not vars(constant)
