@@ -106,7 +106,9 @@ def predict(
     layers = [LayerMemory(layer, adapters, tokens) for layer in planned.model.model.layers]
     hidden = tokens * config.hidden_size
     if activation_checkpointing:
+        # Each layer's input; and of each adapted one n and g, which the recomputation takes from its forward.
         activations = len(layers) * hidden * BF16
+        activations += 2 * FP32 * sum(linear.out_features for linear in planned.targets.values())
         backward = max(layer.kept + layer.recomputed_backward for layer in layers)
     else:
         # The embedding's output takes no gradient, so the first norm keeps nothing.
