@@ -59,7 +59,7 @@ def fused_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def why_not_fused(module: nn.Module, mlp: GatedMlp) -> str | None:
     """Why a gated MLP's layers keep computing alone, or None."""
     for name in (mlp.gate, mlp.up, mlp.down):
-        if not hasattr(module.get_submodule(name), "as_member"):
+        if not isinstance(module.get_submodule(name), Freezable):
             return f"{name} is no DoRA layer"
     if "forward" in vars(module):
         return "its forward was replaced (by accelerate's hooks, or another library)"

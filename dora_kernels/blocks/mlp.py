@@ -48,8 +48,9 @@ class FusedMlp(nn.Module):
         members = self.members(x.dtype, x.device)
         if isinstance(members, str) or x.ndim < 2 or x.shape[-1] != members[0].lora_A.shape[1] or x.numel() == 0:
             return self.model_class.forward(self, *args, **kwargs)
-        options = self.get_submodule(self.dora_block.down).block_options
-        return dora_mlp(x, *members, activation=self.dora_block.activation, **options._asdict())
+        down = self.get_submodule(self.dora_block.down)
+        y = dora_mlp(x, *members, activation=self.dora_block.activation, **down.block_options._asdict())
+        return y.to(x.dtype) if down.keeps_dtype else y
 
     def members(self, dtype: torch.dtype, device: torch.device) -> tuple[Member, Member | None, Member] | str:
         """Gate, up and down as `dora_mlp` takes them for an input, or why each runs alone in the present state."""

@@ -150,6 +150,11 @@ class DoraLinear(Freezable):
         return self.base_weight.device
 
     @property
+    def keeps_dtype(self) -> bool:
+        """Whether it answers in the dtype of its input, under autocast too."""
+        return self.compute_dtype is not None
+
+    @property
     def block_options(self) -> BlockOptions:
         """What a block of this layer runs with."""
         return BlockOptions(self.space, self.impl)
@@ -256,7 +261,7 @@ class DoraLinear(Freezable):
             frozen_scale=self.frozen_scale,
             output_use=self.output_use,
         )
-        return y if self.compute_dtype is None else y.to(x.dtype)
+        return y.to(x.dtype) if self.keeps_dtype else y
 
     def extra_repr(self) -> str:
         return (

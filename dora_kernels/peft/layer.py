@@ -124,6 +124,11 @@ class FusedForward(Freezable):
         return base_weight(self).device
 
     @property
+    def keeps_dtype(self) -> bool:
+        """Whether it answers in the dtype of its input, under autocast too."""
+        return not isinstance(base_weight(self), torch.Tensor)
+
+    @property
     def block_options(self) -> BlockOptions:
         """What a block of this layer runs with."""
         return BlockOptions(self.dora_fusion.options["space"], self.dora_fusion.options["impl"])

@@ -8,7 +8,6 @@ import tempfile
 import peft
 import pytest
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config
 
 import dora_kernels as dk
@@ -159,77 +158,6 @@ def test_autocast(calls):
     assert len(calls) == 2
     # Some rounding of the residual stream to 8 bits in each layer.
     assert max(differences({"logits": found["logits"]}, {"logits": step(model)["logits"]}).values()) < 0.05
-
-
-def _hook(model):
-    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
-
-
-def _replace_forward(model):
-    layer = model.model.layers[0].mlp.up_proj
-    layer.forward = layer.forward
-
-
-def _another_activation(model):
-    model.model.layers[0].mlp.act_fn = nn.ReLU()
-
-
-def _hooked_activation(model):
-    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: None)
-
-
-def _frozen_factor(model):
-    model.model.layers[0].mlp.down_proj.lora_A.requires_grad_(False)
-
-
-def _a_plain_layer(model):
-    mlp = model.model.layers[0].mlp
-    mlp.gate_proj = nn.Linear(32, 48, bias=False, dtype=torch.float64).requires_grad_(False)
-
-
-def _another_space(model):
-    model.model.layers[0].mlp.gate_proj.space = "weight"
-
-
-def _other_rank(model):
-    mlp = model.model.layers[0].mlp
-    mlp.gate_proj = dk.DoraLinear(mlp.gate_proj.weight, r=3, lora_alpha=8)
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (_hook, "up_proj has hooks"),
-        (_replace_forward, "up_proj had its forward replaced"),
-        (_another_activation, "act_fn is another than it was"),
-        (_hooked_activation, "act_fn is another than it was"),
-        (_frozen_factor, "a factor does not train"),
-        (_a_plain_layer, "gate_proj is no DoRA layer"),
-        (_another_space, "its layers differ in the space or the implementation that they ask for"),
-        (_other_rank, "gate and up differ in their features or their rank"),
-    ],
-)
-def test_what_makes_the_layers_run_alone(change, reason, calls):
-    """The other MLP stays one function; the result is that of a model whose layers all run alone."""
-    model, alone = adapted(), adapted(fuse_blocks=False)
-    for each in (model, alone):
-        torch.manual_seed(2)
-        change(each)
-    found = step(model)
-    assert len(calls) == 1
-    assert dk.explain(model, 8).blocks["model.layers.0.mlp"] == f"its layers run alone: {reason}"
-    assert dk.explain(model, 8).blocks["model.layers.1.mlp"] == "one function (silu)"
-    assert max(differences(found, step(alone)).values()) <= 1e-11
-
-
-def test_a_hook_of_all_modules_sees_the_layers(calls):
-    model, seen = adapted(), []
-    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
-    try:
-        step(model)
-    finally:
-        handle.remove()
-    assert model.model.layers[0].mlp.gate_proj in seen and not calls
 
 
 def test_dropout_runs_the_layers_alone_in_training(calls):

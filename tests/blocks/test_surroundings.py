@@ -2,13 +2,16 @@
 
 from functools import partial
 
+import peft
+import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import dora_kernels as dk
 from dora_kernels.blocks.fuse import fused_blocks
-from tests.blocks.test_mlp import adapted, base, calls, differences  # noqa: F401 (a fixture)
-from tests.support.peft_models import peft_model, step
+from tests.blocks.test_mlp import adapted, base, calls, differences, quantized  # noqa: F401 (a fixture)
+from tests.support.peft_models import dora_config, peft_model, step
 from tests.support.tiny_models import checkpoint_activations
 
 
@@ -46,3 +49,94 @@ def test_the_config_counts_in_a_model_that_peft_unloaded():
     plain = model.unload()
     dk.apply_dora(plain, dk.DoraConfig(r=4, fuse_blocks=False))
     assert not fused_blocks(plain)
+
+
+def _hook(model):
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+
+
+def _replace_forward(model):
+    layer = model.model.layers[0].mlp.up_proj
+    layer.forward = layer.forward
+
+
+def _another_activation(model):
+    model.model.layers[0].mlp.act_fn = nn.ReLU()
+
+
+def _hooked_activation(model):
+    model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: None)
+
+
+def _frozen_factor(model):
+    model.model.layers[0].mlp.down_proj.lora_A.requires_grad_(False)
+
+
+def _a_plain_layer(model):
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj = nn.Linear(32, 48, bias=False, dtype=torch.float64).requires_grad_(False)
+
+
+def _another_space(model):
+    model.model.layers[0].mlp.gate_proj.space = "weight"
+
+
+def _other_rank(model):
+    mlp = model.model.layers[0].mlp
+    mlp.gate_proj = dk.DoraLinear(mlp.gate_proj.weight, r=3, lora_alpha=8)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_hook, "up_proj has hooks"),
+        (_replace_forward, "up_proj had its forward replaced"),
+        (_another_activation, "act_fn is another than it was"),
+        (_hooked_activation, "act_fn is another than it was"),
+        (_frozen_factor, "a factor does not train"),
+        (_a_plain_layer, "gate_proj is no DoRA layer"),
+        (_another_space, "its layers differ in the space or the implementation that they ask for"),
+        (_other_rank, "gate and up differ in their features or their rank"),
+    ],
+)
+def test_what_makes_the_layers_run_alone(change, reason, calls):  # noqa: F811
+    """The other MLP stays one function; the result is that of a model whose layers all run alone."""
+    model, alone = adapted(), adapted(fuse_blocks=False)
+    for each in (model, alone):
+        torch.manual_seed(2)
+        change(each)
+    found = step(model)
+    assert len(calls) == 1
+    assert dk.explain(model, 8).blocks["model.layers.0.mlp"] == f"its layers run alone: {reason}"
+    assert dk.explain(model, 8).blocks["model.layers.1.mlp"] == "one function (silu)"
+    assert max(differences(found, step(alone)).values()) <= 1e-11
+
+
+def test_a_hook_of_all_modules_sees_the_layers(calls):  # noqa: F811
+    model, seen = adapted(), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        step(model)
+    finally:
+        handle.remove()
+    assert model.model.layers[0].mlp.gate_proj in seen and not calls
+
+
+@pytest.mark.parametrize("engine", ["ours", "peft"])
+def test_a_quantised_mlp_answers_in_the_dtype_of_its_layers(engine, calls):  # noqa: F811
+    """Under autocast that is autocast's in our layers, and in PEFT's that of the input."""
+
+    def output(blocks):
+        torch.manual_seed(1)
+        model = quantized(base("nf4", torch.float32))
+        if engine == "ours":
+            dk.apply_dora(model, dk.DoraConfig(r=4, fuse_blocks=blocks))
+        else:
+            dk.patch_peft(peft.get_peft_model(model, dora_config()), blocks=blocks)
+        with torch.autocast("cpu", torch.bfloat16):
+            return model.train().model.layers[0].mlp(torch.ones(1, 3, 64))
+
+    found, expected = output("auto"), output(False)
+    assert len(calls) == 1
+    assert found.dtype == expected.dtype == (torch.bfloat16 if engine == "ours" else torch.float32)
+    assert (found - expected).abs().max() <= 0.02 * expected.abs().max()  # some roundings to 8 bits each
