@@ -44,8 +44,9 @@ wheel: $(VENV)/.installed  ## build the sdist and from it the wheel; import the 
 		> "$$(build/wheel/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/requirements.pth"
 	cd build/wheel && venv/bin/python ../../tests/support/installed.py
 
-offline: $(VENV)/.installed  ## compile every kernel for every supported GPU and compare with the golden file
+offline: $(VENV)/.installed  ## compile every kernel for every supported GPU and compare with the golden files
 	$(BIN)/python -m bench offline --check
+	$(BIN)/python -m pytest -n 0 tests/bench/committed_predictions.py
 
 rehearse: $(VENV)/.installed  ## run a day of benchmarks on a CPU that stands in for a GPU, killed once on the way
 	$(BIN)/python -m pytest -n 0 $(REHEARSAL)

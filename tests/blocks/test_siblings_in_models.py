@@ -9,12 +9,13 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 import dora_kernels as dk
 from dora_kernels.blocks.siblings import shared_inputs
 from tests.blocks.test_mlp import adapted, differences
+from tests.blocks.test_mlp import calls as mlp_calls  # noqa: F401 (a fixture)
 from tests.blocks.test_siblings import calls  # noqa: F401 (a fixture)
 from tests.support.peft_models import peft_model, step
 from tests.support.tiny_models import checkpoint_activations
 from tests.tolerances import SAME_FP32
 
-# ruff: noqa: F811 (the fixture's name)
+# ruff: noqa: F811 (the fixtures' names)
 
 
 @pytest.mark.parametrize("space", ["token", "weight"])
@@ -45,11 +46,12 @@ def test_activation_checkpointing_of_a_model(use_reentrant, calls):
 
 
 @pytest.mark.parametrize("space", ["token", "weight"])
-def test_the_model_compiles_whole(space, calls):
+def test_the_model_compiles_whole(space, calls, mlp_calls):
+    """With its MLPs, which are blocks, too."""
     model = adapted(dtype=torch.float32, space=space)
     expected = step(model)
     found = step(torch.compile(model, backend="aot_eager", fullgraph=True))
-    assert calls == [3] * 4
+    assert calls == [3] * 4 and len(mlp_calls) == 4
     assert max(differences({n.removeprefix("_orig_mod."): t for n, t in found.items()}, expected).values()) <= 1e-5
 
 
