@@ -16,12 +16,12 @@ FLOORS = [
 ]  # fmt: skip
 # The same inside `ops/`, whose modules build on each other.
 OPS_FLOORS = [
-    {"__init__", "base_weights", "chunked", "gpus", "output", "types"},
+    {"__init__", "base_weights", "chunked", "convolution", "gpus", "output", "types"},
     {"checks", "kernels", "problem", "recomputation", "reference"},
     {"overhead"},
     {"dispatch", "forms", "members"},
     {"gate_up", "siblings"},
-    {"dora_linear", "dora_mlp", "dora_siblings"},
+    {"dora_conv", "dora_embedding", "dora_linear", "dora_mlp", "dora_siblings"},
 ]
 # Device functions and launch data of the kernels need no reference.
 TWINS = [

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from . import dispatch
 from .base_weights import Weight, of_params4bit
-from .checks import check_arguments, dtype_of_call
+from .checks import check_arguments, dtype_of_call, refuse_tracing
 from .forms import (
     NO_GRADIENTS,
     Call,
@@ -143,10 +143,7 @@ def dora_linear(
         ValueError: shapes, devices or options that do not fit. TypeError: dtypes that do not fit. RuntimeError: inside
             `torch.jit.trace`, which cannot record it.
     """
-    if torch.jit.is_tracing():
-        raise RuntimeError(
-            "torch.jit.trace cannot record a DoRA layer: merge_dora the model first, or use torch.compile"
-        )
+    refuse_tracing()
     if type(weight).__name__ == "Params4bit":
         weight = of_params4bit(weight, weight.quant_state, nf4_parity=nf4_parity)
     check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_dropout, dropout_mode)

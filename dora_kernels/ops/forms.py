@@ -155,7 +155,7 @@ def token_backward_without_A(
     )
     grad_x = grad_dropped = grad_h = None
     if asked.lora_A is not None or needs_input:
-        grad_h = (grad_base if through_base else grad_y) @ _scaled_B(ops, call, grad_y, saved, with_g=not through_base)
+        grad_h = (grad_base if through_base else grad_y) @ scaled_B(ops, call, grad_y, saved, with_g=not through_base)
     if needs_input:
         grad_x, grad_dropped = _input_gradients(ops, call, grad_y, grad_base, grad_h, saved, asked)
     return Gradients(grad_x, grad_dropped, None, grad_B, grad_magnitude, grad_bias), grad_h
@@ -192,7 +192,7 @@ def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sa
     grad_magnitude, grad_B, grad_bias, _ = rescale_backward(ops, call, grad_y, saved, asked)
     grad_x = grad_A = None
     if asked.lora_A is not None:
-        grad_h = grad_y @ _scaled_B(ops, call, grad_y, saved)
+        grad_h = grad_y @ scaled_B(ops, call, grad_y, saved)
         grad_A = grad_A_of(grad_h, saved.lora_x, asked.lora_A)
     if asked.x is not None:
         grad_x = grad_y @ merged_again(ops, call, saved, grad_y.dtype)
@@ -255,7 +255,7 @@ def rescale_backward(ops, call, grad_y, saved, asked, needs_base=False, scale_sh
     )  # fmt: skip
 
 
-def _scaled_B(ops, call, grad_y, saved, with_g=True):
+def scaled_B(ops, call, grad_y, saved, with_g=True):
     """s g ⊙ B [N, R], or s B, in dy's dtype."""
     scale = saved.mag_norm_scale if with_g else None
     return ops.scaled_cast(saved.lora_B, grad_y.dtype, scale=scale, scaling=call.scaling, rounding=call.rounding)

@@ -249,7 +249,7 @@ CALLS = {
     "training": _train,
     "frozen": _infer,
     "norm": lambda layer, x: layer.weight_norm(),
-    "merging": lambda layer, x: layer.to_linear(),
+    "merging": lambda layer, x: layer.to_plain(),
 }
 
 
