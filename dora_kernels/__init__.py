@@ -9,6 +9,8 @@ require("torch>=2.11", "transformers>=5.17")
 
 from .adapters.save_load import load_adapter, save_adapter
 from .config import DoraConfig
+from .layers.conv import DoraConv
+from .layers.embedding import DoraEmbedding
 from .layers.explain import explain
 from .layers.frozen import frozen_adapters
 from .layers.linear import DoraLinear
@@ -20,6 +22,8 @@ from .peft import PatchReport, patch_peft, patched_peft, unpatch_peft
 
 __all__ = [
     "DoraConfig",
+    "DoraConv",
+    "DoraEmbedding",
     "DoraKernelsCallback",
     "DoraLinear",
     "PatchReport",

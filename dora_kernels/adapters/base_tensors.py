@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..layers.linear import DoraLinear
+from ..layers.dora_layer import DoraLayer
 from ..models.targets import find_saved
 
 SAVED, ORIGINAL, BASE_LAYER = ".modules_to_save.", ".original_module.", ".base_layer."
@@ -73,7 +73,7 @@ def resized_embeddings(model: nn.Module) -> dict[str, torch.Tensor]:
     for path, module in _embeddings(model).items():
         if any(path == other or path.startswith(f"{other}.") for other in saved):
             continue
-        middle = ".base_layer" if isinstance(module, DoraLinear) else ""
+        middle = ".base_layer" if isinstance(module, DoraLayer) else ""
         for name in ("weight", "bias"):
             parameter = getattr(module, name, None)
             # Of tied weights one is stored: loading it fills the other.

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..config import DoraConfig
+from ..layers.linear import DoraLinear
 from ..models.modules import dora_layers, listed
 from ..models.peft_names import misread_by_peft
 from ..models.targets import is_all_linear
@@ -62,6 +63,7 @@ def adapter_fields(model: nn.Module) -> dict:
     config, layers = model.dora_config, dora_layers(model)
     # The paths, as PEFT writes them: "all-linear" might mean other layers of another model class.
     targets = sorted(layers) if is_all_linear(config.target_modules) else config.target_modules
+    linear = [layer for layer in layers.values() if isinstance(layer, DoraLinear)]
     task_type = _task_type(model)
     fields = {name: getattr(config, name) for name in HONOURED} | {
         "peft_type": "LORA",
@@ -73,7 +75,7 @@ def adapter_fields(model: nn.Module) -> dict:
         "target_modules": targets,
         "rank_pattern": config.rank_pattern or {},
         "alpha_pattern": config.alpha_pattern or {},
-        "fan_in_fan_out": all(layer.fan_in_fan_out for layer in layers.values()),
+        "fan_in_fan_out": bool(linear) and all(layer.fan_in_fan_out for layer in linear),
     }
     if task_type is None:
         fields["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}

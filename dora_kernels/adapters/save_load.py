@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..config import DoraConfig
 from ..layers import Model
-from ..layers.linear import DoraLinear
+from ..layers.adapting import layer_class
+from ..layers.dora_layer import DoraLayer
 from ..models.apply import apply_dora, check_targets
 from ..models.lost_state import warn_of_statistics
 from ..models.merge import check_finite
 from ..models.modules import check_model, check_not_sharded, dora_layers
 from ..models.targets import find_saved, rank_and_alpha
-from ..ops.base_weights import weight_of
 from .atomic import move_files
 from .base_tensors import check_base, copy_base, resized_embeddings, split_base
 from .integrity import check_digests, digests, save_with_header
@@ -144,9 +143,7 @@ def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """A patched model's adapter by PEFT's keys, without their prefix: the parameters themselves."""
     tensors = {}
     for path, layer in dora_layers(model).items():
-        tensors[f"{path}.lora_A.weight"] = layer.lora_A
-        tensors[f"{path}.lora_B.weight"] = layer.lora_B
-        tensors[f"{path}.{MAGNITUDE}"] = layer.magnitude
+        tensors |= {f"{path}.{stored}": getattr(layer, name) for name, stored in layer.file_names.items()}
     config = getattr(model, "dora_config", None)
     return tensors | (_saved_tensors(model, config) if config else {})
 
@@ -154,13 +151,11 @@ def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 def _planned(model: nn.Module, config: DoraConfig) -> dict[str, tuple[list[int], torch.dtype]]:
     """Shape and dtype of what `_adapter_tensors` will return once `config` is applied."""
     planned = {}
-    for path, linear in check_targets(model, config).items():
+    for path, module in check_targets(model, config).items():
         r, _ = rank_and_alpha(config, path)
-        shape = weight_of(linear).shape
-        out_features, in_features = reversed(shape) if isinstance(linear, Conv1D) else shape
-        planned[f"{path}.lora_A.weight"] = [r, in_features], torch.float32
-        planned[f"{path}.lora_B.weight"] = [out_features, r], torch.float32
-        planned[f"{path}.{MAGNITUDE}"] = [out_features], torch.float32
+        kind = layer_class(module)
+        for name, shape in kind.shapes_of(module, r).items():
+            planned[f"{path}.{kind.file_names[name]}"] = list(shape), torch.float32
     return planned | _meta(_saved_tensors(model, config))
 
 
@@ -225,8 +220,8 @@ def _check_tensors(
     for key, tensor in tensors.items():
         got, (shape, dtype) = list(tensor.shape), expected[key]
         if got != shape:
-            rank = 0 if ".lora_A." in key else 1
-            same_base = ".lora_" in key and len(got) == len(shape) == 2 and got[1 - rank] == shape[1 - rank]
+            rank = 0 if ".lora_A." in key or key.endswith("lora_embedding_A") else 1
+            same_base = ".lora_" in key and MAGNITUDE not in key and _without(got, rank) == _without(shape, rank)
             hint = "an adapter of another rank" if same_base else "an adapter of another base model"
             raise ValueError(f"{path}: {key}: expected shape {shape}, got {got}: {hint}")
         if tensor.is_floating_point() != dtype.is_floating_point:
@@ -236,7 +231,11 @@ def _check_tensors(
             raise ValueError(f"{path}: {key} holds NaN or infinity: a diverged training run or a damaged file")
 
 
-def _check_scaling(layers: dict[str, DoraLinear], config: DoraConfig) -> None:
+def _without(shape: list[int], dimension: int) -> list[int]:
+    return shape[:dimension] + shape[dimension + 1 :]
+
+
+def _check_scaling(layers: dict[str, DoraLayer], config: DoraConfig) -> None:
     for path, layer in layers.items():
         r, lora_alpha = rank_and_alpha(config, path)
         if r != layer.r or lora_alpha / (math.sqrt(r) if config.use_rslora else r) != layer.scaling:

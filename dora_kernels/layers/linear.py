@@ -1,8 +1,5 @@
 """`DoraLinear`: a linear layer with a frozen base weight and a trained DoRA adapter."""
 
-import math
-import warnings
-
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -11,14 +8,13 @@ from ..ops import dispatch
 from ..ops.base_weights import Weight, bias_of, is_quantized, keep_packed, needs_its_layer, weight_of
 from ..ops.dora_linear import dora_linear
 from ..ops.members import BlockOptions, Member
-from ..ops.output import OutputUse
 from ..ops.problem import problem_of
-from ..ops.types import NormScale, Rounding
-from .frozen import Freezable
-from .support import LINEAR_CLASSES, REMEDY, is_offloaded, why_not_format, why_wrapped
+from ..ops.types import Rounding
+from .dora_layer import DoraLayer, check_rank
+from .support import LINEAR_CLASSES, is_offloaded, why_not_format, why_wrapped
 
 
-class DoraLinear(Freezable):
+class DoraLinear(DoraLayer):
     """y = g ⊙ (x Wᵀ + s x Aᵀ Bᵀ) + b with g = m / ‖W + s B A‖ per output feature.
 
     `weight` and `bias` are the base layer's own parameters (shared, frozen), under their own names, so that the base
@@ -50,23 +46,14 @@ class DoraLinear(Freezable):
         bias: nn.Parameter | None = None,
         *,
         r: int,
-        lora_alpha: float,
-        lora_dropout: float = 0.0,
-        use_rslora: bool = False,
         fan_in_fan_out: bool = False,
-        dropout_mode: str = "lora",
-        space: str = "auto",
-        impl: str = "auto",
-        rounding: str = "dithered",
-        salt: int = 0,
         nf4_parity: bool = False,
-        adapter_dtype: torch.dtype | None = None,
         compute_dtype: torch.dtype | None = None,
         base_layer: nn.Module | None = None,
+        **adapter,
     ):
         super().__init__()
-        if not isinstance(r, int) or r < 1:
-            raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")
+        check_rank(r)
         self.weight, self.bias, self.base_layer = weight, bias, base_layer
         # bitsandbytes' 4-bit layers keep it too: pickling, for one, makes a plain parameter of the weight.
         self.quant_state = getattr(weight, "quant_state", None)
@@ -74,40 +61,24 @@ class DoraLinear(Freezable):
         base = self.base_weight
         if len(base.shape) != 2:
             raise ValueError(f"weight must be [out_features, in_features], got shape {list(base.shape)}")
-        out_features, in_features = base.shape
-        self.in_features, self.out_features, self.r = in_features, out_features, r
-        self.lora_alpha, self.use_rslora = lora_alpha, use_rslora
-        self.lora_dropout, self.dropout_mode = lora_dropout, dropout_mode
-        self.space, self.impl, self.rounding, self.salt = space, impl, rounding, salt
-        self.output_use = OutputUse()
-        self.requires_grad_(False)
-        if adapter_dtype is None:
-            adapter_dtype = torch.float64 if base.dtype == torch.float64 else torch.float32
-        options = {"device": base.device, "dtype": adapter_dtype}
-        self.lora_A = nn.Parameter(torch.empty(r, in_features, **options))
-        self.lora_B = nn.Parameter(torch.empty(out_features, r, **options))
-        self.magnitude = nn.Parameter(torch.empty(out_features, **options))
-        self.reset_adapter()
+        self.add_adapter(base, self.shapes(*base.shape, r), r=r, **adapter)
 
-    @property
-    def scaling(self) -> float:
-        """s: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    @staticmethod
+    def shapes(out_features: int, in_features: int, r: int) -> dict[str, tuple[int, ...]]:
+        """Of the trained parameters."""
+        return {"lora_A": (r, in_features), "lora_B": (out_features, r), "magnitude": (out_features,)}
+
+    @classmethod
+    def shapes_of(cls, linear: nn.Linear | Conv1D, r: int) -> dict[str, tuple[int, ...]]:
+        """The same, for a layer that has no adapter yet."""
+        shape = weight_of(linear).shape
+        return cls.shapes(*(reversed(shape) if isinstance(linear, Conv1D) else shape), r)
 
     @property
     def base_weight(self) -> Weight:
         """The frozen weight [out_features, in_features]: a view of the base layer's, or how its format is read."""
         weight = weight_of(self if self.base_layer is None else self.base_layer, nf4_parity=self.nf4_parity)
         return weight.T if self.fan_in_fan_out else weight
-
-    @torch.no_grad()
-    def reset_adapter(self) -> None:
-        """Draws A (PEFT's Kaiming uniform), zeroes B and sets m to ‖W‖, so that the layer equals its base layer."""
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.lora_B.zero_()
-        if self.lora_A.device.type != "meta":
-            # The kernel that forward runs, in its summation order: g is exactly 1.
-            self.magnitude.copy_(self.weight_norm()[0])
 
     def plan(self, tokens: int) -> dispatch.Plan:
         """What a call with `tokens` rows would run in the layer's present mode, and why."""
@@ -146,10 +117,6 @@ class DoraLinear(Freezable):
         return self.compute_dtype or self.base_weight.dtype
 
     @property
-    def base_device(self) -> torch.device:
-        return self.base_weight.device
-
-    @property
     def keeps_dtype(self) -> bool:
         """Whether it answers in the dtype of its input, under autocast too."""
         return self.compute_dtype is not None
@@ -158,48 +125,6 @@ class DoraLinear(Freezable):
     def block_options(self) -> BlockOptions:
         """What a block of this layer runs with."""
         return BlockOptions(self.space, self.impl)
-
-    @property
-    def rank(self) -> int:
-        """`r`, under the name that patched PEFT layers have too."""
-        return self.r
-
-    def weight_norm(self) -> NormScale:
-        """n = ‖W + s B A‖ and g = m / n, both [out_features], fp32 (fp64 for an fp64 layer)."""
-        with dispatch.operations_for(self.base_weight, self.impl) as (ops, base):
-            return ops.weight_norm(base, self.lora_A, self.lora_B, self.magnitude, self.scaling)[0]
-
-    def dense_base(self, dtype: torch.dtype) -> torch.Tensor:
-        """W [out_features, in_features] as a matrix in `dtype`: a quantised weight decoded."""
-        return dispatch.dense_weight(self.base_weight, dtype, self.impl)
-
-    def merged_weight(self, dtype: torch.dtype | None = None, base: torch.Tensor | None = None) -> torch.Tensor:
-        """W' = g ⊙ (W + s B A) [out_features, in_features], in fp32, rounded once to `dtype`, or to the weight's;
-        `base` [out_features, in_features] takes the place of W."""
-        weight = self.base_weight if base is None else base.to(self.lora_A.device)
-        return dispatch.merged_weight(
-            weight, self.lora_A, self.lora_B, self.magnitude, self.scaling,
-            dtype=dtype, rounding=Rounding(self.rounding, self.salt), impl=self.impl,
-        )  # fmt: skip
-
-    def train(self, mode: bool = True) -> "DoraLinear":
-        if mode:
-            self._warn_of_16_bits()
-        return super().train(mode)
-
-    def _apply(self, *args, **kwargs) -> "DoraLinear":
-        super()._apply(*args, **kwargs)
-        if self.training:
-            self._warn_of_16_bits()
-        return self
-
-    def _warn_of_16_bits(self) -> None:
-        if self.magnitude.requires_grad and self.magnitude.element_size() < 4:
-            warnings.warn(
-                "trained magnitudes are stored in 16 bits: their small updates round to none, and they stay where they "
-                "are; keep the adapter in fp32 by casting the base before apply_dora, not the model after it",
-                stacklevel=3,
-            )
 
     @classmethod
     def from_linear(cls, linear: nn.Linear | Conv1D, *, r: int, lora_alpha: float, **options) -> "DoraLinear":
@@ -223,11 +148,17 @@ class DoraLinear(Freezable):
             layer = cls(linear.weight, linear.bias, compute_dtype=getattr(linear, "compute_dtype", None), **options)
         return layer.train(linear.training)
 
-    def to_linear(self, base: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> nn.Linear | Conv1D:
+    def from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.T.contiguous() if self.fan_in_fan_out else matrix
+
+    def to_matrix(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.T if self.fan_in_fan_out else weight
+
+    def to_plain(self, base: torch.Tensor | None = None, dtype: torch.dtype | None = None) -> nn.Linear | Conv1D:
         """A plain layer with the merged weight and the base layer's bias: a `Conv1D` for one, else an `nn.Linear`;
         `base` and `dtype` as in `merged_weight`."""
-        weight = self.merged_weight(dtype or self.base_weight.dtype, base)
-        weight = nn.Parameter(weight.T.contiguous() if self.fan_in_fan_out else weight, requires_grad=False)
+        weight = self.from_matrix(self.merged_weight(dtype or self.base_weight.dtype, base))
+        weight = nn.Parameter(weight, requires_grad=False)
         with torch.device("meta"):
             if self.fan_in_fan_out:
                 linear = Conv1D(self.out_features, self.in_features)
@@ -240,9 +171,7 @@ class DoraLinear(Freezable):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.shared_call is not None and (y := self.shared_call.output(self, x)) is not None:
             return y
-        if self.training and torch.is_grad_enabled() and is_offloaded(self):
-            # Its parameters are copies that accelerate throws away after forward, and gradients with them.
-            raise ValueError(f"this layer is offloaded by accelerate, so that its adapter would not train: {REMEDY}")
+        self.refuse_offloaded()
         y = dora_linear(
             x if self.compute_dtype is None else x.to(self.compute_dtype),
             self.base_weight,
@@ -262,9 +191,3 @@ class DoraLinear(Freezable):
             output_use=self.output_use,
         )
         return y.to(x.dtype) if self.keeps_dtype else y
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"r={self.r}, scaling={self.scaling:g}, space={self.space}, impl={self.impl}, rounding={self.rounding}"
-        )

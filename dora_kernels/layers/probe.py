@@ -1,4 +1,4 @@
-"""What a model does with its linear layers, seen by running a copy that has no values.
+"""What a model does with the layers that adapters can be on, seen by running a copy that has no values.
 
 The copy has the model's own modules, but fake tensors in place of its parameters and buffers: a forward computes shapes
 alone, so that a large model takes no memory and little time, and no weight and no random generator is touched.
@@ -22,7 +22,7 @@ from .blocks_seen import Blocks, BlocksSeen, Siblings
 from .dataflow import Dataflow
 from .gated_mlp_seen import GatedMlp
 from .probe_inputs import inputs_of
-from .valueless import Undecided, linear_layers, path_of_first, repeats, signature, valueless
+from .valueless import Undecided, linear_layers, path_of_first, repeats, signature, valueless, watched_layers
 
 SECONDS = 5.0
 """The longest that the forwards of a probe run, in processor time: another program's load changes no result."""
@@ -45,9 +45,9 @@ SEEN: dict[tuple, Probe] = {}
 
 
 def probe(model: nn.Module) -> Probe:
-    """Runs a copy of `model` in training and in inference, and watches its linear layers and the modules around them.
+    """Runs a copy of `model` in training and in inference, and watches its layers and the modules around them.
 
-    A layer of PEFT's or of ours counts as the linear layer below it. Of modules that repeat in a list the first runs,
+    A layer of PEFT's or of ours counts as the layer below it. Of modules that repeat in a list the first runs,
     and what was seen there holds for all. What a fused kernel of a GPU reads is not seen.
     """
     built = (repr(getattr(model, "config", None)), signature(model))
@@ -59,7 +59,7 @@ def probe(model: nn.Module) -> Probe:
 
 
 def _probe(model: nn.Module) -> Probe:
-    layers, like, watch, blocks = linear_layers(model), repeats(model), Watch(), BlocksSeen()
+    layers, like, watch, blocks = watched_layers(model), repeats(model), Watch(), BlocksSeen()
     stopped, written, found = None, frozenset(), Blocks({}, {}, {})
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _undisturbed():
@@ -68,7 +68,8 @@ def _probe(model: nn.Module) -> Probe:
             firsts = [path for path in layers if path_of_first(path, like) == path]
             watch.start(twin, firsts)
             dataflow = Dataflow(blocks.returned)
-            dataflow.start(twin, firsts)
+            linear = linear_layers(model)
+            dataflow.start(twin, [path for path in firsts if path in linear])
             with Undecided(), watch, dataflow:
                 stopped = _run(twin, candidates, blocks)
                 written = watch.written()

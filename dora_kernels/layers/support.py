@@ -29,7 +29,7 @@ def why_not(module: nn.Module, *, classes: tuple[type, ...] = LINEAR_CLASSES, ke
         except ValueError as error:
             return f"cannot be read: {error}"
         return why_wrapped(module, kept)
-    return why_not_class(module, classes) or _why_not_weight(module, kept) or why_wrapped(module, kept)
+    return why_not_class(module, classes) or why_not_weight(module, kept) or why_wrapped(module, kept)
 
 
 def why_not_class(module: nn.Module, classes: tuple[type, ...] = LINEAR_CLASSES) -> str | None:
@@ -107,13 +107,14 @@ def fused_experts(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def _why_not_weight(module: nn.Module, kept: bool) -> str | None:
+def why_not_weight(module: nn.Module, kept: bool, ndim: int = 2) -> str | None:
+    """Why the layer's weight cannot be read as one of `ndim` dimensions, or not be frozen; `kept` as in `why_not`."""
     if reason := why_not_format(module, kept):
         return reason
     weight = module.weight
     if kept and weight.is_meta:
         return "has its weight on the meta device or offloaded: load it first"
-    if weight.ndim != 2 or weight.numel() == 0:
+    if weight.ndim != ndim or weight.numel() == 0:
         return f"has a weight of shape {list(weight.shape)}: gather a sharded weight first"
     if kept and weight.requires_grad:
         return "has a weight that is trained"

@@ -9,7 +9,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.base_weights import is_quantized
+from .conv import CONVOLUTIONS, DoraConv, plain_conv
+from .embedding import DoraEmbedding, plain_embedding
 from .support import LINEAR_CLASSES
+
+OTHERS = (*CONVOLUTIONS.values(), nn.Embedding)
 
 ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 aten = torch.ops.aten
@@ -19,20 +23,36 @@ PLAIN = (bool, float, str, type(None))
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers by path, quantised and wrapped ones too."""
+    return {path: layer for path, layer in watched_layers(model).items() if _is_linear(layer)}
+
+
+def watched_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers by path that an adapter can be on, linear, convolutions and embeddings, and those that have one."""
     found: dict[str, nn.Module] = {}
     last = None
     for path, module in model.named_modules():
         # PEFT's layers hold the one below, and the modules of the adapter.
         inside = last is not None and path.startswith(f"{last}.")
-        if path and not inside and (_wraps(module) or isinstance(module, LINEAR_CLASSES) or is_quantized(module)):
+        if path and not inside and (_wraps(module) or _can_have_one(module)):
             found[path] = module
             last = path
     return found
 
 
+def _can_have_one(module: nn.Module) -> bool:
+    # The weight of a parametrization is computed from others.
+    others = isinstance(module, OTHERS) and "weight" in module._parameters
+    return others or isinstance(module, LINEAR_CLASSES) or is_quantized(module)
+
+
 def _wraps(module: nn.Module) -> bool:
-    """Whether it is a linear layer with an adapter, PEFT's or ours."""
+    """Whether it is a layer with an adapter, PEFT's or ours."""
     return hasattr(module, "in_features") and hasattr(module, "lora_A")
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    base = getattr(layer, "base_layer", None) or layer
+    return not isinstance(base, (DoraConv, DoraEmbedding, *OTHERS))
 
 
 def repeats(model: nn.Module) -> dict[str, str]:
@@ -77,12 +97,12 @@ def signature(module: nn.Module) -> tuple:
 def valueless(model: nn.Module, like: dict[str, str]) -> nn.Module:
     """A copy whose tensors are all fake. Call it in a `FakeTensorMode`.
 
-    Quantised and wrapped linear layers become an `nn.Linear`, the modules of `like` a `Repeat`.
+    Quantised and wrapped layers become plain ones, the modules of `like` a `Repeat`.
     """
     stand_ins = {path: Repeat() for path in like}
     known: dict[int, object] = {id(model.get_submodule(path)): repeat for path, repeat in stand_ins.items()}
     dtype = next((p.dtype for p in model.parameters() if p.dtype in ACTIVATIONS), torch.float32)
-    for layer in linear_layers(model).values():
+    for layer in watched_layers(model).values():
         if id(layer) not in known and (_wraps(layer) or is_quantized(layer)):
             known[id(layer)] = _plain_layer(layer, dtype)
     for module in model.modules():
@@ -132,9 +152,14 @@ def _fake(tensor: torch.Tensor) -> torch.Tensor:
     return nn.Parameter(fake, requires_grad=False) if isinstance(tensor, nn.Parameter) else fake
 
 
-def _plain_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Linear:
-    base = getattr(layer, "base_layer", None) or layer
-    plain = nn.Linear(layer.in_features, layer.out_features, base.bias is not None, device="cpu", dtype=dtype)
+def _plain_layer(layer: nn.Module, dtype: torch.dtype) -> nn.Module:
+    base, options = getattr(layer, "base_layer", None) or layer, {"device": "cpu", "dtype": dtype}
+    if _is_linear(layer):
+        plain: nn.Module = nn.Linear(layer.in_features, layer.out_features, base.bias is not None, **options)
+    elif hasattr(base, "num_embeddings"):
+        plain = plain_embedding(base, **options)
+    else:
+        plain = plain_conv(base, **options)
     return plain.requires_grad_(False)
 
 

@@ -15,9 +15,10 @@ from torch import nn
 from ..blocks.fuse import fuse_blocks, unfuse_blocks
 from ..config import DoraConfig
 from ..layers import Model
-from ..layers.linear import DoraLinear
+from ..layers.adapting import adapted, why_not_adapted, why_not_kind
+from ..layers.dora_layer import DoraLayer
 from ..layers.probe import Probe, probe
-from ..layers.support import fused_experts, why_not, why_not_called, why_not_class, why_overwritten
+from ..layers.support import fused_experts, why_not_called, why_overwritten
 from ..ops.base_weights import keep_packing
 from .first_step import warn_after_first_step
 from .hooks import add_hooks
@@ -28,7 +29,8 @@ from .targets import find_saved, find_targets, is_all_linear, rank_and_alpha
 
 
 def apply_dora(model: Model, config: DoraConfig) -> Model:
-    """Replaces the target layers by `DoraLinear`, in place, and freezes all the rest. Returns the model.
+    """Replaces the target layers by `DoraLinear`, `DoraConv` or `DoraEmbedding`, in place, and freezes all the rest.
+    Returns the model.
 
     Quantised layers keep their weights packed: NF4, FP8 and int4 are decoded inside the kernels, bitsandbytes'
     FP4 and 8-bit, torchao's and HQQ's layers dequantise themselves at each use. bitsandbytes' repacking of
@@ -98,13 +100,13 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
     for path, module in targets.items():
         if paths[id(module)] > 1:
             reasons[path] = "is used in several places under several names"
-        elif reason := why_not_class(module) or why_not_called(model, path) or _why_passed_by(seen, path):
+        elif reason := _why_not_here(model, path, rank_and_alpha(config, path)[0], seen):
             (left_out if is_all_linear(config.target_modules) else reasons)[path] = reason
         elif path in misread:
             left_out[path] = (
                 "has a name that PEFT takes for another: named in `target_modules` it trains, for this library alone"
             )
-        elif reason := why_not(module) or why_overwritten(model, path):
+        elif reason := why_not_adapted(module) or why_overwritten(model, path):
             reasons[path] = reason
     if left_out and len(left_out) == len(targets):
         reasons = left_out
@@ -113,8 +115,9 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
             {f"{path} ({type(targets[path]).__name__}) {reason}" for path, reason in reasons.items()}, "; "
         )
         raise ValueError(
-            f"Target modules that cannot be adapted: {refused}. DoRA layers replace torch.nn.Linear and transformers' "
-            "Conv1D; narrow `target_modules` or list these in `exclude_modules`"
+            f"Target modules that cannot be adapted: {refused}. DoRA layers replace torch.nn.Linear, Conv1d, Conv2d, "
+            "Conv3d and Embedding, and transformers' Conv1D; narrow `target_modules` or list these in "
+            "`exclude_modules`"
         )
     targets = {path: module for path, module in targets.items() if path not in left_out}
     _check_saved(find_saved(model, config), targets, config)
@@ -123,8 +126,11 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
     return targets
 
 
-def _why_passed_by(seen: Probe, path: str) -> str | None:
-    """Why an adapter would not act wherever the model computes with the layer's weight, or None."""
+def _why_not_here(model: nn.Module, path: str, r: int, seen: Probe) -> str | None:
+    """Why a layer of this class has no adapter, or one that would not act wherever the model computes with the layer's
+    weight, or None."""
+    if reason := why_not_kind(model.get_submodule(path), r) or why_not_called(model, path):
+        return reason
     if path in seen.reads:
         return f"is not always called: the model reads its weight ({seen.reads[path]})"
     return None
@@ -145,10 +151,10 @@ def _warn_of_left_out(model: nn.Module, left_out: dict[str, str]) -> None:
         )
 
 
-def _dora_layer(path: str, linear: nn.Module, config: DoraConfig) -> DoraLinear:
+def _dora_layer(path: str, module: nn.Module, config: DoraConfig) -> DoraLayer:
     r, lora_alpha = rank_and_alpha(config, path)
-    return DoraLinear.from_linear(
-        linear,
+    return adapted(
+        module,
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=config.lora_dropout,

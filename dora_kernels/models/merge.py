@@ -6,7 +6,7 @@ import torch
 
 from ..blocks.fuse import fuse_blocks, unfuse_blocks
 from ..layers import Model
-from ..layers.linear import DoraLinear
+from ..layers.dora_layer import DoraLayer
 from ..ops.chunked import row_chunks
 from .hooks import add_hooks, remove_hooks
 from .lost_state import save_silently, warn_when_saved
@@ -31,8 +31,9 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
         keep_base: keep the unmerged layers too (twice the memory), so that `unmerge_dora` restores them bit for bit.
 
     Raises:
-        ValueError: no DoRA layer (merged already, or never patched), NaN or infinity in an adapter, `base` with dense
-            weights or none with quantised ones, or tied weights in a model whose config cannot describe them untied.
+        ValueError: no DoRA layer (merged already, or never patched), one that no plain layer can stand for (a
+            convolution with groups), NaN or infinity in an adapter, `base` with dense weights or none with quantised
+            ones, or tied weights in a model whose config cannot describe them untied.
         RuntimeError: inside `frozen_adapters`. The model is then unchanged.
 
     If memory runs out half way, `keep_base` puts the merged layers back. Without it they stay merged, and the same call
@@ -47,6 +48,7 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
         hint = "unmerge_dora takes the merge back" if hasattr(model, "dora_unmerged") else "call apply_dora first"
         raise ValueError(f"There is nothing to merge: the model has no DoRA layers, or was merged already; {hint}")
     check_finite(layers)
+    check_can_merge(layers)
     original = check_base(model, layers, base)
     broken = broken_ties(model)
     if broken:
@@ -61,15 +63,15 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
         for path in list(layers):
             # Popped, so that each unmerged weight is freed before the next layer is merged.
             layer = layers.pop(path)
-            linear = layer.to_linear(
-                None if original is None else original.get_submodule(path).weight,
+            plain = layer.to_plain(
+                None if original is None else layer.to_matrix(original.get_submodule(path).weight),
                 dtype=None if base is None else dense_dtype(model),
             )
-            errors[path] = merge_error(layer, linear.weight.T if layer.fan_in_fan_out else linear.weight)
+            errors[path] = merge_error(layer, layer.to_matrix(plain.weight))
             logger.info("%s: %s costs %.2g of the update's norm", path, cause, errors[path])
             if keep_base:
                 unmerged["layers"][path] = layer
-            replace_module(model, path, linear)
+            replace_module(model, path, plain)
     except BaseException:
         if keep_base:
             for path, layer in unmerged["layers"].items():
@@ -133,7 +135,7 @@ def unmerge_dora(model: Model) -> Model:
 
 
 @torch.no_grad()
-def merge_error(layer: DoraLinear, merged: torch.Tensor) -> float:
+def merge_error(layer: DoraLayer, merged: torch.Tensor) -> float:
     """‖merged − W'‖ / ‖W' − W‖ with W' in fp32: what rounding costs, as a share of the update. 0 without an update."""
     exact = layer.merged_weight(torch.promote_types(merged.dtype, torch.float32))
     base = layer.base_weight
@@ -147,7 +149,16 @@ def merge_error(layer: DoraLinear, merged: torch.Tensor) -> float:
     return error / update if update > 0 else 0.0
 
 
-def check_finite(layers: dict[str, DoraLinear]) -> None:
+def check_can_merge(layers: dict[str, DoraLayer]) -> None:
+    """Raises ValueError, with the layer's name, where no plain layer computes what an adapted one does."""
+    for path, layer in layers.items():
+        if reason := layer.why_not_merged:
+            raise ValueError(
+                f"{path} cannot be merged: it {reason}; keep the adapter unmerged, or train it without this one"
+            )
+
+
+def check_finite(layers: dict[str, DoraLayer]) -> None:
     """Raises ValueError, with the layer's name, where an adapter holds NaN or infinity."""
     for path, layer in layers.items():
         for name in ("lora_A", "lora_B", "magnitude"):

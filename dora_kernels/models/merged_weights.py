@@ -30,8 +30,8 @@ def merged_weights(
             tensor that was yielded last.
 
     Raises:
-        ValueError: no DoRA layer, one that is left to PEFT in its present state, another adapter of PEFT's, sharded
-            weights, or less than one byte. Nothing was computed then.
+        ValueError: no DoRA layer, one that is left to PEFT in its present state, one that no plain layer can stand for,
+            another adapter of PEFT's, sharded weights, or less than one byte. Nothing was computed then.
     """
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes should be at least 1, got {bucket_bytes}")
@@ -42,6 +42,8 @@ def merged_weights(
     for path, part in parts:
         if path in adapted and (plan := part.plan(tokens=1)).impl == "peft":
             raise ValueError(f"{path} cannot be merged: {plan.reason}")
+        if reason := getattr(part, "why_not_merged", None):
+            raise ValueError(f"{path} cannot be merged: it {reason}")
         if hasattr(part, "base_layer") and path not in adapted:
             raise ValueError(f"{path} is PEFT's {type(part).__name__}, which is not fused: patch_peft says why")
     if not adapted:
@@ -77,14 +79,14 @@ def _merged(
         weight = None
         if _is_adapted(part):
             weight = part.merged_weight(dtype or (decoded if quantized else None))
-            weight = weight.T.contiguous() if part.fan_in_fan_out else weight
+            weight = part.from_matrix(weight)
         elif quantized:
             packed = weight_of(part)
             weight = dense_weight(packed, dtype or decoded or packed.dtype)
         if weight is not None:
             yield (f"{prefix}weight", weight), weight.nbytes
             del weight
-            own = {"bias": part.bias}
+            own = {"bias": getattr(part, "bias", None)}  # an embedding has none
         else:
             own = part._parameters | {
                 n: b for n, b in part._buffers.items() if n not in part._non_persistent_buffers_set

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ..layers.linear import DoraLinear
+from ..layers.dora_layer import DoraLayer
 from ..layers.support import REMEDY, is_offloaded
 from ..ops.base_weights import sharding_of
 
 
-def dora_layers(model: nn.Module) -> dict[str, DoraLinear]:
+def dora_layers(model: nn.Module) -> dict[str, DoraLayer]:
     """The DoRA layers of a model, by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, DoraLinear)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, DoraLayer)}
 
 
 def check_model(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ import warnings
 
 from torch import nn
 
-from ..layers.linear import DoraLinear
+from ..layers.dora_layer import DoraLayer
 
 
 def broken_ties(model: nn.Module) -> list[str]:
@@ -12,7 +12,7 @@ def broken_ties(model: nn.Module) -> list[str]:
     broken = []
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         target_owner, source_owner = (model.get_submodule(name.rpartition(".")[0]) for name in (target, source))
-        adapted = target.endswith(".weight") and any(isinstance(m, DoraLinear) for m in (target_owner, source_owner))
+        adapted = target.endswith(".weight") and any(isinstance(m, DoraLayer) for m in (target_owner, source_owner))
         if adapted or _parameter(model, target) is not _parameter(model, source):
             broken.append(target)
     return broken

@@ -88,10 +88,10 @@ def test_conv1d_is_the_transposed_linear():
 @IMPLS
 @DTYPES
 @pytest.mark.parametrize("kind", ["linear", "Conv1D"])
-def test_to_linear_computes_what_forward_does(kind, dtype, impl, space):
+def test_to_plain_computes_what_forward_does(kind, dtype, impl, space):
     layer = make_layer(kind, dtype, impl=impl, space=space, salt=5).eval()
     x = torch.randn(6, K).to(dtype)
-    merged = layer.to_linear()
+    merged = layer.to_plain()
     assert type(merged) is (nn.Linear if kind == "linear" else Conv1D)
     with torch.no_grad():
         # The roundings of the two forms differ: one ulp of 2⁻⁸ in bf16, averaged over sums.

@@ -16,8 +16,8 @@ from tests.support.sharded import SHARDS
 from tests.support.tiny_models import VOCAB, assert_unchanged, gpt2, llama, snapshot
 
 
-def with_embedding():
-    return llama(), {"target_modules": ["q_proj", "embed_tokens"]}
+def with_norm():
+    return llama(), {"target_modules": ["q_proj", "input_layernorm"]}
 
 
 def with_container():
@@ -131,8 +131,8 @@ def with_nothing():
 
 
 REFUSALS = {
-    with_embedding: (ValueError, r"model.embed_tokens \(Embedding\) is not a linear layer"),
-    with_container: (ValueError, r"self_attn \(LlamaAttention\) is not a linear layer"),
+    with_norm: (ValueError, r"input_layernorm \(LlamaRMSNorm\) is no linear layer, convolution or embedding"),
+    with_container: (ValueError, r"self_attn \(LlamaAttention\) is no linear layer, convolution or embedding"),
     with_parametrization: (ValueError, "computes its weight"),
     with_integers: (ValueError, "dtype torch.int8, of no quantisation known here"),
     with_a_tensor_subclass: (ValueError, "weight of type GgufParameter: sharded weights and unknown formats"),

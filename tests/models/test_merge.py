@@ -186,16 +186,16 @@ def test_a_failure_half_way_puts_kept_layers_back(monkeypatch):
     """Memory may run out at any layer: the model is then what it was, and can be merged and unmerged again."""
     model = trained(llama())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    to_linear, calls = DoraLinear.to_linear, []
+    to_plain, calls = DoraLinear.to_plain, []
 
     def second_fails(layer, *args, **kwargs):
         calls.append(layer)
         if len(calls) == 2:
             raise torch.OutOfMemoryError("no")
-        return to_linear(layer, *args, **kwargs)
+        return to_plain(layer, *args, **kwargs)
 
     with monkeypatch.context() as patched:
-        patched.setattr(DoraLinear, "to_linear", second_fails)
+        patched.setattr(DoraLinear, "to_plain", second_fails)
         with pytest.raises(torch.OutOfMemoryError):
             merge_dora(model, keep_base=True)
     assert not hasattr(model, "dora_unmerged")
