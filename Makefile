@@ -51,8 +51,9 @@ offline: $(VENV)/.installed  ## compile every kernel for every supported GPU and
 rehearse: $(VENV)/.installed  ## run a day of benchmarks on a CPU that stands in for a GPU, killed once on the way
 	$(BIN)/python -m pytest -n 0 $(REHEARSAL)
 
-peft-suite: $(VENV)/.peft-suite  ## run PEFT's own DoRA tests with the engine in them; fetches their source distribution
+peft-suite: $(VENV)/.peft-suite  ## run PEFT's own DoRA tests with the engine in them, and train diffusers' models; fetches PEFT's sources
 	$(BIN)/python -m tests.peft_suite build/peft-suite --engines reference
+	$(BIN)/python -m pytest -n 0 tests/peft_suite/diffusers_training.py
 
 peft-suite-kernels: $(VENV)/.peft-suite  ## the same with the kernels under Triton's interpreter, which takes longer
 	$(BIN)/python -m tests.peft_suite build/peft-suite --engines triton

@@ -66,9 +66,10 @@ def patch_peft(
 
     Parameters, state-dict keys, configs and files stay PEFT's, and so does the meaning of every PEFT call. Whether a
     layer is fused is decided at each call: it is while exactly one DoRA adapter is active, not merged and not disabled,
-    on a dense `nn.Linear` or `Conv1D`, or on a layer that bitsandbytes, torchao or HQQ quantised. All else runs PEFT's
-    own code. One value changes, and unpatching restores it: PEFT rounds a fresh adapter's magnitude to the weight's
-    dtype; here it becomes the fp32 norm, so that step 0 equals the base model exactly. A magnitude stored in 16 bits
+    on a dense `nn.Linear` or `Conv1D`, an `nn.Embedding`, a convolution, or a layer that bitsandbytes, torchao or HQQ
+    quantised. All else runs PEFT's own code. One value changes, and unpatching restores it: PEFT rounds a fresh
+    adapter's magnitude to the weight's dtype; here it becomes the fp32 norm, so that step 0 equals the base model
+    exactly. A magnitude stored in 16 bits
     (PEFT's `autocast_adapter_dtype=False`) cannot hold that norm: it stays as it is, with a warning. bitsandbytes'
     repacking of 4-bit weights in the first eval forward on some CPUs is switched off, for good. Patching again is
     harmless; it takes in what was added since. Fused layers can be differentiated once.
@@ -140,7 +141,7 @@ def survey(model: nn.Module) -> dict[str, Surveyed]:
 def fuse_layers(found: dict[str, Surveyed], options: dict) -> None:
     """Makes each layer that can be fused its fused class, with these options."""
     from .fresh import make_fresh_exact
-    from .layer import FusedForward, Fusion
+    from .fused import FusedLayer, Fusion
     from .quantized import FUSED
 
     for path, (layer, unfusable, base) in found.items():
@@ -148,7 +149,7 @@ def fuse_layers(found: dict[str, Surveyed], options: dict) -> None:
             continue
         # Layers of equal shape must not share a rounding pattern; the path is the same in every run and process.
         salted = options | {"salt": zlib.crc32(path.removeprefix("base_model.model.").encode())}
-        if isinstance(layer, FusedForward):
+        if isinstance(layer, FusedLayer):
             layer.dora_fusion.options = salted
         else:
             layer.dora_fusion = Fusion(salted)
@@ -183,9 +184,9 @@ def _base_of(model: nn.Module) -> nn.Module:
 def unfuse_layer(layer: nn.Module) -> None:
     """Makes a fused layer PEFT's own again; any other is left alone."""
     from .fresh import restore_fresh
-    from .layer import FusedForward
+    from .fused import FusedLayer
 
-    if isinstance(layer, FusedForward):
+    if isinstance(layer, FusedLayer):
         layer.refuse_if_frozen("unpatch")
         restore_fresh(layer)
         del layer.dora_fusion
@@ -236,17 +237,11 @@ def _check_has_dora(model: nn.Module, found: dict[str, Surveyed]) -> None:
 
 def _why_not_class(layer: nn.Module) -> str | None:
     """Why a layer cannot be fused, whatever its adapters; None if it can, or is."""
-    from peft.tuners.lora.layer import Embedding, _ConvNd
-
-    from .layer import FusedForward
+    from .fused import FusedLayer
     from .quantized import FUSED
 
-    if isinstance(layer, FusedForward):
+    if isinstance(layer, FusedLayer):
         return None
-    if isinstance(layer, Embedding):
-        return "it is an embedding"
-    if isinstance(layer, _ConvNd):
-        return "it is a convolution"
     if type(layer) not in FUSED:
         return f"it is PEFT's {type(layer).__name__}, for a sharded or special base layer"
     if "forward" in layer.__dict__:

@@ -4,9 +4,11 @@ PEFT defines a class only where the library it is for is installed.
 """
 
 from peft.tuners.lora import bnb, hqq
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Embedding, Linear
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 
+from .conv import FUSED_CONVOLUTIONS
+from .embedding import FusedEmbedding
 from .layer import FusedForward, FusedLinear
 
 
@@ -16,7 +18,12 @@ class FusedTorchaoLoraLinear(FusedForward, TorchaoLoraLinear):
     peft_class = TorchaoLoraLinear
 
 
-FUSED = {Linear: FusedLinear, TorchaoLoraLinear: FusedTorchaoLoraLinear}
+FUSED = {
+    Linear: FusedLinear,
+    TorchaoLoraLinear: FusedTorchaoLoraLinear,
+    Embedding: FusedEmbedding,
+    **FUSED_CONVOLUTIONS,
+}
 """The fused class of each of PEFT's."""
 
 if hasattr(bnb, "Linear4bit"):

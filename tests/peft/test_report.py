@@ -24,7 +24,9 @@ class Zoo(nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(10, 8)
+        self.clipped = nn.Embedding(10, 8, max_norm=1.0)
         self.convolution = nn.Conv1d(4, 4, 3)
+        self.grouped = nn.Conv2d(4, 4, 3, groups=2)
         self.linear = nn.Linear(8, 8)
         self.conv1d = Conv1D(8, 8)
         self.hooked = nn.Linear(8, 8)
@@ -36,8 +38,8 @@ class Zoo(nn.Module):
 
 
 LEFT = {
-    "embedding": "an embedding",
-    "convolution": "a convolution",
+    "clipped": "its base layer (Embedding) has max_norm=1.0",
+    "grouped": "its base layer (Conv2d) has 2 groups and one lora_A",
     "hooked": "has hooks",
     "replaced": "had its forward replaced",
     "scaled": "its base layer (Scaled) has a forward of its own",
@@ -45,20 +47,21 @@ LEFT = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out", "ignore:LoRA adapter added to ConvNd layer with groups")
 def test_every_layer_has_its_line():
-    names = ["embedding", "convolution", "linear", "conv1d", "hooked", "replaced", "scaled", "special"]
+    fused = ["embedding", "convolution", "linear", "conv1d"]
+    names = [*fused, *LEFT]
     model = peft.get_peft_model(Zoo(), dora_config(target_modules=names))
     report = patch_peft(model)
     prefix = "base_model.model."
-    assert report.fused == [f"{prefix}linear", f"{prefix}conv1d"]
+    assert sorted(report.fused) == sorted(prefix + name for name in fused)
     assert report.skipped.keys() == {prefix + name for name in LEFT}
     for name, reason in LEFT.items():
         assert reason in report.skipped[prefix + name]
     lines = str(report).splitlines()
     assert len(lines) == len(names)
     assert f"{prefix}linear: fused" in lines
-    assert f"{prefix}embedding: left to PEFT: it is an embedding" in lines
+    assert f"{prefix}embedding: fused" in lines
 
 
 def layer_of(model):

@@ -22,7 +22,7 @@ from tests.support.tiny_models import VOCAB, gpt2, llama
 
 ROOT = Path(__file__).parents[2]
 FUSED_SHARE = 0.8
-"""Of the calls to DoRA on linear layers, at least; measured: 378 of 430. The rest have several active adapters, or
+"""Of the calls to DoRA, at least; measured: 378 of 430. The rest have several active adapters, or
 a base weight that trains (the views of FSDP)."""
 
 SECONDS = 7200

@@ -50,12 +50,12 @@ _STACK, _COUNTS = pytest.StashKey[ExitStack](), pytest.StashKey[Counter]()
 def _start(stack, engine, counts):
     from unittest.mock import patch
 
-    from peft.tuners.lora.dora import DoraLinearLayer
+    from peft.tuners.lora.dora import DoraEmbeddingLayer, DoraLinearLayer, _DoraConvNdLayer
     from triton.runtime.interpreter import InterpretedFunction
 
     import dora_kernels.peft.layer as peft_linear
     from dora_kernels.blocks import mlp, siblings
-    from dora_kernels.peft import patched_peft
+    from dora_kernels.peft import conv, embedding, patched_peft
 
     def counted(name, function):
         def call(*args, **kwargs):
@@ -68,7 +68,11 @@ def _start(stack, engine, counts):
         (peft_linear, "dora_linear", "fused"),
         (mlp, "dora_mlp", "fused"),
         (siblings, "dora_siblings", "fused"),
+        (conv, "dora_conv", "fused"),
+        (embedding, "dora_embedding", "fused"),
         (DoraLinearLayer, "forward", "left_to_peft"),
+        (DoraEmbeddingLayer, "forward", "left_to_peft"),
+        (_DoraConvNdLayer, "forward", "left_to_peft"),
         (InterpretedFunction, "run", "launches"),
     ):
         stack.enter_context(patch.object(owner, attribute, counted(name, getattr(owner, attribute))))
