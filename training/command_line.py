@@ -8,6 +8,8 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
+from .stopping import INTERRUPTED
+
 
 def command_line(flags: type, run: Callable, arguments: Sequence[str] | None, **described) -> None:
     """Parse `flags`, a dataclass, and call `run` with it. Exits non-zero, with a sentence, on bad input.
@@ -22,6 +24,9 @@ def command_line(flags: type, run: Callable, arguments: Sequence[str] | None, **
         run(flags(**expand_home(vars(parser.parse_args(arguments)))))
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def expand_home(values: dict) -> dict:

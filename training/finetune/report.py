@@ -25,7 +25,7 @@ def run_line(flags: Flags, adapter: Adapter, model: PreTrainedModel, device: tor
 
 
 def stopped_line(flags: Flags, command: str, step: int) -> str:
-    """What SIGTERM led to, and how to continue."""
+    """What a signal led to, and how to continue."""
     saved = Path(flags.output_dir) / f"checkpoint-{step}"
     return f"\nstopped and saved at step {step}; {_how_to_continue(flags, command, saved)}"
 
@@ -40,7 +40,7 @@ def resume_hint(flags: Flags, command: str, checkpoint: Path | None) -> str:
 def _how_to_continue(flags: Flags, command: str, checkpoint: Path) -> str:
     if flags.deepspeed:
         return f"go on from its adapter, in a new --output_dir, with --init_adapter {checkpoint}"
-    return f"continue with\n  {command} --resume"
+    return f"continue with\n  {command}"
 
 
 def losses(metrics: Path) -> tuple[float, float] | None:

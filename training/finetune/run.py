@@ -19,7 +19,8 @@ from ..flags import Flags
 from ..model.adapter import add_adapter
 from ..model.base_model import check_targets, compute_dtype, load_model, load_tokenizer
 from ..model.liger import use_fused_loss
-from .callbacks import QuietProgress, StopOnRequest, StopRequest, WriteMetrics, stop_on_sigterm
+from ..stopping import StopRequest, stop_on_interrupt, stop_on_sigterm
+from .callbacks import QuietProgress, StopOnRequest, WriteMetrics
 from .config import trainer_config
 from .hub import make_repository, push
 from .output import write_account, write_output
@@ -33,14 +34,15 @@ FREE = {"config", "output_dir", "resume", "save_step", "eval_step", "bad_row_lim
 
 
 def run(flags: Flags, command: str) -> None:
-    """Fine-tune as the flags say. On SIGTERM, save a checkpoint and return.
+    """Fine-tune as the flags say. On SIGTERM or Ctrl-C, save a checkpoint and return.
 
     Args:
-        command: the command line without `--resume`, printed when the run can be continued.
+        command: the command line that continues the run, printed when it can be continued.
 
     Raises:
         ValueError, OSError: bad input, before any work starts where it can be known.
         FloatingPointError: a loss or a gradient that is not finite.
+        KeyboardInterrupt: Ctrl-C outside training, or a second one; it says what is saved.
     """
     this = Run(replace(flags, fsdp=flags.fsdp or launched_with_fsdp()), command)
     this.prepare()
@@ -51,6 +53,9 @@ def run(flags: Flags, command: str) -> None:
                 this.finish()
         except (OSError, SafetensorError) as error:  # a full disk, for one
             raise OSError(f"{error}; {resume_hint(flags, command, newest_checkpoint(this.output_dir))}") from error
+        except KeyboardInterrupt:
+            hint = resume_hint(flags, command, newest_checkpoint(this.output_dir))
+            raise KeyboardInterrupt(f"aborted; {hint}") from None
 
 
 class Run:
@@ -133,9 +138,10 @@ class Run:
         return trainer
 
     def train(self) -> bool:
-        """Train from the checkpoint, if there is one. Returns False if SIGTERM ended training early."""
+        """Train from the checkpoint, if there is one. Returns False if a signal ended training early."""
         started = time.perf_counter()
-        self.trainer.train_from(self.checkpoint)
+        with stop_on_interrupt(self.request):
+            self.trainer.train_from(self.checkpoint)
         self.seconds = time.perf_counter() - started
         state = self.trainer.state
         if stopped := self.request.requested and state.global_step < state.max_steps:
