@@ -8,6 +8,9 @@ import sys
 
 from .stopping import INTERRUPTED
 
+EXTRA = {"accelerate", "datasets", "matplotlib", "peft", "tqdm", "trl", "yaml"}
+"""What the extra `train` brings."""
+
 
 def train() -> None:
     """`dora-train`."""
@@ -36,6 +39,10 @@ def _run(module: str) -> None:
         importlib.import_module(f".{module}", __package__).main()
     except SystemExit as stopped:
         status = stopped.code
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        status = f'error: this command needs {error.name}: pip install "dora-kernels[train]"'
     except KeyboardInterrupt as interrupted:
         print(f"\n{str(interrupted) or 'interrupted: nothing was done'}", file=sys.stderr)
         status = INTERRUPTED

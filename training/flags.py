@@ -19,6 +19,7 @@ from . import demo
 from .command_line import expand_home, module_names
 from .distributed.launchers import check_sharding, zero_config
 from .distributed.processes import local_rank
+from .spelling import spelled
 
 
 def flag(default, text: str):
@@ -214,7 +215,7 @@ DEMO_FLAGS = {*DEMO, "gradient_accumulation_steps", "num_epochs", "max_steps", "
 
 def parse_flags(arguments: Sequence[str]) -> tuple[Flags, bool]:
     """The flags, and whether they mean the demo. Exits with a sentence, as argparse does, on bad words."""
-    parser = HfArgumentParser(Flags, prog="python -m training", description=Flags.__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(Flags, prog=spelled(), description=Flags.__doc__, allow_abbrev=False)
     names = [name.name for name in fields(Flags)]
     (own, unknown) = parser.parse_known_args(list(arguments))
     if unknown:

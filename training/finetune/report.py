@@ -13,6 +13,7 @@ from ..checkpoints.metrics import METRICS, read_rows
 from ..data.rows import Rows
 from ..flags import Flags
 from ..model.adapter import Adapter
+from ..spelling import spelled
 from .meter import peak_memory
 
 
@@ -63,7 +64,7 @@ def summary(flags: Flags, seconds: float) -> str:
     lines.append(f"adapter: {folder}; losses: {folder / 'loss.png'}, {folder / METRICS}; card: {folder / 'README.md'}")
     lines.append("next:")
     where = f"--base_model {flags.base_model} --adapter {folder}"
-    lines.append(f"  python -m training.merge {where} --output_dir {folder}-merged")
+    lines.append(f"  {spelled('merge')} {where} --output_dir {folder}-merged")
     return "\n".join(lines)
 
 
