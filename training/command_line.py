@@ -34,6 +34,24 @@ def expand_home(values: dict) -> dict:
     return {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in values.items()}
 
 
+def numbers_by_name(flag: str, text: str, kind: type) -> dict | None:
+    """What `--rank_pattern` and `--alpha_pattern` say, `q_proj=32,v_proj=8`; None for nothing.
+
+    Raises:
+        ValueError: a part that is not `name=number`.
+    """
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = part.rpartition("=")
+        try:
+            found[name] = kind(number)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ValueError(f"`--{flag}` {part} should be name=number, such as q_proj=32")
+    return found or None
+
+
 def module_names(text: str) -> list[str] | str:
     """What `--lora_target_modules` names: a list of module names, or "all-linear"."""
     names = [name.strip() for name in text.split(",")]

@@ -49,7 +49,7 @@ def load_rows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     cutoff_len: int,
-    val_set_size: int | None,
+    val_set_size: float | None,
     bad_row_limit: float,
     seed: int,
     long_rows: str = "truncate",
@@ -59,7 +59,8 @@ def load_rows(
 
     Args:
         cutoff_len: the most tokens of a row. `long_rows` says what happens to longer ones: "truncate" or "drop".
-        val_set_size: rows to hold out where the data has no split of its own; None takes a tenth, at most 500.
+        val_set_size: rows to hold out where the data has no split of its own, or below 1 their share; None takes a
+            tenth, at most 500.
         bad_row_limit: the share of unusable rows above which this raises. Long rows do not count.
 
     Raises:

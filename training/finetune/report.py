@@ -31,6 +31,14 @@ def stopped_line(flags: Flags, command: str, step: int) -> str:
     return f"\nstopped and saved at step {step}; {_how_to_continue(flags, command, saved)}"
 
 
+def early_line(flags: Flags, step: int, best: int) -> str:
+    """Why `--early_stopping` ended training. The adapter is the last step's."""
+    return (
+        f"\nstopped early at step {step}: {flags.early_stopping} evaluations without a lower loss than step {best}'s; "
+        f"the adapter is of step {step}"
+    )
+
+
 def resume_hint(flags: Flags, command: str, checkpoint: Path | None) -> str:
     """What is left of a run that failed: its newest sound checkpoint, if there is one, and how to continue from it."""
     if checkpoint is None:

@@ -6,7 +6,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import ProgressCallback
+from transformers import EarlyStoppingCallback, ProgressCallback
+from trl import SFTConfig
 
 from ..checkpoints.checkpoint import newest_checkpoint, step_of
 from ..checkpoints.lock import check_folder, sole_run
@@ -16,6 +17,7 @@ from ..distributed.launchers import check_launcher, launched_with_fsdp
 from ..distributed.processes import broadcast, join, print_once
 from ..distributed.sharding import full_adapter
 from ..flags import Flags
+from ..flags.trainer_fields import trainer_fields
 from ..model.adapter import add_adapter
 from ..model.base_model import check_targets, compute_dtype, load_model, load_tokenizer
 from ..model.liger import use_fused_loss
@@ -24,7 +26,7 @@ from .callbacks import QuietProgress, StopOnRequest, WriteMetrics
 from .config import trainer_config
 from .hub import make_repository, push
 from .output import write_account, write_output
-from .report import resume_hint, run_line, stopped_line, summary
+from .report import early_line, resume_hint, run_line, stopped_line, summary
 from .trainer import DoraTrainer
 
 # Flags that change no number of a run, so that a resumed run may have others.
@@ -63,7 +65,7 @@ class Run:
 
     Attributes:
         device, processes, tokenizer, rows: set by `prepare`.
-        checkpoint, adapter, trainer, request: set by `build`.
+        checkpoint, evaluates, config, adapter, trainer, request: set by `build`.
         seconds: of training, set by `train`.
     """
 
@@ -74,6 +76,7 @@ class Run:
         """Check the flags, and read the tokenizer and the rows."""
         flags = self.flags
         flags.check()
+        trainer_fields(flags.set, SFTConfig)  # raises before any work
         self.device = flags.torch_device
         check_launcher(compute_dtype(self.device))
         self.processes = join(self.device)
@@ -105,6 +108,9 @@ class Run:
         if is_main:
             write_account(self.rows, self.output_dir)
         self.checkpoint = broadcast(resume_point(self.output_dir, self.flags.resume) if is_main else None)
+        self.evaluates = bool(self.rows.validation and self.flags.eval_step)
+        # Before the model, whose weights take minutes: the configuration checks its fields.
+        self.config = trainer_config(self.flags, evaluates=self.evaluates, resumed=self.checkpoint is not None)
         model = load_model(
             self.flags.base_model,
             self.device,
@@ -120,19 +126,20 @@ class Run:
 
     def _make_trainer(self) -> DoraTrainer:
         flags, rows = self.flags, self.rows
-        evaluates = bool(rows.validation and flags.eval_step)
         settings = {name: value for name, value in asdict(flags).items() if name not in FREE}
         # The rows have `input_ids` and `labels`, so TRL tokenises nothing. It keeps the column `place`.
         trainer = DoraTrainer(
             self.adapter,
             run=settings | {"data": rows.fingerprint, "processes": self.processes.num_processes},
-            args=trainer_config(flags, evaluates=evaluates, resumed=self.checkpoint is not None),
+            args=self.config,
             fused_loss=flags.use_liger,
             train_dataset=rows.train.select_columns(TRAINED),
-            eval_dataset=rows.validation.select_columns(TRAINED) if evaluates else None,
+            eval_dataset=rows.validation.select_columns(TRAINED) if self.evaluates else None,
             processing_class=self.tokenizer,
             callbacks=[WriteMetrics(self.output_dir / METRICS), StopOnRequest(self.request)],
         )
+        if self.evaluates and flags.early_stopping:
+            trainer.add_callback(EarlyStoppingCallback(flags.early_stopping))
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(QuietProgress)
         return trainer
@@ -146,6 +153,8 @@ class Run:
         state = self.trainer.state
         if stopped := self.request.requested and state.global_step < state.max_steps:
             print_once(stopped_line(self.flags, self.command, state.global_step))
+        elif self.flags.early_stopping and state.global_step < state.max_steps:
+            print_once(early_line(self.flags, state.global_step, state.best_global_step))
         return not stopped
 
     def finish(self) -> None:

@@ -31,7 +31,7 @@ class LoopSettings:
 
     batch_size: int = 16  # rows per forward pass
     gradient_accumulation_steps: int = 1  # forward passes per optimizer step
-    num_epochs: int = 1
+    num_epochs: float = 1
     max_steps: int = 0  # optimizer steps; 0: as many as num_epochs take
     learning_rate: float = 1e-3
     warmup_ratio: float = 0.05  # share of the steps
@@ -45,7 +45,7 @@ class LoopSettings:
 def total_steps(settings: LoopSettings, rows: int) -> int:
     """Optimizer steps of the whole run."""
     batch = settings.batch_size * settings.gradient_accumulation_steps
-    return settings.max_steps or settings.num_epochs * steps_per_epoch(rows, batch)
+    return settings.max_steps or math.ceil(settings.num_epochs * steps_per_epoch(rows, batch))
 
 
 def train(
