@@ -93,6 +93,9 @@ class Run:
             seed=flags.seed,
             long_rows=flags.long_rows,
             assistant_only_loss=flags.assistant_only_loss,
+            mapping=flags.mapping,
+            config=flags.data_config,
+            split=flags.data_split,
         )
         if flags.push_to_hub and self.processes.is_main_process:
             make_repository(flags.hub_model_id)

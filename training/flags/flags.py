@@ -11,11 +11,13 @@ import torch
 import dora_kernels as dk
 
 from ..command_line import module_names, numbers_by_name
+from ..data.mapping import Mapping
+from ..data.mixture import parts_of
 from ..distributed.launchers import check_sharding, zero_config
 from ..distributed.processes import local_rank
 from .groups import Adapter, Data, Hardware, Run, Training
 
-LOCAL_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt"}
+LOCAL_SUFFIXES = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt", ".gz"}
 
 
 @dataclass
@@ -53,7 +55,9 @@ class Flags(Hardware, Adapter, Training, Data, Run):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"`--{name}` should be in [0, 1] but the value passed is {value}")
         check_source("base_model", self.base_model)
-        check_source("data_path", self.data_path)
+        for part in parts_of(self.data_path):
+            check_source("data_path", part.path)
+        _ = self.mapping
         if (folder := Path(self.base_model)).is_dir() and not (folder / "config.json").is_file():
             raise FileNotFoundError(f"`--base_model` {folder} is not a folder with a config.json")
         if self.init_adapter and not (Path(self.init_adapter) / "adapter_config.json").is_file():
@@ -96,6 +100,15 @@ class Flags(Hardware, Adapter, Training, Data, Run):
     def target_modules(self) -> list[str] | str:
         """Module names, or "all-linear"."""
         return module_names(self.lora_target_modules)
+
+    @property
+    def mapping(self) -> Mapping:
+        """What `--columns` and `--prompt_template` say. Raises ValueError for a part that is not `ours=theirs`."""
+        parts = [part.strip() for part in self.columns.split(",") if part.strip()]
+        for part in parts:
+            if not all(part.partition("=")):
+                raise ValueError(f"`--columns` {part} should be ours=theirs, such as prompt=frage")
+        return Mapping(dict(part.split("=", 1) for part in parts), self.prompt_template)
 
     @property
     def trackers(self) -> list[str]:

@@ -38,9 +38,13 @@ class Data:
 
     data_path: str = flag(
         "",
-        "hub id, folder, or .jsonl, .json, .csv, .tsv, .parquet or .txt file",
+        "hub id, folder, or .jsonl, .json, .csv, .tsv, .parquet or .txt file (.gz too); several: a.jsonl,b.csv=0.5",
         *("data", "dataset", "dataset_name", "train_file"),
     )
+    data_config: str = flag("", "configuration of a data set on the Hub", "dataset_config", "dataset_config_name")
+    data_split: str = flag("", "split of a data set on the Hub to train on", "dataset_split")
+    columns: str = flag("", "the data's columns by the names that are read: prompt=frage,completion=antwort")
+    prompt_template: str = flag("", "the prompt, with {column} places: 'Translate: {source}'")
     cutoff_len: int = flag(
         512,
         "the most tokens of a row; --long_rows says what happens to longer ones",

@@ -158,6 +158,8 @@ def _as_arguments(values: dict) -> list[str]:
     """Settings as command-line words, so that one parser reads both sources."""
     found = []
     for name, value in values.items():
+        if name == "data_path" and isinstance(value, list):
+            value = json.dumps(value)
         if isinstance(value, dict):
             value = ",".join(f"{key}={number}" for key, number in value.items())
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
