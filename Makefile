@@ -34,7 +34,7 @@ lint: $(VENV)/.installed  ## check style, formatting, and the types that users s
 	$(BIN)/python -m tests.support.doc_blocks build/doc_blocks
 	$(BIN)/mypy
 
-wheel: $(VENV)/.installed  ## build the sdist and from it the wheel; import the wheel outside the clone
+wheel: $(VENV)/.installed  ## build the sdist and from it the wheel; try the wheel outside the clone
 	rm -rf build/wheel
 	$(BIN)/python -m build --outdir build/wheel/dist
 	$(PYTHON) -m venv build/wheel/venv
@@ -42,7 +42,7 @@ wheel: $(VENV)/.installed  ## build the sdist and from it the wheel; import the 
 	# The requirements are those of the tests' environment; its editable install is not seen through a .pth file.
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> "$$(build/wheel/venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/requirements.pth"
-	cd build/wheel && venv/bin/python ../../tests/support/installed.py
+	cd build/wheel && venv/bin/python ../../tests/support/installed.py wheel ../..
 
 offline: $(VENV)/.installed  ## compile every kernel for every supported GPU and compare with the golden files
 	$(BIN)/python -m bench offline --check

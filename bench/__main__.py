@@ -5,6 +5,8 @@ import gc
 import importlib
 import sys
 
+from .installation import spelled
+
 COMMANDS = {
     "kernels": "time each kernel against its floor: bytes and FLOPs counted, roofs measured in the same run",
     "layer": "time one DoRA linear layer against the frozen base, PEFT's LoRA and PEFT's DoRA",
@@ -20,22 +22,24 @@ COMMANDS = {
     "offline": "compile every kernel for every GPU generation, without a GPU, and hold it to its limits",
     "tune": "propose launch configurations: timed on a GPU, else ranked by static figures",
 }
+EXTRA = {"matplotlib", "peft", "tqdm"}
+"""What the extra `bench` brings."""
 
 
 def main(argv: list[str]) -> int:
     listing = "\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
     top = argparse.ArgumentParser(
-        prog="python -m bench",
+        prog=spelled(),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"commands:\n{listing}\n\n`python -m bench <command> --help` explains one.",
+        epilog=f"commands:\n{listing}\n\n`{spelled()} <command> --help` explains one.",
     )
     top.add_argument("command", choices=COMMANDS, metavar="command")
     command = top.parse_args(argv[:1]).command
     # Imported only when asked for: a command's libraries need not be installed for the others.
-    module = importlib.import_module(f"bench.{command}")
+    module = importlib.import_module(f".{command}", __package__)
     parser = argparse.ArgumentParser(
-        prog=f"python -m bench {command}",
+        prog=f"{spelled()} {command}",
         allow_abbrev=False,
         description=module.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -46,5 +50,18 @@ def main(argv: list[str]) -> int:
     return module.main(args)
 
 
+def command() -> None:
+    """`dora-bench`, and `python -m bench`: exits with the command's status; 130, as shells do, after Ctrl-C."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        sys.exit(f'error: {spelled()} needs {error.name}: pip install "dora-kernels[bench]"')
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    command()

@@ -32,9 +32,9 @@ from .counting.compiled import Figures, broken_limits, compile_launch, is_aligne
 from .counting.gpus import ROOFS
 from .counting.launches import CAPABILITIES, Launch, SizedLaunch, launches, sized_launches
 from .counting.roofs import profile
+from .installation import RESULTS
 from .rows.roofs import Row, roofs_table, shown
 
-RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("kernel", "dtypes", "sm", "launches", "registers", "stack", "spills", "shared", "mma", "width")
 THOROUGH = (9, 0)
 """The GPU generation of which the committed summary covers every launch."""

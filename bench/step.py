@@ -23,16 +23,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dora_kernels as dk
-from training import demo
-from training.checkpoints.metrics import read_rows
-from training.minimal.batches import encode, read_splits
-from training.minimal.loop import LoopSettings, train
 
 from .contestants.layer import DTYPES, patch
+from .installation import training
 from .measuring.timing import attempt
 from .rows import records as stored
 from .rows.records import RESULTS, Records, stamp
 from .rows.tables import table
+
+demo, batches, loop = map(training, ("demo", "minimal.batches", "minimal.loop"))
 
 COMMAND = "step"
 CUTOFF = 256
@@ -100,12 +99,12 @@ def main(args: argparse.Namespace) -> int:
 def losses(name: str, args: argparse.Namespace, seed: int) -> dict:
     """One run's losses and seconds."""
     tokenizer = AutoTokenizer.from_pretrained(demo.BASE)
-    rows = read_splits(demo.DATA)
-    examples = {split: encode(rows[split], tokenizer, CUTOFF) for split in ("train", "validation")}
+    rows = batches.read_splits(demo.DATA)
+    examples = {split: batches.encode(rows[split], tokenizer, CUTOFF) for split in ("train", "validation")}
     model = adapted(name, args.dtype, args.rank, seed).to(args.device)
     if args.dtype == "bf16" and name != FP32_BASE:
         model.forward = torch.autocast(torch.device(args.device).type, torch.bfloat16)(model.forward)
-    settings = LoopSettings(
+    settings = loop.LoopSettings(
         batch_size=args.batch, max_steps=args.steps, learning_rate=args.rate, seed=seed,
         eval_step=max(1, args.steps // 4),
     )  # fmt: skip
@@ -113,11 +112,11 @@ def losses(name: str, args: argparse.Namespace, seed: int) -> dict:
     # After each step's optimizer, before the next batch: what a user waits for.
     model.register_forward_pre_hook(lambda *_: ends.append(time.perf_counter()) if model.training else None)
     with tempfile.TemporaryDirectory() as folder:
-        train(
+        loop.train(
             model, examples["train"], examples["validation"], settings, output_dir=folder,
             pad_id=tokenizer.pad_token_id, write_adapter=lambda path: None, read_adapter=lambda path: None,
         )  # fmt: skip
-        logged = read_rows(Path(folder) / "metrics.jsonl")
+        logged = training("checkpoints.metrics").read_rows(Path(folder) / "metrics.jsonl")
     passed = [later - earlier for earlier, later in itertools.pairwise(ends[10:])]
     return {
         "failed": None,

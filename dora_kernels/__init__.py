@@ -3,7 +3,7 @@
 # ruff: noqa: E402
 from typing import TYPE_CHECKING
 
-from .versions import require
+from .versions import __version__, require
 
 require("torch>=2.11", "transformers>=5.17")
 
@@ -27,6 +27,7 @@ __all__ = [
     "DoraKernelsCallback",
     "DoraLinear",
     "PatchReport",
+    "__version__",
     "apply_dora",
     "dora_linear",
     "explain",

@@ -1,6 +1,8 @@
-"""The oldest versions the engine works with."""
+"""The engine's version, and the oldest ones it works with."""
 
 from transformers.utils.versions import require_version
+
+__version__ = "0.1.0"
 
 
 def require(*requirements: str) -> None:

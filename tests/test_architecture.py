@@ -87,6 +87,17 @@ def test_packages_of_the_same_name_are_the_installed_ones():
     assert Path(bench.__file__).parent == ROOT / "bench" and Path(training.__file__).parent == ROOT / "training"
 
 
+@pytest.mark.parametrize("folder", ["training", "bench"])
+def test_what_is_installed_under_another_name_imports_itself_relatively(folder):
+    """`training` is installed as `dora_training`, `bench` as `dora_bench`."""
+    names = {"training", "bench", "dora_training", "dora_bench"}
+    for path in sources(ROOT / folder):
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+                found = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert not names & {name.partition(".")[0] for name in found}, f"{path}:{node.lineno}"
+
+
 @pytest.mark.parametrize("stem", TWINS)
 def test_the_twins_do_not_know_each_other(stem):
     for own, other in (("kernels", "reference"), ("reference", "kernels")):

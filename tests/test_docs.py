@@ -90,12 +90,18 @@ def parse(words):
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(words[1:]) <= set(targets), words
+    elif words[0].startswith("dora-"):
+        command = words[0].removeprefix("dora-")
+        if command == "bench":
+            parse_bench(words[1:])
+        else:
+            parse_training("training" if command == "train" else f"training.{command}", words[1:])
     elif words[:2] == ["python", "-c"]:
         ast.parse(words[2])
     elif words[:2] == ["python", "-m"]:
         module, words = words[2], words[3:]
-        if module.partition(".")[0] == "training":
-            parse_training(module, words)
+        if module.partition(".")[0] in ("training", "dora_training"):
+            parse_training(module.removeprefix("dora_"), words)
         elif module == "bench":
             parse_bench(words)
         elif module.startswith("tests."):
@@ -111,7 +117,8 @@ def commands(page):
     """The command lines of a page's shell blocks, continued lines joined, as words."""
     for block in blocks(page, "bash"):
         for line in block.text.replace("\\\n", " ").splitlines():
-            yield shlex.split(line, comments=True)
+            if words := shlex.split(line, comments=True):
+                yield words
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=name)
@@ -127,10 +134,14 @@ def test_the_command_lines_of_a_page_parse(page, tmp_path, monkeypatch):
     [
         "python -m training --base_model a --data_path b --learning_rat 1",
         "torchrun --nproc_per_node 2 -m training --nothing",
+        "torchrun --nproc_per_node 2 -m dora_training --nothing",
         "python -m training.plan --card",
         "python -m training.export --to gguf --adapter a --output_dir b",
         "python -m bench layer --preset h400",
         "python -m bench speed",
+        "dora-train --base_model a --data_path b --learning_rat 1",
+        "dora-merge --adapter a",
+        "dora-bench layer --preset h400",
         "make coffee",
         "rm -rf out",
     ],

@@ -8,6 +8,8 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.utils import logging as transformers_logging
 
+from .stopping import INTERRUPTED
+
 
 def command_line(flags: type, run: Callable, arguments: Sequence[str] | None, **described) -> None:
     """Parse `flags`, a dataclass, and call `run` with it. Exits non-zero, with a sentence, on bad input.
@@ -22,11 +24,32 @@ def command_line(flags: type, run: Callable, arguments: Sequence[str] | None, **
         run(flags(**expand_home(vars(parser.parse_args(arguments)))))
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing was written", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def expand_home(values: dict) -> dict:
     """The values with a leading `~` of a path replaced, which no shell does in a YAML file or behind `=`."""
     return {name: os.path.expanduser(value) if isinstance(value, str) else value for name, value in values.items()}
+
+
+def numbers_by_name(flag: str, text: str, kind: type) -> dict | None:
+    """What `--rank_pattern` and `--alpha_pattern` say, `q_proj=32,v_proj=8`; None for nothing.
+
+    Raises:
+        ValueError: a part that is not `name=number`.
+    """
+    found = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, number = part.rpartition("=")
+        try:
+            found[name] = kind(number)
+        except ValueError:
+            name = ""
+        if not name:
+            raise ValueError(f"`--{flag}` {part} should be name=number, such as q_proj=32")
+    return found or None
 
 
 def module_names(text: str) -> list[str] | str:

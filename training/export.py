@@ -25,6 +25,7 @@ from dora_kernels.models.targets import find_saved
 from . import merge
 from .command_line import command_line
 from .exporting import Sources, UpdateErrors, check_output, new_folder, update_of
+from .spelling import spelled
 
 
 @dataclass
@@ -94,7 +95,7 @@ def run(flags: Flags) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run with these command-line arguments."""
-    command_line(Flags, run, arguments, prog="python -m training.export", description=__doc__)
+    command_line(Flags, run, arguments, prog=spelled("export"), description=__doc__)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dora_kernels.models.modules import dora_layers
 
 from .command_line import command_line
 from .exporting import Sources, UpdateErrors, check_output, new_folder, update_of
+from .spelling import spelled
 
 
 @dataclass
@@ -55,7 +56,7 @@ def run(flags: Flags) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run with these command-line arguments."""
-    command_line(Flags, run, arguments, prog="python -m training.merge", description=__doc__)
+    command_line(Flags, run, arguments, prog=spelled("merge"), description=__doc__)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from transformers.hf_argparser import HfArg
 from .command_line import command_line, module_names
 from .known_models import KNOWN_MODELS, ModelSizes
 from .memory_model import Planned, largest_batch, planned_model, predict
+from .spelling import spelled
 
 CARDS = (16, 24, 48, 80, 141)
 
@@ -159,7 +160,7 @@ def _batch(rows: int) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run with these command-line arguments."""
-    command_line(Flags, run, arguments, prog="python -m training.plan", description=__doc__)
+    command_line(Flags, run, arguments, prog=spelled("plan"), description=__doc__)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,10 @@ import triton
 
 from ..counting.cases import BF16, FP16, FP32, Case
 from ..counting.launches import launches, target_of
+from ..installation import PACKAGE, ROOT
 from ..measuring.shapes import BREAK_EVEN, PRESETS
 from ..offline import parse_capability
-from .folder import ROOT, cache_of
+from .folder import cache_of
 from .step import Done
 
 SECONDS = 1.5 / (os.cpu_count() or 1)  # a kernel, until they were counted
@@ -45,7 +46,7 @@ def seconds_left(day) -> float:
 def run(day, step, seconds: float) -> Done:
     """Runs this file as a command for so long at most."""
     major, minor = torch.cuda.get_device_capability(day.device)
-    command = [sys.executable, "-m", "bench.day.compile_ahead"]
+    command = [sys.executable, "-m", f"{PACKAGE}.day.compile_ahead"]
     command += ["--capability", f"{major}.{minor}", "--preset", day.preset, "--seconds", str(seconds)]
     if day.rehearsed:
         command += ["--most", str(REHEARSED), "--jobs", "1"]

@@ -9,7 +9,8 @@ import threading
 import time
 from pathlib import Path
 
-from .folder import REPORT, ROOT, THRESHOLDS, Folder, cache_of, commit_of_tree
+from ..installation import PACKAGE, ROOT
+from .folder import REPORT, THRESHOLDS, Folder, cache_of, commit_of_tree
 
 GRACE = 20.0  # seconds that a worker may take to stop beyond its time
 SHORTEST = 20.0  # seconds: for less no worker is started, which takes as long to import
@@ -33,6 +34,9 @@ def main(args: argparse.Namespace) -> int:
     folder = Folder(args.out)
     if args.report:
         return report_again(folder)
+    if not (ROOT / "tests").is_dir():
+        print("the day runs the tests too, which stand in a clone alone: run `python -m bench day` there")
+        return 2
     commit = args.commit or commit_of_tree()
     if folder.state["commit"] not in (None, commit):
         print(f"{args.out} holds a day of {folder.state['commit']}, this tree is {commit}: use another folder")
@@ -84,7 +88,7 @@ def work(folder: Folder, args: argparse.Namespace, seconds: float) -> int:
     command = [
         sys.executable,
         "-m",
-        "bench.day.worker",
+        f"{PACKAGE}.day.worker",
         "--out",
         str(args.out.resolve()),
         "--seconds",

@@ -10,7 +10,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from ..installation import ROOT
+
 STATE, RESULTS, REPORT, THRESHOLDS = "day.json", "results.jsonl", "report.md", "thresholds.json"
 TESTS, LOG, KERNELS, PART = "tests.xml", "log.txt", "kernels.tar.gz", ".part"
 FILES = (STATE, RESULTS, REPORT, THRESHOLDS, TESTS, LOG, KERNELS, PART)

@@ -14,7 +14,8 @@ import xml.etree.ElementTree as ET
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .folder import ROOT, TESTS, Folder, cache_of
+from ..installation import ROOT
+from .folder import TESTS, Folder, cache_of
 from .step import Done
 
 FILES = {

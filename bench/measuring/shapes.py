@@ -4,9 +4,11 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from training.known_models import KNOWN_MODELS, ModelSizes
+from ..installation import training
 
-MODELS = KNOWN_MODELS | {
+known_models = training("known_models")
+ModelSizes = known_models.ModelSizes
+MODELS = known_models.KNOWN_MODELS | {
     # 1.1 billion parameters, the sizes of TinyLlama: its layers are what a CPU can time.
     "tinyllama": ModelSizes(2048, 5632, 22, 32, 4, 32000),
     # For the tests, and for a first run anywhere.

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-RESULTS = Path(__file__).parents[1] / "results"
-ROOT = Path(__file__).parents[2]
+from ..installation import IS_CLONE, RESULTS, ROOT
+
 # What measuring itself writes: it changes no figure.
 WRITTEN = ("bench/results", "tests/SCORECARD.md")
 
@@ -104,7 +104,9 @@ def _cpu_name() -> str:
 
 
 def head() -> str:
-    """The commit of the working tree, with "-changed" where files differ from it."""
+    """The commit of the working tree, with "-changed" where files differ from it; "unknown" where there is no clone."""
+    if not IS_CLONE:  # an environment may stand inside another repository
+        return "unknown"
     others = [f":(exclude){path}" for path in WRITTEN]
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
     return _output("git", "rev-parse", "--short=12", "HEAD") + ("-changed" if changed not in ("", "unknown") else "")

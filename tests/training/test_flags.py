@@ -1,14 +1,21 @@
 """Flags: the reference's command line, the YAML file, and every refusal before work starts."""
 
+import dataclasses
+import json
+import re
 import shlex
 import shutil
 
 import pytest
+from trl import SFTConfig
 
 from tests.support.training_runs import arguments, data  # noqa: F401
 from training import demo
 from training.__main__ import main
-from training.flags import DEMO, Flags, check_source, parse_flags
+from training.flags import Flags, parse_flags
+from training.flags.flags import check_source
+from training.flags.parsing import DEMO
+from training.flags.trainer_fields import FLAG_OF, REFUSED, trainer_fields
 
 REFERENCE = """
 --base_model PATH_TO_MODEL --data_path PATH_TO_DATASET --output_dir PATH_TO_OUTPUT_DIR --batch_size 1 --num_epochs 3
@@ -71,14 +78,16 @@ def test_yaml_and_the_command_line_wins(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
+        ("trainer: 3", "`trainer` should hold `field: value` lines"),
+        ("weight_decay: 0.1", "it is a field of TRL's configuration: --set weight_decay=VALUE"),
         ("learning_rat: 1", "has an unknown key 'learning_rat'; did you mean --learning_rate?"),
         ("[1, 2]", "should hold `flag: value` lines, got list"),
         ("a: [", "is not YAML"),
-        ("batch_size: many", "--batch-size: invalid int value: 'many'"),
+        ("batch_size: many", "argument --batch_size: invalid int value: 'many'"),
         ("base_model: a\ndata_path: b\nuse_peft: perhaps", "argument --use_peft"),
         (None, "No such file"),
     ],
-    ids=["unknown key", "list", "not yaml", "wrong type", "wrong bool", "absent"],
+    ids=["section", "field", "unknown key", "list", "not yaml", "wrong type", "wrong bool", "absent"],
 )
 def test_a_bad_config_is_named(tmp_path, capsys, text, message):
     path = tmp_path / "run.yaml"
@@ -87,6 +96,89 @@ def test_a_bad_config_is_named(tmp_path, capsys, text, message):
     with pytest.raises(SystemExit):
         parse_flags(["--config", str(path)])
     assert message in capsys.readouterr().err
+
+
+FAMILIAR = {
+    "--lr 1e-4": {"learning_rate": 1e-4},
+    "--epochs 0.5": {"num_epochs": 0.5},
+    "--num-train-epochs=2": {"num_epochs": 2},
+    "--max_length 77": {"cutoff_len": 77},
+    "--max-seq-length 78": {"cutoff_len": 78},
+    "--load_in_4bit": {"quantize": True},
+    "--per_device_train_batch_size 3": {"batch_size": 3},
+    "--micro_batch_size=4": {"batch_size": 4},
+    "--lora-rank 5": {"lora_r": 5},
+    "--target_modules q_proj": {"lora_target_modules": "q_proj"},
+    "--gradient_checkpointing": {"activation_checkpointing": True},
+    "--eval_steps 6": {"eval_step": 6},
+    "--val_set_size 0.1": {"val_set_size": 0.1},
+}
+
+
+@pytest.mark.parametrize("words", FAMILIAR)
+def test_the_names_of_other_programs_are_understood(words):
+    flags, _ = parse_flags(["--model", "a", "--dataset", "b", *words.split()])
+    assert {name: value for name, value in vars(flags).items() if value != getattr(Flags(), name)} == {
+        "base_model": "a", "data_path": "b", **FAMILIAR[words],
+    }  # fmt: skip
+
+
+def test_a_familiar_name_counts_as_the_flag(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(["--model", "a", "--data", "b", "--init_adapter", "c", "--lora-rank", "4"])
+    assert "--lora_r is decided by --init_adapter's own" in capsys.readouterr().err
+
+
+def test_help_is_grouped_and_each_group_fits_a_screen(capsys):
+    with pytest.raises(SystemExit):
+        parse_flags(["--help"])
+    _, *groups = capsys.readouterr().out.split("\n\n")
+    headings = [group.splitlines()[0] for group in groups]
+    assert {"the run:", "data:", "training:", "the adapter:", "speed and memory:"} < set(headings)
+    assert max(len(group.splitlines()) for group in groups) <= 24
+    assert max(len(line) for group in groups for line in group.splitlines()) <= 110
+    said = " ".join(" ".join(groups).split())
+    assert all(f"--{name} " in said for name in vars(Flags())), "a flag without a line"
+
+
+def test_the_trainers_other_fields(tmp_path):
+    """From the YAML's section and from `--set`, which wins; each of the type that the field has."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "base_model: a\ndata_path: b\n"
+        "trainer: {weight_decay: 0.1, optim: adafactor, lr_scheduler_kwargs: {min_lr: 1.0e-5}, logging_steps: 5}\n"
+    )
+    flags, _ = parse_flags(["--config", str(path), "--set", "weight_decay=0.2", "neftune_noise_alpha=5"])
+    found = trainer_fields(flags.set, SFTConfig)
+    kwargs = found.pop("lr_scheduler_kwargs")
+    assert (kwargs if isinstance(kwargs, dict) else json.loads(kwargs)) == {"min_lr": 1e-5}
+    assert found == {"weight_decay": 0.2, "optim": "adafactor", "logging_steps": 5, "neftune_noise_alpha": 5.0}
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("weight_decay=many", "`--set` weight_decay=many: invalid float value: 'many'"),
+        ("weight_deca=1", "`--set` weight_deca is no field of SFTConfig; did you mean weight_decay?"),
+        ("learning_rate=1", "`--set` learning_rate is decided by --learning_rate"),
+        ("fp16=true", "`--set` fp16 cannot be set: the base is in bf16"),
+        ("optim=sgdd", "sgdd"),
+        ("weight_decay", "`--set` weight_decay should be name=value"),
+    ],
+)
+def test_a_field_that_cannot_be_set(data, tmp_path, setting, message):  # noqa: F811
+    with pytest.raises(SystemExit, match=re.escape(message)) as error:
+        main(arguments(data, tmp_path / "out", set=setting))
+    assert str(error.value).startswith("error: ")
+
+
+def test_every_field_of_trls_configuration_is_decided_somewhere():
+    """A flag, a reason why not, or `--set`: and no name in two of them, or of a field that is gone."""
+    known = {field.name for field in dataclasses.fields(SFTConfig)}
+    assert not FLAG_OF.keys() & REFUSED.keys()
+    assert {name for name in FLAG_OF.keys() | REFUSED.keys() if name not in known} <= {"local_rank"}
+    given = {word.removeprefix("--") for word in FLAG_OF.values()}
+    assert given <= vars(Flags()).keys()
 
 
 def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
@@ -102,18 +194,21 @@ def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
     "words, message",
     [
         (["--learning", "0.1"], "unrecognized arguments: --learning 0.1; did you mean --learning_rate?"),
+        (["--weight_decay", "0.1"], "it is a field of TRL's configuration: --set weight_decay=VALUE"),
+        (["--resume_from_checkpoint", "x"], "--resume continues from the newest checkpoint"),
         (["--impl", "cuda"], "invalid choice: 'cuda'"),
         (
             ["--base_model", "a", "--data_path", "b", "--init_adapter", "c", "--lora_r", "4"],
             "--lora_r is decided by --init_adapter's own adapter_config.json",
         ),
     ],
-    ids=["abbreviated", "choice", "init_adapter decides"],
+    ids=["abbreviated", "a field", "elsewhere", "choice", "init_adapter decides"],
 )
 def test_what_the_parser_refuses(words, message, capsys):
     with pytest.raises(SystemExit):
         parse_flags(words)
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1, "the message stands alone"
 
 
 @pytest.mark.parametrize(
@@ -134,6 +229,10 @@ def test_what_the_parser_refuses(words, message, capsys):
         ({"learning_rate": -1.0}, "`--learning_rate` should be 0 or more but the value passed is -1.0"),
         ({"learning_rate": "nan"}, "`--learning_rate` should be 0 or more but the value passed is nan"),
         ({"batch_size": 0}, "`--batch_size` should be a positive integer value but the value passed is 0"),
+        ({"num_epochs": 0}, "`--num_epochs` should be above 0 but the value passed is 0"),
+        ({"val_set_size": 1.5}, "`--val_set_size` should be a number of rows, or below 1 a share of them"),
+        ({"early_stopping": 2, "eval_step": 0}, "`--early_stopping` needs evaluations"),
+        ({"rank_pattern": "q_proj=high"}, "`--rank_pattern` q_proj=high should be name=number"),
         ({"max_steps": -1}, "`--max_steps` should be 0 or more but the value passed is -1"),
         ({"warmup_ratio": 2.0}, r"`--warmup_ratio` should be in \[0, 1\] but the value passed is 2.0"),
         ({"val_set_size": 50}, "`--val_set_size` 50 should be smaller than the data, which has 50 usable rows"),

@@ -53,7 +53,7 @@ def two_gpus(monkeypatch):
     """As far as flags are checked: the second process of two, each with a GPU, and DeepSpeed installed."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    monkeypatch.setattr("training.flags.find_spec", lambda name: name)
+    monkeypatch.setattr("training.flags.flags.find_spec", lambda name: name)
     monkeypatch.setenv("LOCAL_RANK", "1")
 
 
@@ -105,7 +105,7 @@ def test_a_zero_configuration_that_does_not_work(data, tmp_path, two_gpus, confi
 
 
 def test_an_absent_deepspeed(data, tmp_path, two_gpus, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("training.flags.find_spec", lambda name: None)
+    monkeypatch.setattr("training.flags.flags.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="`--deepspeed` needs deepspeed: pip install deepspeed"):
         flags_of(tmp_path, data, deepspeed="zero.json").check()
 

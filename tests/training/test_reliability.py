@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import time
 
 import pytest
 import torch
@@ -12,13 +13,15 @@ from transformers import AutoTokenizer
 
 import dora_kernels as dk
 from tests.support.training_runs import arguments, demo_rows, metrics, numbers, one_layer_base, run, write_rows
-from training import demo
+from training import commands, demo
 from training.__main__ import main
 from training.checkpoints import checkpoint as checkpoints
 from training.checkpoints.checkpoint import damage, list_checkpoints
 from training.checkpoints.lock import sole_run
 from training.data.order import order_of_epoch
 from training.finetune.trainer import DoraTrainer, EpochOrder
+from training.minimal import demonstrate, loop
+from training.stopping import INTERRUPTED, REPEATED
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 WEIGHTS = "adapter_model.safetensors"
@@ -41,6 +44,10 @@ def before_step(monkeypatch, number, act):
 
 def sigterm(trainer, inputs):
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ctrl_c(trainer, inputs):
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def printed_command(out):
@@ -96,6 +103,67 @@ def test_sigterm_saves_and_the_printed_command_ends_with_the_same_bits(
     expected = [row for row in metrics(whole(engine)) if "eval_loss" not in row or row["step"] != stop]
     assert numbers(metrics(tmp_path)) == numbers(expected)
     assert (tmp_path / WEIGHTS).read_bytes() == (whole(engine) / WEIGHTS).read_bytes()
+
+
+def test_one_ctrl_c_saves_and_says_how_to_continue(data, long, whole, tmp_path, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        before_step(patch, 3, ctrl_c)
+        main(arguments(data, tmp_path, **long | {"save_step": 100}))
+    said = capfd.readouterr()
+    assert "Ctrl-C again aborts at once" in said.err and "stopped and saved at step 3; continue with" in said.out
+    main(printed_command(said.out))
+    assert (tmp_path / WEIGHTS).read_bytes() == (whole([]) / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("save_step, hint", [(1, "checkpoint-2 is sound: continue with"), (0, "nothing was saved")])
+def test_a_second_ctrl_c_aborts_and_says_what_is_saved(data, long, tmp_path, monkeypatch, capfd, save_step, hint):
+    def twice(trainer, inputs):
+        ctrl_c(trainer, inputs)
+        ctrl_c(trainer, inputs)  # what torchrun hands on
+        assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 2 * REPEATED)
+        ctrl_c(trainer, inputs)
+        raise AssertionError("the second one does not wait for the step")
+
+    before_step(monkeypatch, 3, twice)
+    monkeypatch.setattr("sys.argv", ["dora-train", *arguments(data, tmp_path, **long | {"save_step": save_step})])
+    with pytest.raises(SystemExit) as ended:
+        commands.train()
+    said = capfd.readouterr().err
+    assert ended.value.code == INTERRUPTED and "aborted; " in said and hint in said and "Traceback" not in said
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not (tmp_path / WEIGHTS).exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("command", ["train", "merge", "export", "plan"])
+def test_ctrl_c_while_a_command_starts_is_one_line(monkeypatch, capsys, command):
+    monkeypatch.setattr(commands.importlib, "import_module", lambda *names: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as ended:
+        getattr(commands, command)()
+    assert ended.value.code == INTERRUPTED and capsys.readouterr().err == "\ninterrupted: nothing was done\n"
+
+
+def test_ctrl_c_in_the_demo_saves_what_continues_to_the_same_bits(tmp_path, monkeypatch, capsys):
+    flags = ["--max_steps", "4", "--batch_size", "2", "--eval_step", "0", "--learning_rate", "0"]
+    summed = loop.summed_loss
+
+    def interrupted(*args):
+        if not done:
+            done.append(ctrl_c(None, None))
+        return summed(*args)
+
+    done = []
+    monkeypatch.setattr(demonstrate, "evaluate", lambda *args: {"loss": 0.0, "answers": [""] * 200, "match": 0.9})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "summed_loss", interrupted)
+        main([*flags, "--output_dir", str(tmp_path / "stopped")])
+    assert [path.name for path in list_checkpoints(tmp_path / "stopped")] == ["checkpoint-1"]
+    for words in (printed_command(capsys.readouterr().out), [*flags, "--output_dir", str(tmp_path / "whole")]):
+        with pytest.raises(SystemExit, match="did not learn"):
+            main(words)
+    stopped, whole = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("stopped", "whole"))
+    assert stopped == whole
 
 
 def test_sigterm_during_an_evaluation(data, long, whole, tmp_path, monkeypatch, capsys):

@@ -127,7 +127,7 @@ def test_a_bad_row_is_named_and_left_out(tmp_path, tokenizer, line, reason):
     [
         ([], "`messages` is empty"),
         ("hello", "`messages` should be a list of messages, got str"),
-        ([{"content": "a"}], "`messages` should hold messages with `role` and `content`"),
+        ([{"content": "a"}], "`messages` should hold messages with `role` and `content`, or `from` and `value`"),
         ([{"role": "user", "content": None}], "`messages` has a `content` that should be text, got NoneType"),
     ],
     ids=["empty", "text", "role", "content"],
@@ -142,8 +142,8 @@ def test_too_many_bad_rows_stop_the_run(tmp_path, tokenizer):
     assert len(load(path, tokenizer, bad_row_limit=1 / 3).skipped) == 20
     with pytest.raises(ValueError, match="20 of 60 rows cannot be used") as error:
         load(path, tokenizer, bad_row_limit=0.33)
-    assert "rows.jsonl, row 50: `prompt` is empty\n  and 10 more\n" in str(error.value)
-    assert "row 51" not in str(error.value) and "--bad_row_limit 0.33" in str(error.value)
+    assert "20 of 60 rows cannot be used:\n  rows.jsonl, row 41 and 19 more: `prompt` is empty\n" in str(error.value)
+    assert "row 42" not in str(error.value) and "--bad_row_limit 0.33" in str(error.value)
 
 
 def test_the_datas_own_split_wins(tmp_path, tokenizer):
@@ -183,7 +183,7 @@ def test_a_hub_that_does_not_answer_is_named(tokenizer, monkeypatch):
     "name, text, message",
     [
         ("a.jsonl", "", "has no rows"),
-        ("a.jsonl", '{"question": "a", "answer": "b"}', r"has the columns \['answer', 'question'\]; expected messages"),
+        ("a.jsonl", '{"frage": "a", "antwort": "b"}', r"has the columns \['antwort', 'frage'\]; expected messages"),
         ("a.json", "{", "is not valid JSON"),
         ("a.json", "3", "should hold an array of rows, or one row a line, got int"),
         ("a.xml", "<a/>", r"should end in one of \.jsonl"),
@@ -400,7 +400,7 @@ def test_the_fingerprint_covers_every_row_of_both_sides(tmp_path, tokenizer):
 def test_no_rows_no_columns(tmp_path, tokenizer):
     """A file full of rows that cannot be read is not one without rows."""
     (tmp_path / "a.jsonl").write_text("half a row {\n" * 20)
-    with pytest.raises(ValueError, match=r"20 of 20 rows cannot be used:\n  a\.jsonl, row 1: not valid JSON"):
+    with pytest.raises(ValueError, match=r"20 of 20 rows cannot be used:\n  a\.jsonl, row 1 and 19 more: not valid"):
         load(tmp_path / "a.jsonl", tokenizer)
     with pytest.raises(ValueError, match="no usable training rows\n20 of 20 rows cannot be used"):
         load(tmp_path / "a.jsonl", tokenizer, bad_row_limit=1.0)

@@ -5,7 +5,7 @@ from collections import Counter
 from .kinds import KINDS
 from .tokens import Tokens
 
-NAMED = 10  # rows named on the screen, at most; all of them are in the files
+NAMED = 10  # reasons on the screen, at most; all of them are in the files
 
 
 class Account:
@@ -100,7 +100,11 @@ class Account:
 
     def _listed(self, what: str, rows: list[dict]) -> str:
         lines = [f"{len(rows)} of {self.rows} rows {what}:"]
-        lines += [f"  {row['place']}: {row['reason']}" for row in rows[:NAMED]]
-        if len(rows) > NAMED:
-            lines.append(f"  and {len(rows) - NAMED} more")
+        by_reason: dict[str, list[str]] = {}
+        for row in rows:
+            by_reason.setdefault(row["reason"], []).append(row["place"])
+        for reason, (first, *others) in [*by_reason.items()][:NAMED]:
+            lines.append(f"  {first}{f' and {len(others)} more' if others else ''}: {reason}")
+        if left := sum(map(len, [*by_reason.values()][NAMED:])):
+            lines.append(f"  and {left} more")
         return "\n".join(lines)

@@ -4,9 +4,11 @@ A row that cannot be read becomes a `SourceRow` with the reason in place of its 
 """
 
 import csv
+import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +28,7 @@ class SourceRow:
     place: str  # "rows.jsonl, row 3"
     values: dict | None
     problem: str | None = None
+    weight: float = 1  # of its source (`mixture`)
 
 
 def read_file(path: Path, name: str) -> dict[str | None, list[SourceRow]]:
@@ -37,11 +40,16 @@ def read_file(path: Path, name: str) -> dict[str | None, list[SourceRow]]:
     Raises:
         ValueError: the file as a whole cannot be read; the message names it and what to do.
     """
-    reader = READERS.get(path.suffix.lower())
+    reader = READERS.get(suffix_of(path))
     if reader is None:
         raise ValueError(f"`--data_path` {path} should end in one of {', '.join(READERS)}")
     found = reader(path, name.encode(errors="replace").decode())
     return found if isinstance(found, dict) else {None: list(found)}
+
+
+def suffix_of(path: Path) -> str:
+    """What a file's name says of its content: ".jsonl" for "rows.JSONL.gz"."""
+    return (Path(path.stem) if path.suffix.lower() == GZIP else path).suffix.lower()
 
 
 def decoded(path: Path) -> str:
@@ -50,6 +58,11 @@ def decoded(path: Path) -> str:
     Bytes that are not UTF-8 become lone surrogates, which no valid text holds. So `problem_of` can name their row.
     """
     content = path.read_bytes()
+    if path.suffix.lower() == GZIP:
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise ValueError(f"{path} is not a readable gzip file ({error}): write or download it again") from None
     # Text in UTF-16 has NUL bytes in its line ends. Without any, what looks like its mark is a damaged UTF-8 row.
     encoding = json.detect_encoding(content) if b"\0" in content else "utf-8"
     if encoding.startswith("utf-8"):
@@ -94,7 +107,7 @@ def _read_json(path: Path, name: str) -> Iterator[SourceRow] | dict[str, list[So
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         lines = list(_lines(text))
-        if path.suffix.lower() == ".json" and lines and not _parses(lines[0][1]):
+        if suffix_of(path) == ".json" and lines and not _parses(lines[0][1]):
             raise ValueError(
                 f"{path} is not valid JSON ({_reason(error)}): it should hold an array of rows, or one row a line"
             ) from None
@@ -152,7 +165,7 @@ def _read_csv(path: Path, name: str) -> Iterator[SourceRow]:
     text = decoded(path)
     with _long_fields():
         try:
-            header, delimiter = _header_and_delimiter(text, path.suffix.lower())
+            header, delimiter = _header_and_delimiter(text, suffix_of(path))
         except csv.Error as error:
             raise ValueError(f"{path}: the header is not valid CSV ({error})") from None
         if repeated := [column for column in header if column and header.count(column) > 1]:
@@ -179,7 +192,7 @@ def _read_csv(path: Path, name: str) -> Iterator[SourceRow]:
 
 
 def _header_and_delimiter(text: str, suffix: str) -> tuple[list[str], str]:
-    """The column names, and the first delimiter that finds known ones."""
+    """The column names, and the first delimiter that finds known ones; else the one that finds the most."""
     delimiters = "\t,;" if suffix == ".tsv" else ",;\t"
     headers = {
         delimiter: [
@@ -187,7 +200,8 @@ def _header_and_delimiter(text: str, suffix: str) -> tuple[list[str], str]:
         ]
         for delimiter in delimiters
     }
-    known = next((delimiter for delimiter in delimiters if kind_of(dict.fromkeys(headers[delimiter]))), delimiters[0])
+    known = next((delimiter for delimiter in delimiters if kind_of(dict.fromkeys(headers[delimiter]))), None)
+    known = known or max(delimiters, key=lambda delimiter: len(headers[delimiter]))
     return headers[known], known
 
 
@@ -222,5 +236,6 @@ def _read_parquet(path: Path, name: str) -> Iterator[SourceRow]:
         raise ValueError(f"{path} is not a readable Parquet file ({reason}): write or download it again") from None
 
 
+GZIP = ".gz"
 READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet, ".txt": _read_text}
 READERS |= {".tsv": _read_csv, ".ndjson": _read_json}

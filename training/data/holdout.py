@@ -10,7 +10,7 @@ LARGEST_DEFAULT = 500
 
 
 def split_rows(
-    usable: dict[str, list[Row]], val_set_size: int | None, seed: int, account: Account
+    usable: dict[str, list[Row]], val_set_size: float | None, seed: int, account: Account
 ) -> tuple[list[Row], list[Row]]:
     """Training rows, and the rows of the validation split, of the test split, or held out of the training rows.
 
@@ -29,6 +29,8 @@ def split_rows(
         )
     else:
         size = min(LARGEST_DEFAULT, len(train) // 10) if val_set_size is None else val_set_size
+        if 0 < size < 1:
+            size = max(1, round(size * len(train)))
         train, validation = hold_out(train, size, seed)
         fewer = f", not {size}: rows with the same tokens stay together" if len(validation) < size else ""
         account.notes.append(f"{len(train)} training rows; {len(validation)} rows held out for evaluation{fewer}")

@@ -3,17 +3,28 @@
 import json
 from typing import NamedTuple
 
+from .messages import is_unicode, messages_of, problem_of_messages, turns_of
+
 # The columns of each kind, in the order in which they are looked for.
 KINDS = {
     "messages": ("messages",),
+    "conversations": ("conversations",),
     "prompt + completion": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
+    "instruction + response": ("instruction", "response"),
+    "question + answer": ("question", "answer"),
+    "question + response": ("question", "response"),
+    "prompt + response": ("prompt", "response"),
+    "query + response": ("query", "response"),
     "text": ("text",),
 }
-
-
-# The kinds whose rows may hold messages, and then `tools`.
-CONVERSATIONS = ("messages", "prompt + completion")
+CHATS = ("messages", "conversations")
+"""The kinds whose one column is a conversation."""
+CONVERSATIONS = (*CHATS, "prompt + completion")
+"""The kinds whose rows may hold messages, and then `tools`."""
+INSTRUCTIONS = ("instruction", "instruction + response")
+TURNS = ("question + answer", "question + response", "prompt + response", "query + response")
+"""Two texts: a turn of the user, and the assistant's, which is learned."""
 
 
 class Content(NamedTuple):
@@ -40,15 +51,15 @@ def problem_of(values: dict, kind: str) -> str | None:
     """Why a row of this kind cannot be used, or None."""
     for column in KINDS[kind]:
         value = values.get(column)
-        if column == "messages" or (isinstance(value, list) and kind == "prompt + completion"):
-            problem = _problem_of_messages(value)
+        if kind in CHATS or (isinstance(value, list) and kind == "prompt + completion"):
+            problem = problem_of_messages(value)
         elif not isinstance(value, str):
             problem = "is missing" if value is None else f"should be text, got {type(value).__name__}"
         else:
             problem = _problem_of_text(value)
         if problem:
             return f"`{column}` {problem}"
-    if kind == "instruction" and (extra := values.get("input")) is not None:
+    if kind in INSTRUCTIONS and (extra := values.get("input")) is not None:
         if not isinstance(extra, str):
             return f"`input` should be text, got {type(extra).__name__}"
         if extra.strip() and (problem := _problem_of_text(extra)):
@@ -60,17 +71,21 @@ def content_of(values: dict, kind: str) -> Content:
     """The row, checked by `problem_of`, for the tokenizer."""
     if kind == "text":
         return Content("", values["text"])
-    if kind == "messages":
-        return Content([], values["messages"], _tools(values))
-    if kind == "instruction":
+    if kind in CHATS:
+        return Content([], messages_of(values[kind]), _tools(values))
+    first, last = (values[column] for column in KINDS[kind])
+    if kind in INSTRUCTIONS:
         extra = values.get("input") or ""
         given = f"### Input:\n{extra}\n\n" if extra.strip() else ""
-        return Content(f"### Instruction:\n{values['instruction']}\n\n{given}### Response:\n", values["output"])
-    prompt, completion = values["prompt"], values["completion"]
-    if is_one_sided(values):
-        prompt = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        completion = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-    return Content(prompt, completion, _tools(values) if isinstance(prompt, list) else None)
+        return Content(f"### Instruction:\n{first}\n\n{given}### Response:\n", last)
+    if kind in TURNS or is_one_sided(values) or isinstance(first, list):
+        return Content(turns_of(first, "user"), turns_of(last, "assistant"), _tools(values))
+    return Content(first, last)
+
+
+def is_conversation(values: dict, kind: str | None) -> bool:
+    """Whether a chat template writes a row of this kind."""
+    return kind in (*CHATS, *TURNS) or (kind == "prompt + completion" and isinstance(values["prompt"], list))
 
 
 def is_one_sided(values: dict) -> bool:
@@ -80,7 +95,7 @@ def is_one_sided(values: dict) -> bool:
 
 def columns_of(kind: str) -> set[str]:
     """Every column that is read of a row of this kind."""
-    optional = {"input"} if kind == "instruction" else {"tools"} if kind in CONVERSATIONS else set()
+    optional = {"input"} if kind in INSTRUCTIONS else {"tools"} if kind in CONVERSATIONS else set()
     return {*KINDS[kind], *optional}
 
 
@@ -100,30 +115,4 @@ def _problem_of_tools(tools) -> str | None:
 def _problem_of_text(text: str) -> str | None:
     if not text.strip():
         return "is empty"
-    return None if _is_unicode(text) else "is not UTF-8"
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _problem_of_messages(messages) -> str | None:
-    if not isinstance(messages, list):
-        return "is missing" if messages is None else f"should be a list of messages, got {type(messages).__name__}"
-    if not messages:
-        return "is empty"
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            return "should hold messages with `role` and `content`"
-        content = message.get("content")
-        if content is None and message.get("tool_calls"):
-            continue
-        if not isinstance(content, str):
-            return f"has a `content` that should be text, got {type(content).__name__}"
-        if not (_is_unicode(content) and _is_unicode(message["role"])):
-            return "is not UTF-8"
-    return None
+    return None if is_unicode(text) else "is not UTF-8"

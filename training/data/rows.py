@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from .account import Account
 from .formats import SourceRow
 from .holdout import split_rows
-from .kinds import KINDS, columns_of, content_of, is_one_sided, kind_of, problem_of
-from .sources import read_source
+from .kinds import CHATS, KINDS, columns_of, content_of, is_conversation, is_one_sided, kind_of, problem_of
+from .mapping import Mapping
+from .mixture import mixed, parts_of
+from .sources import read_sources
 from .tokens import CHAT_TEMPLATE, Row, template_end, tokenized, training_template
 
 TRAINED = ["input_ids", "labels", "place"]
@@ -49,24 +51,32 @@ def load_rows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     cutoff_len: int,
-    val_set_size: int | None,
+    val_set_size: float | None,
     bad_row_limit: float,
     seed: int,
     long_rows: str = "truncate",
     assistant_only_loss: bool = False,
+    mapping: Mapping | None = None,
+    config: str = "",
+    split: str = "",
 ) -> Rows:
     """Read, check, tokenise and split. `tokenizer` gets a chat template if the rows need one and it has none.
 
     Args:
         cutoff_len: the most tokens of a row. `long_rows` says what happens to longer ones: "truncate" or "drop".
-        val_set_size: rows to hold out where the data has no split of its own; None takes a tenth, at most 500.
+        val_set_size: rows to hold out where the data has no split of its own, or below 1 their share; None takes a
+            tenth, at most 500.
         bad_row_limit: the share of unusable rows above which this raises. Long rows do not count.
+        mapping: columns under other names, and a template of the prompt.
+        config, split: of a data set on the Hub.
 
     Raises:
         FileNotFoundError, ValueError: the data cannot be read, has columns of no kind, has too many unusable rows, or
             leaves nothing to train on.
     """
-    source = read_source(data_path)
+    source = read_sources(parts_of(data_path, config, split))
+    if mapping:
+        source.splits = mapping.apply(data_path, source.splits)
     account = Account(data_path, cutoff_len, long_rows)
     kinds = kinds_of_rows(data_path, source.splits)
     account.note_columns(kinds, _unread_columns(source.splits))
@@ -81,6 +91,9 @@ def load_rows(
         ]
     account.check(bad_row_limit)
     train, validation = split_rows(usable, val_set_size, seed, account)
+    if len(mixture := mixed(train, seed)) != len(train):
+        account.notes.append(f"by the weights of their sources a pass visits {len(mixture)} rows")
+    train = mixture
     return Rows(
         _dataset(train),
         _dataset(validation) if validation else None,
@@ -123,8 +136,8 @@ def _prepare_template(
 ) -> str | None:
     """The chat template to use in place of the tokenizer's own, which is supplied if there is none."""
     rows = [(row, kind_of(row.values)) for rows in splits.values() for row in rows if row.values is not None]
-    conversations = sum(kind == "messages" or isinstance(row.values.get("prompt"), list) for row, kind in rows)
-    other = next(((row, kind) for row, kind in rows if kind and kind != "messages"), None)
+    conversations = any(is_conversation(row.values, kind) for row, kind in rows)
+    other = next(((row, kind) for row, kind in rows if kind and kind not in CHATS), None)
     if assistant_only_loss and other:
         raise ValueError(
             f"`--assistant_only_loss` needs the column `messages` in every row; {other[0].place} has {other[1]}"
@@ -163,7 +176,7 @@ def _usable(
     except ValueError as error:
         return account.leave_out_bad(found.place, str(error))
     tokens = account.fit(found.place, tokens)
-    return None if tokens is None else Row(found.place, kind, content, tokens)
+    return None if tokens is None else Row(found.place, kind, content, tokens, found.weight)
 
 
 def _missing(values: dict, kinds: Counter) -> str:

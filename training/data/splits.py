@@ -1,6 +1,7 @@
 """Which files of a folder belong to which split, by the Hub's conventions."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -72,8 +73,10 @@ def chosen_splits(names: list[str]) -> dict[str, str]:
     return chosen
 
 
-def files_by_split(folder: Path, suffixes: tuple[str, ...]) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The data files of a folder by split, and the files that are not read.
+def files_by_split(
+    folder: Path, suffixes: tuple[str, ...], suffix: Callable[[Path], str]
+) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The data files of a folder by split, and the files that are not read. `suffix` gives that of a file.
 
     A file that names no split is of the training split. README.md may list the files, as on the Hub.
 
@@ -88,13 +91,13 @@ def files_by_split(folder: Path, suffixes: tuple[str, ...]) -> tuple[dict[str, l
         data = [
             path
             for path in files
-            if path.suffix.lower() in suffixes
+            if suffix(path) in suffixes
             and path.name.lower() not in (*METADATA, *NO_DATA)
             and elsewhere.isdisjoint(path.parents)
         ]
         # Text beside rows with columns is a readme or a licence more often than it is data.
-        if any(path.suffix.lower() != ".txt" for path in data):
-            data = [path for path in data if path.suffix.lower() != ".txt"]
+        if any(suffix(path) != ".txt" for path in data):
+            data = [path for path in data if suffix(path) != ".txt"]
         splits = {}
         for path in data:
             splits.setdefault(split_of(path.relative_to(folder)) or "train", []).append(path)

@@ -14,7 +14,9 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'] | capitalize + ':\n' }}"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' }}"
+    "{% generation %}{{ message['content'] }}"
+    "{% if message['tool_calls'] %}{{ message['tool_calls'] | tojson }}{% endif %}"
+    "{{ eos_token }}{% endgeneration %}{{ '\n' }}"
     "{% else %}{{ message['content'] + '\n' }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
@@ -44,6 +46,7 @@ class Row(NamedTuple):
     kind: str
     content: Content
     tokens: Tokens
+    weight: float = 1  # of its source (`mixture`)
 
 
 def tokenized(

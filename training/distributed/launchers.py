@@ -14,7 +14,8 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from .processes import local_rank
 
-DDP = "`torchrun --nproc_per_node N -m training ...` runs DDP"
+PACKAGE = __package__.partition(".")[0]
+DDP = f"`torchrun --nproc_per_node N -m {PACKAGE} ...` runs DDP"
 
 
 def launched_with_fsdp() -> bool:
@@ -46,7 +47,7 @@ def launched_with_fsdp() -> bool:
 def check_launcher(dtype: torch.dtype) -> None:
     """Raise ValueError if `accelerate launch` was configured for DeepSpeed, or for another dtype than the base's."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise ValueError("DeepSpeed is configured by a flag: `torchrun ... -m training --deepspeed config.json ...`")
+        raise ValueError(f"DeepSpeed is configured by a flag: `torchrun ... -m {PACKAGE} --deepspeed config.json ...`")
     precision = parse_choice_from_env("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "bf16" if dtype == torch.bfloat16 else "no"):
         raise ValueError(
@@ -60,7 +61,7 @@ def check_sharding(flag: str, device: torch.device) -> None:
     if device.type == "cpu":
         raise ValueError(f"`--{flag}` needs GPUs (on a CPU accelerate runs DDP in its place, without a word): {DDP}")
     if local_rank() is None:
-        raise ValueError(f"`--{flag}` shards over processes: `torchrun --nproc_per_node N -m training --{flag} ...`")
+        raise ValueError(f"`--{flag}` shards over processes: `torchrun --nproc_per_node N -m {PACKAGE} --{flag} ...`")
 
 
 def zero_config(path: str) -> dict:

@@ -37,6 +37,12 @@ def local_rank() -> int | None:
     return None if rank < 0 else rank
 
 
+def local_processes() -> int | None:
+    """How many processes of the run this machine has, or None if this one was started alone."""
+    count = get_int_from_env(["LOCAL_WORLD_SIZE"], -1)
+    return None if count < 0 else count
+
+
 def gather(value) -> list:
     """The values of all processes, in order of rank. All processes must call it."""
     return gather_object([value]) if PartialState().num_processes > 1 else [value]

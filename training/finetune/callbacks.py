@@ -1,36 +1,12 @@
-"""Callbacks of a run: metrics.jsonl, the progress bar, and stopping on SIGTERM."""
+"""Callbacks of a run: metrics.jsonl, the progress bar, and stopping on a signal."""
 
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import ProgressCallback, TrainerCallback
 
 from ..checkpoints.metrics import append_row
 from ..distributed.processes import gather
-
-
-class StopRequest:
-    """`requested` becomes True when SIGTERM arrives."""
-
-    requested = False
-
-
-@contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
-    """Inside the scope SIGTERM does not end the process; it sets `requested`, which the training loop reads."""
-    request = StopRequest()
-
-    def on_signal(number, frame):
-        request.requested = True
-
-    before = signal.signal(signal.SIGTERM, on_signal)
-    try:
-        yield request
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
+from ..stopping import StopRequest
 
 # Columns that transformers and TRL log and metrics.jsonl leaves out.
 UNLOGGED = ("total_flos", "epoch", "entropy", "eval_entropy", "eval_epoch")
@@ -62,7 +38,7 @@ class QuietProgress(ProgressCallback):
 
 
 class StopOnRequest(TrainerCallback):
-    """Saves and ends training after the step or the evaluation in which any process got SIGTERM."""
+    """Saves and ends training after the step or the evaluation in which any process was asked to stop."""
 
     def __init__(self, request: StopRequest):
         self.request = request

@@ -13,6 +13,7 @@ from ..checkpoints.metrics import METRICS, read_rows
 from ..data.rows import Rows
 from ..flags import Flags
 from ..model.adapter import Adapter
+from ..spelling import spelled
 from .meter import peak_memory
 
 
@@ -25,9 +26,17 @@ def run_line(flags: Flags, adapter: Adapter, model: PreTrainedModel, device: tor
 
 
 def stopped_line(flags: Flags, command: str, step: int) -> str:
-    """What SIGTERM led to, and how to continue."""
+    """What a signal led to, and how to continue."""
     saved = Path(flags.output_dir) / f"checkpoint-{step}"
     return f"\nstopped and saved at step {step}; {_how_to_continue(flags, command, saved)}"
+
+
+def early_line(flags: Flags, step: int, best: int) -> str:
+    """Why `--early_stopping` ended training. The adapter is the last step's."""
+    return (
+        f"\nstopped early at step {step}: {flags.early_stopping} evaluations without a lower loss than step {best}'s; "
+        f"the adapter is of step {step}"
+    )
 
 
 def resume_hint(flags: Flags, command: str, checkpoint: Path | None) -> str:
@@ -40,7 +49,7 @@ def resume_hint(flags: Flags, command: str, checkpoint: Path | None) -> str:
 def _how_to_continue(flags: Flags, command: str, checkpoint: Path) -> str:
     if flags.deepspeed:
         return f"go on from its adapter, in a new --output_dir, with --init_adapter {checkpoint}"
-    return f"continue with\n  {command} --resume"
+    return f"continue with\n  {command}"
 
 
 def losses(metrics: Path) -> tuple[float, float] | None:
@@ -63,7 +72,7 @@ def summary(flags: Flags, seconds: float) -> str:
     lines.append(f"adapter: {folder}; losses: {folder / 'loss.png'}, {folder / METRICS}; card: {folder / 'README.md'}")
     lines.append("next:")
     where = f"--base_model {flags.base_model} --adapter {folder}"
-    lines.append(f"  python -m training.merge {where} --output_dir {folder}-merged")
+    lines.append(f"  {spelled('merge')} {where} --output_dir {folder}-merged")
     return "\n".join(lines)
 
 

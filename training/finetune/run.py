@@ -6,7 +6,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from safetensors import SafetensorError
-from transformers import ProgressCallback
+from transformers import EarlyStoppingCallback, ProgressCallback
+from trl import SFTConfig
 
 from ..checkpoints.checkpoint import newest_checkpoint, step_of
 from ..checkpoints.lock import check_folder, sole_run
@@ -16,14 +17,16 @@ from ..distributed.launchers import check_launcher, launched_with_fsdp
 from ..distributed.processes import broadcast, join, print_once
 from ..distributed.sharding import full_adapter
 from ..flags import Flags
+from ..flags.trainer_fields import trainer_fields
 from ..model.adapter import add_adapter
 from ..model.base_model import check_targets, compute_dtype, load_model, load_tokenizer
 from ..model.liger import use_fused_loss
-from .callbacks import QuietProgress, StopOnRequest, StopRequest, WriteMetrics, stop_on_sigterm
+from ..stopping import StopRequest, stop_on_interrupt, stop_on_sigterm
+from .callbacks import QuietProgress, StopOnRequest, WriteMetrics
 from .config import trainer_config
 from .hub import make_repository, push
 from .output import write_account, write_output
-from .report import resume_hint, run_line, stopped_line, summary
+from .report import early_line, resume_hint, run_line, stopped_line, summary
 from .trainer import DoraTrainer
 
 # Flags that change no number of a run, so that a resumed run may have others.
@@ -33,14 +36,15 @@ FREE = {"config", "output_dir", "resume", "save_step", "eval_step", "bad_row_lim
 
 
 def run(flags: Flags, command: str) -> None:
-    """Fine-tune as the flags say. On SIGTERM, save a checkpoint and return.
+    """Fine-tune as the flags say. On SIGTERM or Ctrl-C, save a checkpoint and return.
 
     Args:
-        command: the command line without `--resume`, printed when the run can be continued.
+        command: the command line that continues the run, printed when it can be continued.
 
     Raises:
         ValueError, OSError: bad input, before any work starts where it can be known.
         FloatingPointError: a loss or a gradient that is not finite.
+        KeyboardInterrupt: Ctrl-C outside training, or a second one; it says what is saved.
     """
     this = Run(replace(flags, fsdp=flags.fsdp or launched_with_fsdp()), command)
     this.prepare()
@@ -51,6 +55,9 @@ def run(flags: Flags, command: str) -> None:
                 this.finish()
         except (OSError, SafetensorError) as error:  # a full disk, for one
             raise OSError(f"{error}; {resume_hint(flags, command, newest_checkpoint(this.output_dir))}") from error
+        except KeyboardInterrupt:
+            hint = resume_hint(flags, command, newest_checkpoint(this.output_dir))
+            raise KeyboardInterrupt(f"aborted; {hint}") from None
 
 
 class Run:
@@ -58,7 +65,7 @@ class Run:
 
     Attributes:
         device, processes, tokenizer, rows: set by `prepare`.
-        checkpoint, adapter, trainer, request: set by `build`.
+        checkpoint, evaluates, config, adapter, trainer, request: set by `build`.
         seconds: of training, set by `train`.
     """
 
@@ -69,6 +76,7 @@ class Run:
         """Check the flags, and read the tokenizer and the rows."""
         flags = self.flags
         flags.check()
+        trainer_fields(flags.set, SFTConfig)  # raises before any work
         self.device = flags.torch_device
         check_launcher(compute_dtype(self.device))
         self.processes = join(self.device)
@@ -85,6 +93,9 @@ class Run:
             seed=flags.seed,
             long_rows=flags.long_rows,
             assistant_only_loss=flags.assistant_only_loss,
+            mapping=flags.mapping,
+            config=flags.data_config,
+            split=flags.data_split,
         )
         if flags.push_to_hub and self.processes.is_main_process:
             make_repository(flags.hub_model_id)
@@ -100,6 +111,9 @@ class Run:
         if is_main:
             write_account(self.rows, self.output_dir)
         self.checkpoint = broadcast(resume_point(self.output_dir, self.flags.resume) if is_main else None)
+        self.evaluates = bool(self.rows.validation and self.flags.eval_step)
+        # Before the model, whose weights take minutes: the configuration checks its fields.
+        self.config = trainer_config(self.flags, evaluates=self.evaluates, resumed=self.checkpoint is not None)
         model = load_model(
             self.flags.base_model,
             self.device,
@@ -115,31 +129,35 @@ class Run:
 
     def _make_trainer(self) -> DoraTrainer:
         flags, rows = self.flags, self.rows
-        evaluates = bool(rows.validation and flags.eval_step)
         settings = {name: value for name, value in asdict(flags).items() if name not in FREE}
         # The rows have `input_ids` and `labels`, so TRL tokenises nothing. It keeps the column `place`.
         trainer = DoraTrainer(
             self.adapter,
             run=settings | {"data": rows.fingerprint, "processes": self.processes.num_processes},
-            args=trainer_config(flags, evaluates=evaluates, resumed=self.checkpoint is not None),
+            args=self.config,
             fused_loss=flags.use_liger,
             train_dataset=rows.train.select_columns(TRAINED),
-            eval_dataset=rows.validation.select_columns(TRAINED) if evaluates else None,
+            eval_dataset=rows.validation.select_columns(TRAINED) if self.evaluates else None,
             processing_class=self.tokenizer,
             callbacks=[WriteMetrics(self.output_dir / METRICS), StopOnRequest(self.request)],
         )
+        if self.evaluates and flags.early_stopping:
+            trainer.add_callback(EarlyStoppingCallback(flags.early_stopping))
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(QuietProgress)
         return trainer
 
     def train(self) -> bool:
-        """Train from the checkpoint, if there is one. Returns False if SIGTERM ended training early."""
+        """Train from the checkpoint, if there is one. Returns False if a signal ended training early."""
         started = time.perf_counter()
-        self.trainer.train_from(self.checkpoint)
+        with stop_on_interrupt(self.request):
+            self.trainer.train_from(self.checkpoint)
         self.seconds = time.perf_counter() - started
         state = self.trainer.state
         if stopped := self.request.requested and state.global_step < state.max_steps:
             print_once(stopped_line(self.flags, self.command, state.global_step))
+        elif self.flags.early_stopping and state.global_step < state.max_steps:
+            print_once(early_line(self.flags, state.global_step, state.best_global_step))
         return not stopped
 
     def finish(self) -> None:

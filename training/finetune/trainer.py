@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import TrainerState
+from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
 import dora_kernels as dk
@@ -30,6 +31,7 @@ from ..model.optimizer import parameter_groups
 from .meter import Meter
 from .nonfinite import first_nonfinite, first_nonfinite_gradient
 
+KEPT = 2  # checkpoints
 TRAINER_STATE = "trainer_state.json"  # the name that transformers expects
 
 
@@ -105,6 +107,9 @@ class DoraTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """Write a checkpoint, with the random generators of all processes. The main process writes."""
         self.store_flos()
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
         generators = gather(random_state())
         # DeepSpeed shards the optimizer in its own way, and such a run is not resumed.
         moments, groups = ({}, []) if self.is_deepspeed_enabled else optimizer_state(self.optimizer)
@@ -128,7 +133,8 @@ class DoraTrainer(SFTTrainer):
                 return
             if metrics.exists():
                 sync(metrics)  # rows must be as durable as the checkpoint after them
-            save_checkpoint(self.args.output_dir, self.state.global_step, tensors, state, write)
+            keep = self.args.save_total_limit or KEPT
+            save_checkpoint(self.args.output_dir, self.state.global_step, tensors, state, write, keep)
         self.meter.skip()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -17,6 +17,7 @@ from ..checkpoints.loss_plot import plot_losses
 from ..distributed.processes import local_rank
 from ..flags import Flags
 from ..model.base_model import load_tokenizer
+from ..stopping import stop_on_interrupt, stop_on_sigterm
 from .batches import Example, Row, encode, read_splits
 from .evaluate import answer, exact_match, held_out_loss
 from .loop import LoopSettings, total_steps, train
@@ -27,8 +28,13 @@ TUNED_AT_LEAST = 0.80
 EVALUATION_BATCH = 100
 
 
-def run(flags: Flags) -> None:
+def run(flags: Flags, command: str) -> None:
     """Evaluate the base, fine-tune it, evaluate again, merge, and print the comparison.
+
+    On SIGTERM or Ctrl-C in training, save a checkpoint and return.
+
+    Args:
+        command: the command line that continues the run.
 
     Raises:
         ValueError: bad flags, or a demo that did not learn.
@@ -54,17 +60,22 @@ def run(flags: Flags) -> None:
 
     # A fresh adapter changes no bit of the base model's output.
     before = evaluate(model, tokenizer, rows["test"], examples["test"])
-    train(
-        model,
-        examples["train"],
-        examples["validation"],
-        settings,
-        output_dir=output_dir,
-        pad_id=tokenizer.pad_token_id,
-        write_adapter=lambda folder: dk.save_adapter(model, folder),
-        read_adapter=lambda folder: dk.load_adapter(model, folder),
-        resume=flags.resume,
-    )
+    with stop_on_sigterm() as request, stop_on_interrupt(request):
+        done = train(
+            model,
+            examples["train"],
+            examples["validation"],
+            settings,
+            output_dir=output_dir,
+            pad_id=tokenizer.pad_token_id,
+            write_adapter=lambda folder: dk.save_adapter(model, folder),
+            read_adapter=lambda folder: dk.load_adapter(model, folder),
+            resume=flags.resume,
+            request=request,
+        )
+    if done < steps:
+        print(f"\nstopped and saved at step {done}; continue with\n  {command}")
+        return
     dk.save_adapter(model, output_dir)
     plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
     after = evaluate(model, tokenizer, rows["test"], examples["test"])

@@ -20,6 +20,7 @@ from ..checkpoints.metrics import append_row, keep_until
 from ..checkpoints.resume_state import optimizer_state, random_state, set_optimizer_state, set_random_state
 from ..data.order import rows_of_step, steps_per_epoch
 from ..model.optimizer import parameter_groups
+from ..stopping import StopRequest
 from .batches import Example, collate, fingerprint
 from .evaluate import held_out_loss, summed_loss, target_tokens
 
@@ -30,7 +31,7 @@ class LoopSettings:
 
     batch_size: int = 16  # rows per forward pass
     gradient_accumulation_steps: int = 1  # forward passes per optimizer step
-    num_epochs: int = 1
+    num_epochs: float = 1
     max_steps: int = 0  # optimizer steps; 0: as many as num_epochs take
     learning_rate: float = 1e-3
     warmup_ratio: float = 0.05  # share of the steps
@@ -44,7 +45,7 @@ class LoopSettings:
 def total_steps(settings: LoopSettings, rows: int) -> int:
     """Optimizer steps of the whole run."""
     batch = settings.batch_size * settings.gradient_accumulation_steps
-    return settings.max_steps or settings.num_epochs * steps_per_epoch(rows, batch)
+    return settings.max_steps or math.ceil(settings.num_epochs * steps_per_epoch(rows, batch))
 
 
 def train(
@@ -58,12 +59,14 @@ def train(
     write_adapter: Callable[[Path], None],
     read_adapter: Callable[[Path], None],
     resume: bool = False,
-) -> None:
-    """Train `model` in place.
+    request: StopRequest | None = None,
+) -> int:
+    """Train `model` in place. Returns the steps that are done: all, or fewer if `request` ended training.
 
     Args:
         write_adapter, read_adapter: store the trained parameters in a folder, and restore them.
         resume: continue from the newest sound checkpoint, if there is one.
+        request: read after each step; once it is made, the step is saved.
 
     Raises:
         ValueError: the checkpoint is of a run with other settings or other data.
@@ -128,12 +131,16 @@ def train(
         optimizer.zero_grad()
         append_row(metrics, {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": norm, "tokens": tokens})
         progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        if settings.eval_step and (step % settings.eval_step == 0 or step == steps):
+        stopped = request is not None and request.requested and step < steps
+        if settings.eval_step and (step % settings.eval_step == 0 or step == steps) and not stopped:
             evaluate(step)
-        if settings.save_step and (step % settings.save_step == 0 or step == steps):
+        if stopped or (settings.save_step and (step % settings.save_step == 0 or step == steps)):
             moments, groups = optimizer_state(optimizer)
             generators, generator_json = random_state()
             state = {"step": step, "run": run, "optimizer": groups, "random": generator_json}
             state["scheduler"] = scheduler.state_dict()
             sync(metrics)  # rows must be as durable as the checkpoint after them
             save_checkpoint(output_dir, step, moments | generators, state, write_adapter)
+        if stopped:
+            return step
+    return steps

@@ -81,11 +81,17 @@ def _peft_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
     if flags.init_adapter:
         peft_model = _load_with_peft(model, flags)
     else:
+        dora = flags.dora
         config = peft.LoraConfig(
-            r=flags.lora_r,
-            lora_alpha=flags.lora_alpha,
-            lora_dropout=flags.lora_dropout,
-            target_modules=flags.target_modules,
+            r=dora.r,
+            lora_alpha=dora.lora_alpha,
+            lora_dropout=dora.lora_dropout,
+            target_modules=dora.target_modules,
+            exclude_modules=dora.exclude_modules,
+            modules_to_save=dora.modules_to_save,
+            use_rslora=dora.use_rslora,
+            rank_pattern=dora.rank_pattern or {},
+            alpha_pattern=dora.alpha_pattern or {},
             use_dora=flags.use_dora,
             task_type="CAUSAL_LM",
         )
@@ -93,7 +99,9 @@ def _peft_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
     name = "DoRA" if flags.use_dora else "LoRA"
     description = f"{name} by PEFT, not fused"
     if flags.use_dora and flags.fused:
-        report = dk.patch_peft(peft_model, impl=flags.impl, blocks=flags.blocks)
+        report = dk.patch_peft(
+            peft_model, impl=flags.impl, space=flags.space, rounding=flags.rounding, blocks=flags.blocks
+        )
         description = f"DoRA by PEFT, {len(report.fused)} layers fused{_blocks_of(peft_model)}"
         for path, reason in report.skipped.items():
             description += f"\n  {path} is left to PEFT: {reason}"
