@@ -57,7 +57,10 @@ def _expert_sums_kernel(
     product = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
     if NEEDS.base:
         scale = tl.load(scale_ptr + tl.cast(expert, tl.int64) * N + offs_n, mask=mask_n, other=0.0)
-    for row in tl.range(first, end, BLOCK_M, num_stages=3):
+    # Loaded ahead for a product alone, fp32 values would be copied one by one.
+    ALONE: tl.constexpr = NEEDS.product and not (NEEDS.correlation or NEEDS.base)
+    STAGES: tl.constexpr = 1 if ALONE and dy_ptr.dtype.element_ty == tl.float32 else 3
+    for row in tl.range(first, end, BLOCK_M, num_stages=STAGES):
         offs_m = row + tl.arange(0, BLOCK_M)
         mask_m = offs_m < end
         mask = mask_m[:, None] & mask_n[None, :]

@@ -9,8 +9,9 @@ import triton.language as tl
 
 
 def most_tiles(tokens: int, experts: int, tile: int) -> int:
-    """A bound on the number of tiles of `tile` tokens."""
-    return triton.cdiv(tokens, tile) + min(experts, tokens)
+    """The number of tiles of `tile` tokens where as many experts as possible have one token more than fills theirs."""
+    first = min(experts, tokens)
+    return first + (tokens - first) // tile
 
 
 @triton.jit
