@@ -1,10 +1,10 @@
 """Compiles every kernel of the engine for every GPU generation, on any machine, and holds the result to its limits.
 
-The launches are those that `dora_linear` and `dora_mlp` make, forward and backward, over ranks, types, shapes and
-options. The first table has a row for each kernel, type and generation, with the worst over its launches: registers a
-thread, bytes of stack, instructions that spill, bytes of shared memory, tensor-core instructions (fewest, where a dot
-is) and the narrowest access in bits to a two-dimensional block (where sizes divide by 16). A broken limit is printed
-with its launch, and the exit status is 1.
+The launches are those that `dora_linear`, `dora_mlp` and `dora_experts` make, forward and backward, over ranks, types,
+shapes and options. The first table has a row for each kernel, type and generation, with the worst over its launches:
+registers a thread, bytes of stack, instructions that spill, bytes of shared memory, tensor-core instructions (fewest,
+where a dot is) and the narrowest access in bits to a two-dimensional block (where sizes divide by 16). A broken limit
+is printed with its launch, and the exit status is 1.
 
 The second table has a row for each kernel, case and GPU: instructions of a thread per element, and the time of the
 longest pipe, of L2 and of the tensor cores over the time of the bytes. Above 1 the kernel cannot reach the memory's

@@ -23,7 +23,9 @@ class DoraConfig:
         lora_alpha: the scaling is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
         lora_dropout: probability in [0, 1); what it acts on, see `dropout_mode`.
         target_modules: module names or their suffixes (a list), a regular expression that matches the whole name
-            (a string), or "all-linear": every linear layer except the output embeddings (lm_head).
+            (a string), or "all-linear": every linear layer except the output embeddings (lm_head). Empty where
+            `target_parameters` alone are adapted.
+        target_parameters: names or suffixes of fused 3-D parameters, the stacks of experts ("mlp.experts.down_proj").
         exclude_modules: names or suffixes (a list) or a regular expression (a string) never to adapt.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         rank_pattern, alpha_pattern: `{name, suffix or regular expression: r or lora_alpha}` for layers that differ.
@@ -53,6 +55,7 @@ class DoraConfig:
     rounding: str = "dithered"
     nf4_parity: bool = False
     fuse_blocks: str | bool = "auto"
+    target_parameters: list[str] | None = None
 
     def __post_init__(self):
         _check_rank("`r`", self.r)
@@ -70,7 +73,8 @@ class DoraConfig:
                 raise ValueError(f"`{name}` should be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
         self.target_modules = _names("target_modules", self.target_modules, regex=True)
-        if not self.target_modules:
+        self.target_parameters = _names("target_parameters", self.target_parameters, regex=False) or None
+        if not self.target_modules and not (self.target_parameters and self.target_modules == []):
             raise ValueError('`target_modules` should name at least one module; "all-linear" takes every linear layer')
         self.exclude_modules = _names("exclude_modules", self.exclude_modules, regex=True)
         self.modules_to_save = _names("modules_to_save", self.modules_to_save, regex=False)

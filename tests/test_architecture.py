@@ -16,19 +16,19 @@ FLOORS = [
 ]  # fmt: skip
 # The same inside `ops/`, whose modules build on each other.
 OPS_FLOORS = [
-    {"__init__", "base_weights", "chunked", "convolution", "gpus", "output", "types"},
+    {"__init__", "base_weights", "chunked", "convolution", "gpus", "grouped", "output", "types"},
     {"checks", "kernels", "problem", "recomputation", "reference"},
     {"overhead"},
     {"dispatch", "forms", "members"},
     {"gate_up", "siblings"},
-    {"dora_conv", "dora_embedding", "dora_linear", "dora_mlp", "dora_siblings"},
+    {"dora_conv", "dora_embedding", "dora_experts", "dora_linear", "dora_mlp", "dora_siblings"},
 ]
 # Device functions and launch data of the kernels need no reference.
 TWINS = [
-    "activations", "base_weight", "cast", "glu_bwd", "glu_fwd", "merge", "rescale_bwd", "rescale_fwd", "rounding",
-    "weight_norm",
+    "activations", "base_weight", "cast", "expert_norm", "expert_rescale_bwd", "expert_rescale_fwd", "expert_wgrad",
+    "glu_bwd", "glu_fwd", "merge", "rescale_bwd", "rescale_fwd", "rounding", "weight_norm",
 ]  # fmt: skip
-NO_TWIN = {"__init__", "blocks", "launch", "lora_dot"}
+NO_TWIN = {"__init__", "blocks", "expert_sums", "expert_tiles", "launch", "lora_dot"}
 
 
 def parse(path):

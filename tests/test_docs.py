@@ -10,10 +10,12 @@ from argparse import ArgumentParser
 from itertools import takewhile
 
 import pytest
+import torch
 import yaml
-from transformers import AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from tests.support.doc_blocks import NOT_RUN, PAGES, ROOT, blocks
+from tests.support.tiny_experts import tiny_experts
 
 DOCS = ROOT / "docs"
 REAL, TINY = "Qwen/Qwen3-0.6B", str(ROOT / "training/demo/base")
@@ -210,10 +212,23 @@ def test_an_example_trains(file, data, tmp_path, monkeypatch, capsys):
 
 def test_examples_are_short_and_name_a_real_model():
     files = sorted((ROOT / "examples").glob("*.py"))
-    assert {file.name for file in files} == {*TRAINED, "merge_for_serving.py"}
+    assert {file.name for file in files} == {*TRAINED, "experts.py", "merge_for_serving.py"}
     for file in files:
-        text = file.read_text(encoding="utf-8")
-        assert text.count("\n") <= 30 and f'default="{REAL}"' in text
+        text, real = file.read_text(encoding="utf-8"), "Qwen/Qwen3-30B-A3B" if file.name == "experts.py" else REAL
+        assert text.count("\n") <= 30 and f'default="{real}"' in text
+
+
+def test_the_example_of_experts_trains_them(data, tmp_path, monkeypatch):
+    base, adapter, merged = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(base)
+    tiny_experts("Qwen3-MoE", torch.bfloat16, vocab_size=AutoConfig.from_pretrained(TINY).vocab_size).save_pretrained(
+        base
+    )
+    run_example("experts.py", monkeypatch, model=base, data=data, steps=2, output=adapter)
+    run_example("merge_for_serving.py", monkeypatch, model=base, adapter=adapter, output=merged)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (base, merged))
+    changed = {key for key in before if not before[key].equal(after[key])}
+    assert {key.rpartition(".")[2] for key in changed if ".experts." in key} == {"gate_up_proj", "down_proj"}
 
 
 # The shell around the code

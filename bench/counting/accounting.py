@@ -2,11 +2,13 @@
 
 `loaded` counts every load, as the kernel's loops make them: what programs read again is served by the L2 cache where it
 fits. `unique` counts each element of an input once: what must come from memory. Both leave masked lanes out, and what
-is read only where a sum of squares has left fp32's range. A test holds loads and stores against those that the kernels
+is read only where a sum of squares has left fp32's range. Every expert is taken to have tokens, and as many tiles of
+them as there may be. A test holds loads and stores against those that the kernels
 make under the interpreter.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -250,6 +252,70 @@ def _rescale_bwd_finish(a) -> Traffic:
     return Traffic(loaded, loaded, stored)
 
 
+def _expert_norm(a) -> Traffic:
+    columns, experts = a.grid
+    adapted = _adapted(a, programs_k=1, blocks_k=triton.cdiv(a.K, a.CONFIG.block_k))
+    ends = columns * (2 * experts - 1) * _size(a.ends_ptr) if a.HAS_ENDS else 0
+    vectors = a.N * _size(a.m_ptr)
+    return adapted._replace(
+        loaded=experts * (adapted.loaded + vectors) + ends,
+        unique=experts * (adapted.unique + vectors),
+        stored=2 * experts * a.N * _size(a.norm_ptr),
+        flops=experts * adapted.flops,
+    )
+
+
+def _expert_rescale_fwd(a) -> Traffic:
+    (tokens, _), columns = a.z_ptr.shape, triton.cdiv(a.N, a.CONFIG.block_n)
+    z, h, b = tokens * a.N * _size(a.z_ptr), tokens * _size(a.h_ptr), a.N * a.R * _size(a.b_ptr)
+    vectors = a.N * _size(a.scale_ptr) + (a.N * _size(a.bias_ptr) if a.HAS_BIAS else 0)
+    h_columns = min(a.R, a.DOT.block_r) + (0 if a.DOT.one_block else a.R)
+    return Traffic(
+        _ends(a) + z + h * h_columns * columns + (b + vectors) * (a.grid[0] // columns),
+        z + h * a.R + (b + vectors) * a.E,
+        tokens * a.N * _size(a.y_ptr),
+        2 * tokens * a.N * _padded_rank(a),
+        _rate(a),
+    )
+
+
+def _expert_sums(a) -> Traffic:
+    (tokens, _), (columns, tiles, parts) = a.dy_ptr.shape, a.grid
+    dy = tokens * a.N * _size(a.dy_ptr)
+    unique = dy + (tokens * a.N * _size(a.saved_ptr) if a.NEEDS.correlation else 0)
+    loaded, stored, flops = _ends(a) + parts * unique, dy if a.NEEDS.base else 0, 0
+    if a.NEEDS.base:
+        scale = a.N * _size(a.scale_ptr)
+        loaded, unique = loaded + parts * tiles * scale, unique + a.E * scale
+    if a.NEEDS.product:
+        h = tokens * a.R * _size(a.h_ptr)
+        loaded, unique, flops = loaded + columns * h, unique + h, 2 * tokens * a.N * _padded_rank(a)
+        stored += tiles * a.N * a.R * _size(a.product_ptr)
+    if a.NEEDS.correlation:
+        stored += tiles * a.N * _size(a.correlation_ptr)
+    return Traffic(loaded, unique, stored, flops, _rate(a))
+
+
+def _expert_sums_finish(a) -> Traffic:
+    features, stored = a.E * a.N, 0
+    loaded = _ends(a) + (features * _size(a.scale_ptr) if a.HAS_SCALE else 0)
+    # Tiles behind the last one are not read: how many there are, the routing says.
+    tiles = (a.product_ptr if a.NEEDS_PRODUCT or a.FROM_BASE else a.correlation_ptr).shape[0]
+    if a.NEEDS_PRODUCT or a.FROM_BASE:
+        loaded += tiles * a.N * a.R * _size(a.product_ptr)
+        loaded += features * a.R * _size(a.b_ptr) if a.FROM_BASE else 0
+        stored += features * a.R * _size(a.out_ptr) if a.NEEDS_PRODUCT else 0
+    if a.NEEDS_MAGNITUDE:
+        loaded += tiles * a.N * _size(a.correlation_ptr) + features * _size(a.norm_ptr)
+        stored += features * _size(a.dm_ptr)
+    return Traffic(loaded, loaded, stored)
+
+
+def _ends(a) -> int:
+    """Where each expert's tokens start and end, which every program reads."""
+    return math.prod(a.grid) * (2 * a.E - 1) * _size(a.ends_ptr)
+
+
 def _padded_rank(a) -> int:
     """The rank as the blocks of a product cover it."""
     return triton.cdiv(a.R, a.DOT.block_r) * a.DOT.block_r
@@ -276,6 +342,10 @@ ACCOUNTS: dict[str, Callable[[SimpleNamespace], Traffic]] = {
     "_weight_norm_finish_kernel": _weight_norm_finish,
     "_merge_scale_kernel": _merge_scale,
     "_decode_kernel": _decode,
+    "_expert_norm_kernel": _expert_norm,
+    "_expert_rescale_fwd_kernel": _expert_rescale_fwd,
+    "_expert_sums_kernel": _expert_sums,
+    "_expert_sums_finish_kernel": _expert_sums_finish,
     "_glu_fwd_kernel": _glu_fwd,
     "_glu_bwd_kernel": _glu_bwd,
     "_rescale_fwd_kernel": _rescale_fwd,

@@ -1,5 +1,5 @@
-"""Calls of `dora_linear` and `dora_mlp` that make every launch of the engine: over types, ranks, shapes, formats and
-options."""
+"""Calls of `dora_linear`, `dora_mlp` and `dora_experts` that make every launch of the engine: over types, ranks,
+shapes, formats and options."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from dora_kernels import dora_linear
 from dora_kernels.ops.base_weights import Int4Weight, Nf4Weight
 from dora_kernels.ops.base_weights.compressed_tensors import LAYOUT as COMPRESSED_TENSORS
 from dora_kernels.ops.base_weights.gptqmodel import AWQ, GPTQ
+from dora_kernels.ops.dora_experts import dora_experts
 from dora_kernels.ops.dora_mlp import dora_mlp
 from dora_kernels.ops.members import Member
 from dora_kernels.ops.types import Rounding
@@ -32,7 +33,7 @@ INT4 = {
 
 
 class Case(NamedTuple):
-    """One call of `dora_linear`, and of its backward where `trains`; or of `dora_mlp`."""
+    """One call of `dora_linear`, and of its backward where `trains`; or of `dora_mlp`, or of `dora_experts`."""
 
     dtype: torch.dtype
     adapter_dtype: torch.dtype
@@ -52,6 +53,7 @@ class Case(NamedTuple):
     mlp: str | None = None  # the activation of a gated MLP; the shape is gate's and up's
     stacked: bool = False  # one layer is gate and up
     int4: str | None = None  # a name of `INT4`
+    experts: int = 0  # of a stack; the shape is one expert's, and the tokens are those of all
 
     @property
     def dtypes(self) -> str:
@@ -86,6 +88,7 @@ def quick_cases() -> Iterable[Case]:
     yield from _nf4(DTYPES[1:2], (16,), ("plain", "parity"))
     for dtypes in DTYPES:
         yield from _mlps(dtypes, (16, 24, 33) if FP32 in dtypes else (24,))
+        yield from _experts(dtypes, (16, 24, 40) if FP32 in dtypes else (24,))
     yield from _int4(DTYPES[:1], (8, 64))
 
 
@@ -104,6 +107,7 @@ def all_cases() -> Iterable[Case]:
     yield from _nf4(DTYPES[:5], (1, 8, 16, 17, 24, 32, 33, 64, 384, 1024), ("plain", "nested", "parity"))
     for dtypes in DTYPES:
         yield from _mlps(dtypes, (1, 8, 16, 17, 24, 32, 33, 64, 100, 384, 1024))
+        yield from _experts(dtypes, (1, 8, 16, 17, 24, 32, 33, 64, 100, 384, 1024))
 
 
 def roof_cases() -> Iterable[Case]:
@@ -132,6 +136,14 @@ def _mlps(dtypes, ranks) -> Iterable[Case]:
         mlp = Case(*dtypes, space, ranks[0], mlp="silu", stacked=True)
         yield mlp
         yield mlp._replace(mlp="gelu_tanh", bias=True)
+
+
+def _experts(dtypes, ranks) -> Iterable[Case]:
+    """Whole and odd features, with and without biases, rounded in both ways."""
+    for rank in ranks:
+        experts = Case(*dtypes, "token", rank, 1536, 2048, 4096, experts=128)
+        yield experts
+        yield experts._replace(out_features=1001, in_features=333, tokens=77, experts=5, bias=True, rounding="nearest")
 
 
 def _nf4(dtype_pairs, ranks, kinds) -> Iterable[Case]:
@@ -184,6 +196,9 @@ def call(case: Case) -> None:
     if case.mlp is not None:
         _call_mlp(case)
         return
+    if case.experts:
+        _call_experts(case)
+        return
     training = case.trains in ("all", "adapter", "factors")
     trained = {"weight": False, "x": case.trains == "all", "magnitude": case.trains in ("all", "adapter")}
     N, K, R, M = case.out_features, case.in_features, case.rank, case.tokens
@@ -224,6 +239,19 @@ def _call_mlp(case: Case) -> None:
     gate, up = (member(2 * N, K), None) if case.stacked else (member(N, K), member(N, K))
     x = torch.empty(case.tokens, K, dtype=case.dtype, requires_grad=True)
     y = dora_mlp(x, gate, up, member(K, N), activation=case.mlp, space=case.space, impl="triton")
+    y.backward(torch.empty_like(y))
+
+
+def _call_experts(case: Case) -> None:
+    E, N, K, R = case.experts, case.out_features, case.in_features, case.rank
+    weight = torch.empty(E, N, K, dtype=case.dtype)
+    x = torch.empty(case.tokens, K, dtype=case.dtype, requires_grad=True)
+    shapes = (E, R, K), (E, N, R), (E, N)
+    factors = [torch.empty(shape, dtype=case.adapter_dtype, requires_grad=True) for shape in shapes]
+    bias = torch.empty(E, N, dtype=case.dtype) if case.bias else None
+    ends = torch.empty(E, dtype=torch.int32)
+    options = {"scaling": 2.0, "bias": bias, "impl": "triton", "rounding": case.rounding}
+    y = dora_experts(x, weight, *factors, ends, **options)
     y.backward(torch.empty_like(y))
 
 

@@ -1,8 +1,8 @@
 """Which kernels the engine launches, with which types, sizes and configurations, found by calling it.
 
-`dora_linear` and `dora_mlp` run forward and backward on fake CPU tensors, for which nothing is allocated; in place of
-Triton's launch stands a recorder that asks Triton itself what it would compile. No list of configurations is kept by
-hand.
+`dora_linear`, `dora_mlp` and `dora_experts` run forward and backward on fake CPU tensors, for which nothing is
+allocated; in place of Triton's launch stands a recorder that asks Triton itself what it would compile. No list of
+configurations is kept by hand.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from dora_kernels.ops import chunked, dispatch
+from dora_kernels.ops import chunked, dispatch, dora_experts
 from dora_kernels.ops import gpus as launch_data
 
 from . import accounting
@@ -107,6 +107,8 @@ def sized_launches(cases: Iterable[Case], capability: tuple[int, int]) -> Iterat
         patches.enter_context(mock.patch.object(launch_data, "DEFAULT_GPU", launch_data.GPUS[capability]))
         # The CPU's product of long factors in one piece: here it only costs time.
         patches.enter_context(mock.patch.object(chunked, "CHUNK_ELEMENTS", 1 << 62))
+        # PyTorch's own launches; where a loop takes their place, it would ask how many tokens each expert has.
+        patches.enter_context(mock.patch.object(dora_experts, "grouped_mm", _shaped_product))
         patches.enter_context(mock.patch.object(JITFunction, "run", recorder.hook()))
         for case in cases:
             call(case)
@@ -161,6 +163,10 @@ class Recorder:
             tuple(attrs),
         )
         return launch, bound
+
+
+def _shaped_product(x: torch.Tensor, stack: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[0], stack.shape[2])
 
 
 def _stand_in(tensor: torch.Tensor) -> SimpleNamespace:

@@ -26,7 +26,10 @@ def digests(tensors: Mapping[str, torch.Tensor], config: DoraConfig) -> dict[str
     for name, tensor in sorted(tensors.items()):
         of_tensors.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         of_tensors.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
-    fields = json.dumps({name: getattr(config, name) for name in HONOURED}, sort_keys=True)
+    fields = {name: getattr(config, name) for name in HONOURED}
+    if fields["target_parameters"] is None:  # files of models without experts say nothing of them
+        del fields["target_parameters"]
+    fields = json.dumps(fields, sort_keys=True)
     return {OF_TENSORS: of_tensors.hexdigest(), OF_CONFIG: hashlib.sha256(fields.encode()).hexdigest()}
 
 

@@ -28,6 +28,7 @@ HONOURED = (
     "rank_pattern",
     "alpha_pattern",
     "modules_to_save",
+    "target_parameters",
 )
 # Fields that say where the adapter came from or how it was initialised, not what it computes.
 IRRELEVANT = (

@@ -13,6 +13,7 @@ from ..config import DoraConfig
 from ..layers import Model
 from ..layers.adapting import layer_class
 from ..layers.dora_layer import DoraLayer
+from ..layers.experts import adapted_experts
 from ..models.apply import apply_dora, check_targets
 from ..models.lost_state import warn_of_statistics
 from ..models.merge import check_finite
@@ -20,6 +21,7 @@ from ..models.modules import check_model, check_not_sharded, dora_layers
 from ..models.targets import find_saved, rank_and_alpha
 from .atomic import move_files
 from .base_tensors import check_base, copy_base, resized_embeddings, split_base
+from .expert_tensors import HEADER, MAGNITUDE, copy_experts, expert_tensors, planned_experts, warn_of_experts
 from .integrity import check_digests, digests, save_with_header
 from .peft_config import (
     CONFIG_NAME,
@@ -32,8 +34,6 @@ from .peft_config import (
     write_config,
 )
 
-MAGNITUDE = "lora_magnitude_vector"
-
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "peft") -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, as PEFT does, making `directory` if need be.
@@ -45,6 +45,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
     Args:
         compat: "peft" writes the magnitude's key as PEFT does; transformers' own `load_adapter` silently drops it.
             "transformers" appends ".weight" to it, which transformers, PEFT and `load_adapter` all read.
+
+    PEFT cannot load the adapters of fused experts, and a warning says so: A and B are in its layout, m is added.
 
     Raises:
         ValueError: another `compat`, a model without DoRA layers, or NaN or infinity in an adapter.
@@ -59,11 +61,12 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
             "merge_dora (or after unmerge_dora)"
         )
     # The frozen base may well be sharded: its weights are not written.
-    check_not_sharded(_adapter_tensors(model).items())
-    check_finite(dora_layers(model))
+    check_not_sharded((_adapter_tensors(model) | expert_tensors(model)).items())
+    check_finite(dora_layers(model) | adapted_experts(model))
     warn_of_statistics(model, find_saved(model, model.dora_config))
     warn_of_misread(model)
-    parameters = _adapter_tensors(model) | resized_embeddings(model)
+    warn_of_experts(model)
+    parameters = _adapter_tensors(model) | expert_tensors(model) | resized_embeddings(model)
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in parameters.items()}
     spelled = {PREFIX + stored_key(key, compat): tensor for key, tensor in tensors.items()}
     directory = Path(directory)
@@ -73,7 +76,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=directory) as temporary:
         staged = Path(temporary)
         write_config(adapter_fields(model), staged)
-        header = {"format": "pt"} | digests(tensors, read_config(staged))
+        header = {"format": "pt"} | digests(tensors, read_config(staged)) | (HEADER if adapted_experts(model) else {})
         save_with_header(spelled, staged / WEIGHTS_NAME, header)
         move_files(staged, directory, (CONFIG_NAME, WEIGHTS_NAME))
 
@@ -101,14 +104,15 @@ def load_adapter(model: Model, directory: str | os.PathLike) -> Model:
     """
     check_model(model)
     check_not_sharded(_adapter_tensors(model).items())
-    if any(layer.frozen_scale is not None for layer in dora_layers(model).values()):
+    layers = dora_layers(model) | adapted_experts(model)
+    if any(layer.frozen_scale is not None for layer in layers.values()):
         raise RuntimeError(
             "cannot load an adapter inside frozen_adapters: its norms would go stale; leave the scope first"
         )
     directory = Path(directory)
     config, header, tensors = _read(directory)
-    if patched := bool(dora_layers(model)):
-        expected = _meta(_adapter_tensors(model))
+    if layers:
+        expected = _meta(_adapter_tensors(model) | expert_tensors(model))
     else:
         fitting = without_absent_modules(config, [name for name, _ in model.named_modules() if name])
         expected = _planned(model, fitting)
@@ -116,13 +120,14 @@ def load_adapter(model: Model, directory: str | os.PathLike) -> Model:
     _check_tensors(directory / WEIGHTS_NAME, adapter, expected)
     check_base(directory / WEIGHTS_NAME, model, base)
     check_digests(directory / WEIGHTS_NAME, header, tensors, config)
-    if patched:
-        _check_scaling(dora_layers(model), config)
+    if layers:
+        _check_scaling(layers, config)
     else:
         apply_dora(model, fitting)
     with torch.no_grad():
         for key, parameter in _adapter_tensors(model).items():
             parameter.copy_(adapter[key])
+    copy_experts(model, adapter)
     copy_base(model, base)
     return model
 
@@ -156,7 +161,7 @@ def _planned(model: nn.Module, config: DoraConfig) -> dict[str, tuple[list[int],
         kind = layer_class(module)
         for name, shape in kind.shapes_of(module, r).items():
             planned[f"{path}.{kind.file_names[name]}"] = list(shape), torch.float32
-    return planned | _meta(_saved_tensors(model, config))
+    return planned | planned_experts(model, config) | _meta(_saved_tensors(model, config))
 
 
 def _meta(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[list[int], torch.dtype]]:

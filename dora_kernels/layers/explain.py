@@ -5,8 +5,8 @@ from typing import NamedTuple
 from torch import nn
 
 from ..ops import dispatch
+from .experts import adapted_experts, frozen_experts
 from .probe import probe
-from .support import fused_experts
 
 
 class Explanation(NamedTuple):
@@ -27,18 +27,20 @@ class Explanations(tuple[Explanation, ...]):
     """The layers' explanations in order; `str()` is one line each, one for each block and each stack of experts, and
     one on `unseen`.
 
-    `blocks` holds by path what is one function, or why a module that is like a block is none. `experts` holds by path
-    how many parameters of fused experts stay frozen. `unseen` is why the probe of what the model does with its layers
-    stopped, None if it did not.
+    `blocks` holds by path what is one function, or why a module that is like a block is none. `stacks` holds by name
+    what the adapter of a fused parameter runs. `experts` holds by path how many parameters of fused experts stay
+    frozen. `unseen` is why the probe of what the model does with its layers stopped, None if it did not.
     """
 
     blocks: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
+    stacks: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
     experts: dict[str, int] = {}  # noqa: RUF012 (replaced, never changed)
     unseen: str | None = None
 
     def __str__(self) -> str:
         lines = [str(explanation) for explanation in self]
         lines += [f"{path}: {what}" for path, what in self.blocks.items()]
+        lines += [f"{name} {what}" for name, what in self.stacks.items()]
         lines += [f"{path}: {size} parameters of fused experts stay frozen" for path, size in self.experts.items()]
         if self.unseen is not None:
             lines.append(f"only the first step will tell layers that are not called: {self.unseen}")
@@ -56,7 +58,8 @@ def explain(model: nn.Module, tokens: int) -> Explanations:
     if tokens < 0:
         raise ValueError(f"tokens must be at least 0, got {tokens}")
     layers = [(name, module) for name, module in model.named_modules() if hasattr(type(module), "plan")]
-    if not layers:
+    stacks = adapted_experts(model)
+    if not layers and not stacks:
         raise ValueError("explain found no DoraLinear in the model; call apply_dora, or patch_peft a PEFT model, first")
     blocks, inside = {}, {}
     for path, module in model.named_modules():
@@ -77,8 +80,9 @@ def explain(model: nn.Module, tokens: int) -> Explanations:
         for name, layer in layers
     )
     explanations.blocks = blocks
-    explanations.experts = fused_experts(model)
-    if layers[0][1] is not model:
+    explanations.stacks = {name: f"({adapter.extra_repr()}): {adapter.reason}" for name, adapter in stacks.items()}
+    explanations.experts = frozen_experts(model)
+    if not layers or layers[0][1] is not model:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
         seen = probe(base)
         prefix = next((path for path, module in model.named_modules() if module is base), "")

@@ -96,17 +96,6 @@ def why_not_format(module: nn.Module, kept: bool = False) -> str | None:
     return None
 
 
-def fused_experts(model: nn.Module) -> dict[str, int]:
-    """The modules that hold experts as stacks in 3-D parameters, which no `DoraLinear` can take, and their elements."""
-    found = {}
-    for path, module in model.named_modules():
-        if "expert" in f"{path} {type(module).__name__}".lower():
-            stacks = [p.numel() for p in module._parameters.values() if p is not None and p.ndim == 3]
-            if stacks:
-                found[path] = sum(stacks)
-    return found
-
-
 def why_not_weight(module: nn.Module, kept: bool, ndim: int = 2) -> str | None:
     """Why the layer's weight cannot be read as one of `ndim` dimensions, or not be frozen; `kept` as in `why_not`."""
     if reason := why_not_format(module, kept):

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..ops.base_weights import is_quantized
 from .conv import CONVOLUTIONS, DoraConv, plain_conv
 from .embedding import DoraEmbedding, plain_embedding
+from .experts import Adapters
 from .support import LINEAR_CLASSES
 
 OTHERS = (*CONVOLUTIONS.values(), nn.Embedding)
@@ -117,6 +118,8 @@ def valueless(model: nn.Module, like: dict[str, str]) -> nn.Module:
             getattr(module, hooks).clear()
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False
+        if isinstance(getattr(module, "dora", None), Adapters):
+            module.config = module.dora.base_config
     firsts = {path: Recorded(twin.get_submodule(path)) for path in set(like.values())}
     for path, repeat in stand_ins.items():
         repeat.first = firsts[like[path]]

@@ -17,9 +17,11 @@ from ..config import DoraConfig
 from ..layers import Model
 from ..layers.adapting import adapted, why_not_adapted, why_not_kind
 from ..layers.dora_layer import DoraLayer
+from ..layers.experts import DoraExperts, adapt_experts, adapted_experts, frozen_experts
 from ..layers.probe import Probe, probe
-from ..layers.support import fused_experts, why_not_called, why_overwritten
+from ..layers.support import why_not_called, why_overwritten
 from ..ops.base_weights import keep_packing
+from .expert_targets import check_parameters, how_to_adapt
 from .first_step import warn_after_first_step
 from .hooks import add_hooks
 from .lost_state import batches_seen, warn_when_saved
@@ -31,6 +33,8 @@ from .targets import find_saved, find_targets, is_all_linear, rank_and_alpha
 def apply_dora(model: Model, config: DoraConfig) -> Model:
     """Replaces the target layers by `DoraLinear`, `DoraConv` or `DoraEmbedding`, in place, and freezes all the rest.
     Returns the model.
+
+    `target_parameters` are stacks of experts: their module computes with a `DoraExperts` beside each from then on.
 
     Quantised layers keep their weights packed: NF4, FP8 and int4 are decoded inside the kernels, bitsandbytes'
     FP4 and 8-bit, torchao's and HQQ's layers dequantise themselves at each use. bitsandbytes' repacking of
@@ -47,7 +51,7 @@ def apply_dora(model: Model, config: DoraConfig) -> Model:
             patched already, a PEFT model, on the meta device, or offloaded. The model is then unchanged. "all-linear"
             leaves out, with a warning, layers whose class or model is the reason.
     """
-    targets = check_targets(model, config)
+    targets, parameters = check_targets(model, config), check_parameters(model, config)
     saved = find_saved(model, config)
     config = replace(config)  # the model's own copy: the caller's may change later
     keep_packing(model)
@@ -55,6 +59,10 @@ def apply_dora(model: Model, config: DoraConfig) -> Model:
     model.requires_grad_(False)
     try:
         layers = {path: _dora_layer(path, module, config) for path, module in targets.items()}
+        stacks = {
+            path: {name: _dora_experts(f"{path}.{name}", experts, name, config) for name in names}
+            for path, (experts, names) in parameters.items()
+        }
         saved = {path: _unshared(model, path, module) for path, module in saved.items()}
     except BaseException:
         for parameter in trainable:
@@ -62,6 +70,8 @@ def apply_dora(model: Model, config: DoraConfig) -> Model:
         raise
     for path, module in (layers | saved).items():
         replace_module(model, path, module)
+    for path, adapters in stacks.items():
+        adapt_experts(parameters[path][0], adapters)
     for module in saved.values():
         for parameter in module.parameters():
             if parameter.is_floating_point():
@@ -87,13 +97,13 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
     config = replace(config)  # validated again: a field may have been set since
     check_model(model)
     check_not_sharded(model.named_parameters())
-    if layers := dora_layers(model):
+    if layers := dora_layers(model) | adapted_experts(model):
         raise ValueError(
             f"The model has DoRA layers already ({listed(layers)}); merge_dora it, or load the base afresh"
         )
     if hasattr(model, "dora_unmerged"):
         raise ValueError("The model was merged with keep_base=True; unmerge_dora it, or load the base afresh")
-    targets = find_targets(model, config)
+    targets = find_targets(model, config) if config.target_modules else {}
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     reasons, left_out, seen = {}, {}, probe(model)
     misread = misread_by_peft(model, targets) if is_all_linear(config.target_modules) else ()
@@ -108,7 +118,7 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
             )
         elif reason := why_not_adapted(module) or why_overwritten(model, path):
             reasons[path] = reason
-    if left_out and len(left_out) == len(targets):
+    if left_out and len(left_out) == len(targets) and not config.target_parameters:
         reasons = left_out
     if reasons:
         refused = listed(
@@ -120,9 +130,9 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
             "`exclude_modules`"
         )
     targets = {path: module for path, module in targets.items() if path not in left_out}
-    _check_saved(find_saved(model, config), targets, config)
+    _check_saved(find_saved(model, config), [*targets, *check_parameters(model, config)], config)
     if is_all_linear(config.target_modules):
-        _warn_of_left_out(model, left_out)
+        _warn_of_left_out(model, left_out, config)
     return targets
 
 
@@ -136,17 +146,17 @@ def _why_not_here(model: nn.Module, path: str, r: int, seen: Probe) -> str | Non
     return None
 
 
-def _warn_of_left_out(model: nn.Module, left_out: dict[str, str]) -> None:
+def _warn_of_left_out(model: nn.Module, left_out: dict[str, str], config: DoraConfig) -> None:
     if left_out:
         reasons = listed({f"{path} {reason}" for path, reason in left_out.items()}, "; ")
         warnings.warn(
             f'"all-linear" leaves out {len(left_out)} layers: {reasons}. Name them in `exclude_modules` to say that',
             stacklevel=4,
         )
-    if experts := fused_experts(model):
+    if (experts := frozen_experts(model)) and not config.target_parameters:
         warnings.warn(
             f'"all-linear" adapts no expert: {sum(experts.values())} parameters of fused experts stay frozen '
-            f"({listed(experts, most=1)}); each stack is one 3-D parameter, for which there is no DoRA layer here",
+            f"({listed(experts, most=1)}); {how_to_adapt(model)}",
             stacklevel=4,
         )
 
@@ -169,7 +179,22 @@ def _dora_layer(path: str, module: nn.Module, config: DoraConfig) -> DoraLayer:
     )
 
 
-def _check_saved(saved: dict[str, nn.Module], targets: dict[str, nn.Module], config: DoraConfig) -> None:
+def _dora_experts(path: str, experts: nn.Module, name: str, config: DoraConfig) -> DoraExperts:
+    r, lora_alpha = rank_and_alpha(config, path)
+    adapter = DoraExperts(
+        experts,
+        name,
+        r=r,
+        lora_alpha=lora_alpha,
+        use_rslora=config.use_rslora,
+        impl=config.impl,
+        rounding=config.rounding,
+        salt=zlib.crc32(path.encode()),
+    )
+    return adapter.train(experts.training)
+
+
+def _check_saved(saved: dict[str, nn.Module], targets: list[str], config: DoraConfig) -> None:
     missing = [entry for entry in config.modules_to_save or () if not any(path.endswith(entry) for path in saved)]
     if missing:
         raise ValueError(f"modules_to_save {missing} not found in the base model")

@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from ..layers.dora_layer import DoraLayer
+from ..layers.experts import DoraExperts
 
 
 def pass_gradients(model: nn.Module) -> None:
     """Lets each module that holds a list of checkpointed layers, with DoRA layers inside, give its input a gradient."""
     for module in model.modules():
         layers = [layer for layer in _layers(module) if hasattr(layer, "gradient_checkpointing")]
-        if any(isinstance(part, DoraLayer) for layer in layers for part in layer.modules()):
+        if any(isinstance(part, (DoraLayer, DoraExperts)) for layer in layers for part in layer.modules()):
             module.register_forward_pre_hook(give_gradient, with_kwargs=True)
 
 

@@ -7,9 +7,11 @@ import torch
 from ..blocks.fuse import fuse_blocks, unfuse_blocks
 from ..layers import Model
 from ..layers.dora_layer import DoraLayer
+from ..layers.experts import DoraExperts, adapted_experts
 from ..ops.chunked import row_chunks
 from .hooks import add_hooks, remove_hooks
 from .lost_state import save_silently, warn_when_saved
+from .merge_experts import merge_experts
 from .merge_quantized import check_base, dense_dtype, dense_linear, quantized_layers, remove_marks, restore_marks
 from .modules import check_model, check_not_sharded, dora_layers, replace_module
 from .tied_weights import broken_ties, check_can_untie, retie, untie
@@ -22,7 +24,8 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
 
     W' is computed in fp32 and rounded once to the weight's dtype. The log has the cost of rounding for each layer (at
     level INFO), and a warning where it exceeds the update. Where a merged weight was tied (an adapted lm_head), the
-    other one keeps its values, and the model's config says from then on that they are not tied.
+    other one keeps its values, and the model's config says from then on that they are not tied. W' of a stack of
+    experts is written over the stack, one expert at a time.
 
     Args:
         base: for a quantised base, of which the merged model keeps nothing, and required there: "dequantized" merges
@@ -40,21 +43,28 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
     merges the rest.
     """
     check_model(model)
-    for layer in dora_layers(model).values():
+    stacks = adapted_experts(model)
+    for layer in (dora_layers(model) | stacks).values():
         layer.refuse_if_frozen("merge")
     check_not_sharded(model.named_parameters())
     layers = dora_layers(model)
-    if not layers:
+    if not layers and not stacks:
         hint = "unmerge_dora takes the merge back" if hasattr(model, "dora_unmerged") else "call apply_dora first"
         raise ValueError(f"There is nothing to merge: the model has no DoRA layers, or was merged already; {hint}")
-    check_finite(layers)
+    check_finite(layers | stacks)
     check_can_merge(layers)
     original = check_base(model, layers, base)
     broken = broken_ties(model)
     if broken:
         check_can_untie(model)
 
-    unmerged = {"config": getattr(model, "dora_config", None), "layers": {}, "ties": None, "quantized": None}
+    unmerged = {
+        "config": getattr(model, "dora_config", None),
+        "layers": {},
+        "experts": {},
+        "ties": None,
+        "quantized": None,
+    }
     if keep_base:
         model.dora_unmerged = unmerged
     cause = "rounding the merged weight" if original is None else "merging into the original weight"
@@ -72,14 +82,20 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
             if keep_base:
                 unmerged["layers"][path] = layer
             replace_module(model, path, plain)
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in stacks):
+            kept = merge_experts(model.get_submodule(path), keep_base)
+            if keep_base:
+                unmerged["experts"][path] = kept
     except BaseException:
         if keep_base:
             for path, layer in unmerged["layers"].items():
                 replace_module(model, path, layer)
+            for path, kept in unmerged["experts"].items():
+                kept.put_back(model.get_submodule(path))
             del model.dora_unmerged
         raise
-    worst = max(errors, key=errors.get)
-    if errors[worst] > 1:
+    worst = max(errors, key=errors.get, default=None)
+    if worst is not None and errors[worst] > 1:
         logger.warning(
             "%s costs more than the whole update in %d of %d layers (%.2g times it in %s): merge into an fp32 model%s, "
             "or keep the adapter unmerged",
@@ -121,6 +137,8 @@ def unmerge_dora(model: Model) -> Model:
         merged = model.get_submodule(path)
         # The model may have been moved, or switched to eval, while it was merged.
         replace_module(model, path, layer.to(merged.weight.device).train(merged.training))
+    for path, kept in unmerged["experts"].items():
+        kept.put_back(model.get_submodule(path))
     if unmerged["quantized"] is not None:
         restore_marks(model, **unmerged["quantized"])
     if unmerged["ties"] is not None:
@@ -158,7 +176,7 @@ def check_can_merge(layers: dict[str, DoraLayer]) -> None:
             )
 
 
-def check_finite(layers: dict[str, DoraLayer]) -> None:
+def check_finite(layers: dict[str, DoraLayer | DoraExperts]) -> None:
     """Raises ValueError, with the layer's name, where an adapter holds NaN or infinity."""
     for path, layer in layers.items():
         for name in ("lora_A", "lora_B", "magnitude"):

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..layers.experts import Adapters, adapted_experts
 from ..ops.base_weights import is_quantized, weight_of
 from ..ops.dispatch import dense_weight
+from .merge_experts import merged_stack
 from .merge_quantized import dense_dtype
 from .modules import check_not_sharded
 
@@ -46,7 +48,7 @@ def merged_weights(
             raise ValueError(f"{path} cannot be merged: it {reason}")
         if hasattr(part, "base_layer") and path not in adapted:
             raise ValueError(f"{path} is PEFT's {type(part).__name__}, which is not fused: patch_peft says why")
-    if not adapted:
+    if not adapted and not adapted_experts(model):
         raise ValueError("The model has no DoRA layers: call apply_dora, or patch_peft a PEFT model, first")
     return _in_buckets(_merged(parts, dtype, dense_dtype(model)), bucket_bytes)
 
@@ -63,6 +65,8 @@ def _parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]
     yield path, module
     if not _is_adapted(module):
         for name, child in module.named_children():
+            if isinstance(child, Adapters):
+                continue
             yield from _parts(child, f"{path}.{name}" if path else name)
 
 
@@ -91,6 +95,10 @@ def _merged(
             own = part._parameters | {
                 n: b for n, b in part._buffers.items() if n not in part._non_persistent_buffers_set
             }
+        for name, adapter in part.dora.items() if isinstance(getattr(part, "dora", None), Adapters) else ():
+            stack = merged_stack(adapter, dtype)
+            yield (f"{prefix}{name}", stack), stack.nbytes
+            del stack, own[name]
         for name, tensor in own.items():
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))

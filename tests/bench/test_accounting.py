@@ -11,6 +11,8 @@ from dora_kernels.ops import dispatch, kernels
 from dora_kernels.ops.base_weights import weight_of
 from dora_kernels.ops.types import GluFactors
 from tests.bench.test_offline import ROOT
+from tests.support.experts import make_stack
+from tests.support.experts import solve as solve_experts
 from tests.support.int4 import linear_awq, linear_compressed, linear_gptq
 from tests.support.loads_and_stores import count_bytes
 from tests.support.nf4 import linear_4bit
@@ -68,6 +70,18 @@ def test_a_gated_mlp(shape, dtypes, space, one_h):
         options = {"space": space, "activation": "silu", "dtype": adapter_dtype}
         kernels.glu_bwd(grad_a, gate, up, factors, bias, norm, **options)
     assert len(held_to_the_interpreter(launches)) == 3
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtypes", "bias"), list(zip((5, 40, 5, 40), DTYPES.values(), (True, False, False, True))), ids=DTYPES
+)
+def test_experts(rank, dtypes, bias):
+    """Of which each fills its tiles but one token: there are as many tiles as there may be."""
+    stack = make_stack((1, 1), 37, 45, rank, *dtypes, bias=bias)
+    with count_bytes() as launches:
+        solve_experts(stack, impl="triton")
+    names = held_to_the_interpreter(launches)
+    assert len([name for name in names if "_expert_" in name]) == 4
 
 
 @pytest.mark.parametrize("trained", ["x", "lora_B", "magnitude"])

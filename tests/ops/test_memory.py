@@ -4,11 +4,9 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
-from triton.runtime.interpreter import InterpretedFunction
 
 from dora_kernels.ops import chunked
+from tests.support.allocations import Allocations, without_the_interpreters
 from tests.support.nf4 import linear_4bit
 from tests.support.oracle import make_problem
 
@@ -17,32 +15,16 @@ M, N, K, R = 104, 152, 384, 3
 DTYPE = torch.bfloat16
 
 
-class Allocations(TorchDispatchMode):
-    """Counts fresh storages by the shape and dtype of the tensor that came with them."""
-
-    def __init__(self):
-        super().__init__()
-        self.made = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = function(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.made[tuple(tensor.shape), tensor.dtype] += 1
-        return result
-
-    def matrices(self):
-        """Those of at least half the size of the smallest of x, y and W, whichever way round they lie."""
-        least = min(M * N, M * K, N * K) // 2
-        sizes = {M * N: "MN", M * K: "MK", N * K: "NK"}
-        found = Counter()
-        for (shape, dtype), count in self.made.items():
-            size = torch.Size(shape).numel()
-            if size >= least:
-                found[sizes.get(size, str(list(shape))), dtype] += count
-        return found
+def matrices(allocations):
+    """Those of at least half the size of the smallest of x, y and W, whichever way round they lie."""
+    least = min(M * N, M * K, N * K) // 2
+    sizes = {M * N: "MN", M * K: "MK", N * K: "NK"}
+    found = Counter()
+    for (shape, dtype), count in allocations.made.items():
+        size = torch.Size(shape).numel()
+        if size >= least:
+            found[sizes.get(size, str(list(shape))), dtype] += count
+    return found
 
 
 def allocated(impl, space, nf4, bias, dropout, dtype=DTYPE):
@@ -60,21 +42,14 @@ def allocated(impl, space, nf4, bias, dropout, dtype=DTYPE):
         )  # fmt: skip
     with Allocations() as backward:
         torch.autograd.grad(y, [x, lora_A, lora_B, magnitude, *rest], problem.grad_y)
-    return forward.matrices(), backward.matrices()
+    return matrices(forward), matrices(backward)
 
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     # The reference's blocks of rows, as small beside these matrices as they are beside real ones.
     monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 4 * K)
-    # What the interpreter allocates to run a kernel has no counterpart on a GPU.
-    run = InterpretedFunction.run
-
-    def uncounted(*args, **kwargs):
-        with _disable_current_modes():
-            return run(*args, **kwargs)
-
-    monkeypatch.setattr(InterpretedFunction, "run", uncounted)
+    without_the_interpreters(monkeypatch)
 
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
@@ -113,5 +88,5 @@ def test_the_counter_counts():
         a = torch.ones(N, K, dtype=DTYPE)
         a.T.mul_(2)
         torch.eye(K) @ a.float().T
-    found = allocations.matrices()
+    found = matrices(allocations)
     assert found["NK", DTYPE] == 1 and found["NK", torch.float32] == 2 and found[str([K, K]), torch.float32] == 1

@@ -8,6 +8,10 @@ have two stages, so the same inputs give the same bits.
 
 from .base_weight import decode
 from .cast import scaled_cast
+from .expert_norm import expert_norm
+from .expert_rescale_bwd import expert_rescale_bwd
+from .expert_rescale_fwd import expert_rescale_fwd
+from .expert_wgrad import expert_wgrad
 from .glu_bwd import glu_bwd
 from .glu_fwd import glu_fwd
 from .launch import interpreted
@@ -18,6 +22,10 @@ from .weight_norm import weight_norm
 
 __all__ = [
     "decode",
+    "expert_norm",
+    "expert_rescale_bwd",
+    "expert_rescale_fwd",
+    "expert_wgrad",
     "glu_bwd",
     "glu_fwd",
     "interpreted",

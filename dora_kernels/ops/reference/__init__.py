@@ -6,6 +6,10 @@ equations are those of `ops.dora_linear`. Sums and products are fp32 (fp64 where
 
 from .base_weight import decode
 from .cast import scaled_cast
+from .expert_norm import expert_norm
+from .expert_rescale_bwd import expert_rescale_bwd
+from .expert_rescale_fwd import expert_rescale_fwd
+from .expert_wgrad import expert_wgrad
 from .glu_bwd import glu_bwd
 from .glu_fwd import glu_fwd
 from .merge import merge
@@ -13,4 +17,17 @@ from .rescale_bwd import rescale_bwd
 from .rescale_fwd import rescale_fwd
 from .weight_norm import weight_norm
 
-__all__ = ["decode", "glu_bwd", "glu_fwd", "merge", "rescale_bwd", "rescale_fwd", "scaled_cast", "weight_norm"]
+__all__ = [
+    "decode",
+    "expert_norm",
+    "expert_rescale_bwd",
+    "expert_rescale_fwd",
+    "expert_wgrad",
+    "glu_bwd",
+    "glu_fwd",
+    "merge",
+    "rescale_bwd",
+    "rescale_fwd",
+    "scaled_cast",
+    "weight_norm",
+]

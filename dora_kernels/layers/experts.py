@@ -1,0 +1,247 @@
+"""DoRA on fused experts: `DoraExperts` adapts one 3-D parameter, and transformers' registry leads to it.
+
+transformers keeps a layer's experts in one module with a stack for each of their linear layers, and asks a registry by
+the name in the module's config for the function that computes them. An adapted module gets a config of its own that
+names ours: the model's other experts keep theirs, and switching the model's implementation leaves an adapter in place.
+"""
+
+import copy
+import math
+
+import torch
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from ..ops import dispatch
+from ..ops.base_weights import sharding_of
+from ..ops.dora_experts import dora_experts
+from ..ops.grouped import grouped_mm
+from ..ops.output import OutputUse
+from ..ops.types import NormScale, Rounding
+from .frozen import Freezable
+
+IMPLEMENTATION = "dora_kernels"
+"""The name in transformers' registry."""
+STACKS = ("gate_up_proj", "up_proj", "down_proj")
+"""The fused parameters that the registry's functions read."""
+
+
+class DoraExperts(Freezable):
+    """A, B and m of one fused parameter, the stack W [E, out_features, in_features] of a layer of E experts.
+
+    The stack stays where it was, in the experts' module, under its own name and in its own layout. `lora_A` [E, r, in],
+    `lora_B` [E, out, r] and `magnitude` [E, out] are trained.
+
+    Args:
+        experts: the module that holds the stack.
+        name: the stack's name in it.
+        r: rank of each expert, at least 1.
+        lora_alpha: the scaling s is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+        impl, rounding, salt: see `dora_experts`.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        name: str,
+        *,
+        r: int,
+        lora_alpha: float,
+        use_rslora: bool = False,
+        impl: str = "auto",
+        rounding: str = "dithered",
+        salt: int = 0,
+    ):
+        super().__init__()
+        # In a tuple: the experts' module holds this one.
+        self._owner, self.name = (experts,), name
+        self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
+        self.impl, self.rounding, self.salt, self.output_use = impl, rounding, salt, OutputUse()
+        E, N, K = self.stack.shape
+        dtype = torch.float64 if self.stack.dtype == torch.float64 else torch.float32
+        options = {"device": self.stack.device, "dtype": dtype}
+        self.lora_A = nn.Parameter(torch.empty(E, r, K, **options))
+        self.lora_B = nn.Parameter(torch.zeros(E, N, r, **options))
+        self.magnitude = nn.Parameter(torch.empty(E, N, **options))
+        self.reset_adapter()
+
+    @property
+    def experts(self) -> nn.Module:
+        """The module that holds the stack."""
+        return self._owner[0]
+
+    @property
+    def stack(self) -> torch.Tensor:
+        """The frozen W [E, out_features, in_features], a view of the parameter where that is transposed."""
+        stack = getattr(self.experts, self.name)
+        return stack.mT if self.experts.is_transposed else stack
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """[E, out_features]."""
+        return getattr(self.experts, f"{self.name}_bias") if self.experts.has_bias else None
+
+    @property
+    def scaling(self) -> float:
+        """s: `lora_alpha / r`, or `lora_alpha / sqrt(r)` with rsLoRA."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """Draws A (PEFT's Kaiming uniform), zeroes B and sets m to ‖W‖, so that the experts equal those of the base."""
+        nn.init.kaiming_uniform_(self.lora_A.flatten(0, 1), a=math.sqrt(5))
+        self.lora_B.zero_()
+        self.magnitude.copy_(self.weight_norm().norm)
+
+    def weight_norm(self) -> NormScale:
+        """n = ‖W + s B A‖ and g = m / n, both [E, out_features], fp32 (fp64 for an fp64 stack)."""
+        factors = self.lora_A, self.lora_B, self.magnitude
+        with dispatch.operations_for(self.stack, self.impl) as (ops, stack):
+            return ops.expert_norm(stack, *factors, self.scaling)
+
+    def expert_norm(self, expert: int) -> NormScale:
+        """n and g of one expert, both [out_features]."""
+        factors = self.lora_A[expert, None], self.lora_B[expert, None], self.magnitude[expert, None]
+        with dispatch.operations_for(self.stack, self.impl) as (ops, stack):
+            norms = ops.expert_norm(stack[expert, None], *factors, self.scaling)
+        return NormScale(norms.norm[0], norms.scale[0])
+
+    @property
+    def reason(self) -> str:
+        """What a call runs, and why."""
+        impl = dispatch.choose_impl(self.stack.device, self.impl)[1]
+        return f"token space: the one form that stacks of experts have; {impl}"
+
+    def merged_expert(self, expert: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """W' = g ⊙ (W + s B A) [out_features, in_features] of one expert, in fp32, rounded once to `dtype`, or to the
+        stack's."""
+        return dispatch.merged_weight(
+            self.stack[expert], self.lora_A[expert], self.lora_B[expert], self.magnitude[expert], self.scaling,
+            dtype=dtype, rounding=Rounding(self.rounding, self.salt + expert), impl=self.impl,
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """[S, out_features] of tokens [S, in_features] sorted by expert, in the stack's dtype; `ends` as in
+        `dora_experts`."""
+        return dora_experts(
+            x.to(self.stack.dtype), self.stack, self.lora_A, self.lora_B, self.magnitude, ends,
+            scaling=self.scaling, bias=self.bias, impl=self.impl, rounding=self.rounding, training=self.training,
+            salt=self.salt, frozen_scale=self.frozen_scale, output_use=self.output_use,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        experts, out_features, in_features = self.stack.shape
+        return f"experts={experts}, {out_features}×{in_features}, r={self.r}, scaling={self.scaling:g}"
+
+
+class Adapters(nn.ModuleDict):
+    """The `DoraExperts` of one experts' module, by the parameter's name, and the config it had."""
+
+    def __init__(self, adapters: dict[str, DoraExperts], config):
+        super().__init__(adapters)
+        self.base_config = config
+
+
+def adapt_experts(experts: nn.Module, adapters: dict[str, DoraExperts]) -> None:
+    """Lets the experts' module compute with `adapters`."""
+    experts.dora = Adapters(adapters, experts.config)
+    experts.config = copy.copy(experts.config)
+    experts.config._experts_implementation_internal = IMPLEMENTATION
+
+
+def release_experts(experts: nn.Module) -> None:
+    """Undoes `adapt_experts`."""
+    experts.config = experts.dora.base_config
+    del experts.dora
+
+
+def adapted_experts(model: nn.Module) -> dict[str, DoraExperts]:
+    """The adapters of fused parameters, by the parameters' names."""
+    return {
+        f"{path}.{name}".strip("."): adapter
+        for path, module in model.named_modules()
+        if isinstance(getattr(module, "dora", None), Adapters)
+        for name, adapter in module.dora.items()
+    }
+
+
+def frozen_experts(model: nn.Module) -> dict[str, int]:
+    """The modules that hold experts as stacks in 3-D parameters without an adapter, and the elements of these."""
+    found = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, DoraExperts) and "expert" in f"{path} {type(module).__name__}".lower():
+            own = {name: p for name, p in module._parameters.items() if p is not None and p.ndim == 3}
+            stacks = [p.numel() for name, p in own.items() if name not in getattr(module, "dora", ())]
+            if stacks:
+                found[path] = sum(stacks)
+    return found
+
+
+def why_not_experts(module: nn.Module, name: str) -> str | None:
+    """Why the parameter `name` of `module` is no stack that can be adapted, as what follows its name; None if it is."""
+    stack, kind = module._parameters[name], type(module).__name__
+    if sharding := sharding_of(stack):
+        return f"is {sharding}"
+    if stack.ndim != 3:
+        return f"has shape {list(stack.shape)}: only stacks of experts [experts, …, …] can be adapted"
+    if type(stack) is not nn.Parameter or not stack.is_floating_point() or stack.element_size() < 2:
+        return f"is quantised ({type(stack).__name__} of {stack.dtype} in {kind}): load the experts in 16 bits"
+    if name not in STACKS or not hasattr(module, "is_transposed") or not hasattr(module, "config"):
+        return f"is in {kind}, which transformers does not compute through its registry of experts"
+    if getattr(module, "_is_expert_parallel", False):
+        return "is split over processes (expert parallelism)"
+    return None
+
+
+def dora_experts_forward(
+    self: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts' module's forward, as transformers' own functions compute it: `self` is the module.
+
+    Raises:
+        ValueError: no adapter in it.
+    """
+    if not isinstance(getattr(self, "dora", None), Adapters):
+        raise ValueError(f'experts_implementation="{IMPLEMENTATION}" is for experts that apply_dora adapted')
+    tokens, top_k = hidden_states.shape[0], top_k_index.shape[-1]
+    experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    numbers = torch.arange(self.num_experts, device=experts.device, dtype=experts.dtype)
+    ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
+    first = "gate_up_proj" if self.has_gate else "up_proj"
+    product = _linear(self, first, hidden_states[order // top_k], experts, ends)
+    activated = self._apply_gate(product) if self.has_gate else self.act_fn(product)
+    out = _linear(self, "down_proj", activated, experts, ends)
+    if getattr(self, "has_post_expert_norm", False):
+        out = self.post_expert_norm(out)
+    out = out * top_k_weights.reshape(-1)[order, None]
+    # Each token's own sum in a fixed order: an index_add would add in any.
+    restored = torch.empty_like(order)
+    restored[order] = torch.arange(len(order), device=order.device)
+    return out[restored].view(tokens, top_k, -1).sum(dim=1).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, dora_experts_forward)
+
+
+def _linear(module, name, x, experts, ends):
+    """x W_eᵀ + b_e of sorted tokens, with the adapter where there is one."""
+    if name in module.dora:
+        return module.dora[name](x, ends)
+    stack = getattr(module, name)
+    y = FrozenExperts.apply(x.to(stack.dtype), stack if module.is_transposed else stack.mT, ends)
+    return y + getattr(module, f"{name}_bias")[experts] if module.has_bias else y
+
+
+class FrozenExperts(torch.autograd.Function):
+    """x W_eᵀ of sorted tokens with a stack [E, in, out] that does not train."""
+
+    @staticmethod
+    def forward(ctx, x, stack, ends):
+        ctx.save_for_backward(stack, ends)
+        with dispatch.without_autocast(x.device):
+            return grouped_mm(x, stack, ends)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        stack, ends = ctx.saved_tensors
+        return grouped_mm(grad_y, stack.mT, ends), None, None

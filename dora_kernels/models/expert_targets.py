@@ -1,0 +1,57 @@
+"""Which fused parameters, stacks of experts, a config means. The matching is PEFT's: a name, or the end of one."""
+
+from torch import nn
+
+from ..config import DoraConfig
+from ..layers.experts import STACKS, why_not_experts
+from .modules import listed
+
+
+def check_parameters(model: nn.Module, config: DoraConfig) -> dict[str, tuple[nn.Module, list[str]]]:
+    """The experts' modules whose parameters `target_parameters` means, by path, with the parameters' names in order.
+
+    Raises:
+        ValueError: an entry that matches nothing, a parameter that cannot be adapted (each is named), or an option that
+            stacks of experts do not have.
+    """
+    if not config.target_parameters:
+        return {}
+    found, reasons, matched = {}, set(), set()
+    for path, module in model.named_modules():
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{path}.{name}".strip(".")
+            if entries := {entry for entry in config.target_parameters if f".{full}".endswith(f".{entry}")}:
+                matched |= entries
+                found.setdefault(path, (module, []))[1].append(name)
+                if reason := why_not_experts(module, name):
+                    reasons.add(f"{full} {reason}")
+    if unmatched := set(config.target_parameters) - matched:
+        raise ValueError(
+            f"Target parameters {sorted(unmatched)} not found in the base model. Its stacks of experts: "
+            f"{listed(_stacks(model)) or 'it has none'}"
+        )
+    if reasons:
+        raise ValueError(f"Target parameters that cannot be adapted: {listed(reasons, '; ')}")
+    if config.lora_dropout > 0:
+        raise ValueError("`lora_dropout` should be 0 with `target_parameters`: stacks of experts have no dropout")
+    if config.space == "weight":
+        raise ValueError('`space` should be "auto" or "token" with `target_parameters`: experts have no other form')
+    return found
+
+
+def how_to_adapt(model: nn.Module) -> str:
+    """How the experts that "all-linear" leaves out are adapted, or why they cannot be."""
+    stacks = _stacks(model)
+    if able := sorted({".".join(path.split(".")[-3:]) for path, reason in stacks.items() if reason is None}):
+        return f"target_parameters={able} adapts them"
+    return f"{next(f'{path} {reason}' for path, reason in stacks.items())}" if stacks else "they are of no known kind"
+
+
+def _stacks(model: nn.Module) -> dict[str, str | None]:
+    """The fused parameters by name, and why each cannot be adapted."""
+    return {
+        f"{path}.{name}".strip("."): why_not_experts(module, name)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in STACKS and parameter.ndim == 3
+    }

@@ -1,0 +1,60 @@
+"""Merging the adapters of fused experts: W' takes W's place one expert at a time, so that there is no second stack."""
+
+import torch
+from torch import nn
+
+from ..layers.experts import Adapters, DoraExperts, adapt_experts, release_experts
+
+
+class KeptExperts:
+    """What takes a merge back: a module's adapters, and its stacks as they were."""
+
+    def __init__(self, experts: nn.Module):
+        self.adapters = dict(experts.dora.items())
+        self.stacks = {name: getattr(experts, name).detach().clone() for name in self.adapters}
+
+    def put_back(self, experts: nn.Module) -> None:
+        """Gives them to the module, on the device and in the mode that it has now."""
+        if isinstance(getattr(experts, "dora", None), Adapters):
+            release_experts(experts)
+        with torch.no_grad():
+            for name, stack in self.stacks.items():
+                getattr(experts, name).copy_(stack)
+        device = getattr(experts, next(iter(self.stacks))).device
+        adapters = {name: adapter.to(device).train(experts.training) for name, adapter in self.adapters.items()}
+        adapt_experts(experts, adapters)
+
+
+def merge_experts(experts: nn.Module, keep_base: bool) -> KeptExperts | None:
+    """Writes W' over each adapted stack of the module and takes the adapters off; what was there, if it is kept."""
+    kept = KeptExperts(experts) if keep_base else None
+    try:
+        for adapter in experts.dora.values():
+            _merge_stack(adapter, spend=not keep_base)
+    except BaseException:
+        if kept is not None:
+            kept.put_back(experts)
+        raise
+    release_experts(experts)
+    return kept
+
+
+@torch.no_grad()
+def _merge_stack(adapter: DoraExperts, spend: bool) -> None:
+    """`spend` makes the adapter of a merged expert one that changes nothing: a merge that stops half way can go on."""
+    stack = adapter.stack
+    for expert in range(len(stack)):
+        stack[expert].copy_(adapter.merged_expert(expert))
+        if spend:
+            adapter.lora_B[expert].zero_()
+            adapter.magnitude[expert].copy_(adapter.expert_norm(expert).norm)
+
+
+def merged_stack(adapter: DoraExperts, dtype: torch.dtype | None) -> torch.Tensor:
+    """W' of all experts in the layout of the parameter, in `dtype` or its own."""
+    stack = getattr(adapter.experts, adapter.name)
+    merged = torch.empty(stack.shape, dtype=dtype or stack.dtype, device=stack.device)
+    rows = merged.mT if adapter.experts.is_transposed else merged
+    for expert in range(len(merged)):
+        rows[expert] = adapter.merged_expert(expert, dtype)
+    return merged

@@ -1,0 +1,182 @@
+"""`dora_experts`: DoRA of a stack of experts, each token with its own, and its gradient.
+
+Of expert e, with the equations and the symbols of `dora_linear`, for its tokens alone:
+
+    forward    y = g_e ⊙ (x W_eᵀ + s x A_eᵀ B_eᵀ) + b_e      g_e = m_e / n_e      n_e = ‖W_e + s B_e A_e‖, detached
+    backward   dm_e, dB_e, dA_e: sums over the expert's tokens      dx = dh A_e + dZ W_e
+
+The stack W [E, N, K] is read and never written: nothing of its size is made, forward or backward. E is the number of
+experts, S that of tokens, each counted once for each of its experts.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from . import dispatch
+from .base_weights import sharding_of
+from .grouped import grouped_mm
+from .output import OutputUse
+from .recomputation import is_selective, remember_norm, remembered_norm
+from .types import NormScale, Rounding
+
+
+class Call(NamedTuple):
+    """The constants of one call."""
+
+    impl: str
+    scaling: float
+    rounding: Rounding
+    trains: bool
+    use: OutputUse | None
+
+
+class DoraExpertsFunction(torch.autograd.Function):
+    """y [S, N] and the gradients of x, A, B and m, in token space.
+
+    dm is read off y where that is exact: without a bias, and above fp16. Else z is kept, never both.
+    """
+
+    @staticmethod
+    def forward(ctx, x, lora_A, lora_B, magnitude, weight, bias, ends, given, call):
+        ops, (E, R, K) = dispatch.implementation(call.impl), lora_A.shape
+        needs = ctx.needs_input_grad[:4] if call.trains else (False,) * 4
+        with dispatch.on_device_of(x), dispatch.without_autocast(x.device):
+            norms = given
+            if norms is None:
+                norms = ops.expert_norm(weight, lora_A, lora_B, magnitude, call.scaling, ends=ends)
+                remember_norm(call.use, (lora_A, lora_B, magnitude), call.scaling, norms)
+            A = lora_A
+            if A.dtype != x.dtype:
+                A = ops.scaled_cast(A.reshape(E * R, K), x.dtype, rounding=call.rounding).view(E, R, K)
+            base_out, h = grouped_mm(x, weight.mT, ends), grouped_mm(x, A.mT, ends)
+            keeps_base = needs[3] and (bias is not None or x.dtype == torch.float16)
+            y = ops.expert_rescale_fwd(
+                base_out, h, lora_B, norms.scale, bias, call.scaling, ends,
+                in_place=not (keeps_base or is_selective()), rounding=call.rounding,
+            )  # fmt: skip
+        ctx.call, ctx.dtypes = call, [tensor.dtype for tensor in (x, lora_A, lora_B, magnitude)]
+        ctx.is_base = keeps_base
+        ctx.save_for_backward(
+            x if needs[1] else None,
+            h if needs[2] or needs[3] else None,
+            (base_out if keeps_base else y) if needs[3] else None,
+            A, lora_B, *norms, weight, ends,
+        )  # fmt: skip
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("dora_experts cannot differentiate twice: call backward without create_graph=True")
+        call, (x, h, product, A, lora_B, norm, scale, weight, ends) = ctx.call, ctx.saved_tensors
+        ops, (E, N, R) = dispatch.implementation(call.impl), lora_B.shape
+        needs_x, needs_A, needs_B, needs_m = ctx.needs_input_grad[:4]
+        # s g ⊙ B is rounded once; in fp16 it may underflow while B is young, so there g comes in through dZ.
+        through_base = grad_y.dtype == torch.float16
+        with dispatch.on_device_of(grad_y), dispatch.without_autocast(grad_y.device):
+            grad_m, grad_B, grad_base = ops.expert_rescale_bwd(
+                grad_y, product, h, lora_B, NormScale(norm, scale), call.scaling, ends,
+                saved_is="base" if ctx.is_base else "output",
+                magnitude_dtype=ctx.dtypes[3] if needs_m else None, B_dtype=ctx.dtypes[2] if needs_B else None,
+                needs_base=needs_x or (needs_A and through_base), rounding=call.rounding,
+            )  # fmt: skip
+            grad_x = grad_A = None
+            if needs_x or needs_A:
+                B = ops.scaled_cast(
+                    lora_B.reshape(E * N, R), grad_y.dtype,
+                    scale=None if through_base else scale.view(E * N), scaling=call.scaling, rounding=call.rounding,
+                ).view(E, N, R)  # fmt: skip
+                grad_h = grouped_mm(grad_base if through_base else grad_y, B, ends)
+            if needs_A:
+                grad_A = ops.expert_wgrad(grad_h, x, ends, dtype=ctx.dtypes[1])
+            if needs_x:
+                # The small product's rounding is small beside the sum's.
+                grad_x = grouped_mm(grad_base, weight, ends).add_(grouped_mm(grad_h, A, ends))
+        return grad_x, grad_A, grad_B, grad_m, None, None, None, None, None
+
+
+def dora_experts(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    impl: str = "auto",
+    rounding: str = "dithered",
+    training: bool = False,
+    salt: int = 0,
+    frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None,
+    output_use: OutputUse | None = None,
+) -> torch.Tensor:
+    """g_e ⊙ (x W_eᵀ + s x A_eᵀ B_eᵀ) + b_e of each token's expert e (DoRA, arXiv 2402.09353, per expert).
+
+    Differentiable in `x`, `lora_A`, `lora_B` and `magnitude`, once. An expert without tokens gets zero gradients.
+
+    Args:
+        x: [S, in_features], sorted by expert, in the dtype of `weight`: fp16, bf16, fp32 or fp64.
+        weight: [E, out_features, in_features], of any strides, frozen.
+        lora_A: [E, r, in_features]; lora_B: [E, out_features, r]; magnitude: [E, out_features]; fp32 or x's dtype.
+        ends: [E] int32; the rows of expert e are ends[e − 1] … ends[e], and ends[E − 1] is S.
+        bias: [E, out_features], frozen, added after the magnitude.
+        scaling, impl, rounding, training, salt, frozen_scale, output_use: as in `dora_linear`.
+
+    Returns:
+        [S, out_features] in x's dtype.
+
+    Raises:
+        ValueError: shapes, devices or options that do not fit. TypeError: dtypes that do not fit.
+    """
+    _check(x, weight, lora_A, lora_B, magnitude, ends, bias, rounding)
+    trainable = any(tensor.requires_grad for tensor in (x, lora_A, lora_B, magnitude))
+    # In training mode a checkpointed forward without gradients must round as its recomputation does.
+    trains = trainable and (training or torch.is_grad_enabled())
+    if frozen_scale is not None and trains:
+        raise ValueError("frozen_scale is for inference: run under torch.no_grad(), or leave it out to train")
+    impl, _ = dispatch.choose_impl(x.device, impl)
+    given = None if frozen_scale is None else NormScale(*frozen_scale)
+    if trains:
+        given = remembered_norm(output_use, (lora_A, lora_B, magnitude), float(scaling))
+    call = Call(impl, float(scaling), Rounding(rounding, int(salt)), trains, output_use)
+    return DoraExpertsFunction.apply(x, lora_A, lora_B, magnitude, weight, bias, ends, given, call)
+
+
+def _check(x, weight, lora_A, lora_B, magnitude, ends, bias, rounding) -> None:
+    """Raises a ValueError or TypeError that names the argument, what was expected and what came."""
+    tensors = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "magnitude": magnitude, "bias": bias, "x": x}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in tensors.items():
+        if sharding := sharding_of(tensor):
+            raise TypeError(f"{name} is {sharding}")
+    if weight.ndim != 3:
+        raise ValueError(f"weight must be [experts, out_features, in_features], got shape {list(weight.shape)}")
+    E, N, K = weight.shape
+    R = lora_A.shape[1] if lora_A.ndim == 3 else 0
+    shapes = {
+        "x": (x, [x.shape[0] if x.ndim else 0, K]),
+        "lora_A": (lora_A, [E, max(R, 1), K]),
+        "lora_B": (lora_B, [E, N, R]),
+        "magnitude": (magnitude, [E, N]),
+        "ends": (ends, [E]),
+        "bias": (bias, [E, N]),
+    }
+    for name, (tensor, shape) in shapes.items():
+        if tensor is not None and list(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape}, got {list(tensor.shape)}")
+    if ends.dtype != torch.int32:
+        raise TypeError(f"ends must be int32, got {ends.dtype}")
+    if x.dtype != weight.dtype:
+        raise TypeError(f"x and weight must have one dtype, got x {x.dtype} and weight {weight.dtype}")
+    for name, tensor in tensors.items():
+        if not tensor.dtype.is_floating_point or tensor.element_size() < 2:
+            raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move one of them")
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight must be frozen: call weight.requires_grad_(False), DoRA trains A, B and the magnitude")
+    if rounding not in ("dithered", "nearest"):
+        raise ValueError(f'rounding must be "dithered" or "nearest", got {rounding!r}')

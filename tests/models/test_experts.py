@@ -1,0 +1,199 @@
+"""`apply_dora` on fused experts: each family's layout trains as its materialised weights would, and files hold it."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch.func import functional_call
+from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+import dora_kernels as dk
+from dora_kernels.layers.experts import adapted_experts
+from tests.support.oracle import relative_error
+from tests.support.tiny_experts import BATCH, FAMILIES, losses, tiny_experts
+from tests.support.tiny_models import checkpoint_activations
+from tests.tolerances import AFTER_ADAM, ORACLE_FP64, SAME_FP32
+
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
+FACTORS = ("lora_A", "lora_B", "magnitude")
+
+
+def config(**options):
+    return dk.DoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": [], "target_parameters": STACKS} | options)
+
+
+def adapted(name, dtype=torch.float64, **options):
+    """With adapters that differ from the start, and biases that do in gpt-oss."""
+    torch.manual_seed(0)
+    model = dk.apply_dora(tiny_experts(name, dtype), config(**options))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for adapter in adapted_experts(model).values():
+            noise = torch.randn(adapter.lora_B.shape, generator=generator, dtype=torch.float64)
+            adapter.lora_B.copy_(0.1 * noise)
+            adapter.magnitude.mul_(1 + 0.1 * torch.randn(adapter.magnitude.shape, generator=generator))
+    return model
+
+
+class Materialised:
+    """The plain model computed with each expert's W' = m / ‖V‖ ⊙ V, V = W + s B A, autograd differentiating it all."""
+
+    def __init__(self, name, model):
+        self.plain = tiny_experts(name).train(model.training)
+        self.factors = {
+            stack: [getattr(adapter, factor).detach().clone().requires_grad_() for factor in FACTORS]
+            for stack, adapter in adapted_experts(model).items()
+        }
+
+    def __call__(self, **inputs):
+        merged = {}
+        for name, (lora_A, lora_B, magnitude) in self.factors.items():
+            stack = self.plain.get_parameter(name).detach()
+            transposed = self.plain.get_submodule(name.rpartition(".")[0]).is_transposed
+            rows = []
+            for expert, weight in enumerate(stack):
+                weight = weight.T if transposed else weight
+                adapted = weight + 2.0 * lora_B[expert] @ lora_A[expert]
+                row = magnitude[expert, :, None] * adapted / adapted.detach().norm(dim=1, keepdim=True)
+                rows.append(row.T if transposed else row)
+            merged[name] = torch.stack(rows)
+        return functional_call(self.plain, merged, kwargs=inputs)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_training_is_that_of_materialised_experts(name):
+    """Loss and gradients at the start, parameters after three steps of Adam."""
+    model = adapted(name).train()
+    truth = Materialised(name, model)
+    ours = {stack: [getattr(adapter, f) for f in FACTORS] for stack, adapter in adapted_experts(model).items()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in trained} == {id(p) for factors in ours.values() for p in factors}
+    pairs = [(a, b) for stack in ours for a, b in zip(ours[stack], truth.factors[stack])]
+    optimizers = [torch.optim.Adam([pair[side] for pair in pairs], lr=1e-2) for side in (0, 1)]
+    for step in range(3):
+        found, expected = losses(model), losses(None, truth)
+        for optimizer, loss in zip(optimizers, (found, expected)):
+            optimizer.zero_grad()
+            loss.backward()
+        if step == 0:
+            assert relative_error(found.detach(), expected.detach()) <= ORACLE_FP64
+            assert max(relative_error(a.grad, b.grad) for a, b in pairs) <= 1e3 * ORACLE_FP64
+        for optimizer in optimizers:
+            optimizer.step()
+    assert max(relative_error(a.detach(), b.detach()) for a, b in pairs) <= AFTER_ADAM * 1e-3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_fresh_adapter_changes_nothing(name):
+    plain = tiny_experts(name, torch.float32)
+    expected = plain(BATCH).logits
+    found = dk.apply_dora(plain, config())(BATCH).logits
+    assert relative_error(found, expected) <= SAME_FP32
+    keys = {key for key in plain.state_dict() if ".dora." not in key}
+    assert keys == set(tiny_experts(name, torch.float32).state_dict())
+
+
+def test_one_parameter_of_a_module_and_linear_layers_besides():
+    model = dk.apply_dora(
+        tiny_experts("Mixtral"), config(target_modules=["q_proj"], target_parameters=["1.mlp.experts.down_proj"])
+    )
+    assert list(adapted_experts(model)) == ["model.layers.1.mlp.experts.down_proj"]
+    model.train()
+    losses(model).backward()
+    adapter = adapted_experts(model)["model.layers.1.mlp.experts.down_proj"]
+    assert all(getattr(adapter, factor).grad.isfinite().all() for factor in FACTORS)
+    lines = str(dk.explain(model, tokens=8)).splitlines()
+    assert any(line.startswith("model.layers.1.mlp.experts.down_proj (experts=4, 16×24, r=3") for line in lines)
+    frozen = 4 * 48 * 16
+    assert f"model.layers.1.mlp.experts: {frozen} parameters of fused experts stay frozen" in lines
+
+
+def test_the_models_implementation_may_be_switched():
+    """As generation does: an adapter is never left out for that."""
+    model = adapted("Mixtral", torch.float32)
+    expected = model(BATCH).logits
+    model.set_experts_implementation("batched_mm")
+    assert torch.equal(model(BATCH).logits, expected)
+    assert model.config._experts_implementation == "batched_mm"
+
+
+def test_copies_and_pickles_compute_the_same():
+    model = adapted("gpt-oss", torch.float32)
+    expected = model(BATCH).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(BATCH).logits, expected)
+        adapter = next(iter(adapted_experts(twin).values()))
+        with torch.no_grad():
+            adapter.magnitude.mul_(2)
+        assert not torch.equal(twin(BATCH).logits, expected)
+    assert torch.equal(model(BATCH).logits, expected)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_checkpointing_changes_no_gradient(reentrant):
+    gradients = []
+    for checkpointed in (False, True):
+        model = adapted("Qwen3-MoE", torch.float32).train()
+        if checkpointed:
+            checkpoint_activations(model, use_reentrant=reentrant)
+        losses(model).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_frozen_adapters_keep_each_experts_norm():
+    model = adapted("gpt-oss", torch.float32)
+    with torch.no_grad():
+        expected = model(BATCH).logits
+        with dk.frozen_adapters(model):
+            assert torch.equal(model(BATCH).logits, expected)
+            with pytest.raises(RuntimeError, match="frozen_adapters"):
+                model.train()
+
+
+REFUSED = {
+    "dropout": ({"lora_dropout": 0.1}, "`lora_dropout` should be 0"),
+    "weight space": ({"space": "weight"}, '`space` should be "auto" or "token"'),
+    "no such": ({"target_parameters": ["experts.w1"]}, r"\['experts.w1'\] not found.*layers.0.mlp.experts.down_proj"),
+    "no stack": ({"target_parameters": ["q_proj.weight"]}, "only stacks of experts"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_adapted_is_refused(options, message):
+    model = tiny_experts("Mixtral")
+    before = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        dk.apply_dora(model, config(**options))
+    assert [p.requires_grad for p in model.parameters()] == before
+    with pytest.raises(ValueError, match="`target_modules` should name at least one"):
+        dk.DoraConfig(target_modules=[])
+
+
+def test_llama_4_is_refused_by_name():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "intermediate_size_mlp": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_local_experts": 2}
+    model = Llama4ForCausalLM(Llama4TextConfig(vocab_size=61, **sizes, **heads, interleave_moe_layer_step=1))
+    reason = "Llama4TextExperts, which transformers does not compute through its registry"
+    with pytest.raises(ValueError, match=reason):
+        dk.apply_dora(model, config())
+    with pytest.warns(UserWarning, match=f"adapts no expert.*{reason}"):
+        dk.apply_dora(model, dk.DoraConfig(r=2, exclude_modules=["router"]))
+
+
+def test_a_quantised_stack_is_refused_by_name():
+    model = tiny_experts("Mixtral", torch.bfloat16)
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj = torch.nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.down_proj is quantised \(Parameter of torch.float8"):
+        dk.apply_dora(model, config())
+
+
+def test_all_linear_says_how_experts_are_adapted():
+    with pytest.warns(UserWarning, match=r"target_parameters=\['mlp.experts.down_proj', 'mlp.experts.gate_up_proj'\]"):
+        dk.apply_dora(tiny_experts("Mixtral"), dk.DoraConfig(r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        dk.apply_dora(tiny_experts("Mixtral"), config(target_modules="all-linear"))

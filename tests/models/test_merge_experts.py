@@ -1,0 +1,83 @@
+"""Merging fused experts: the plain model again, in place, one expert at a time, and back to the last bit."""
+
+import pytest
+import torch
+
+import dora_kernels as dk
+from dora_kernels.layers.experts import DoraExperts, adapted_experts
+from tests.models.test_experts import adapted
+from tests.support.oracle import relative_error
+from tests.support.tiny_experts import BATCH, FAMILIES, tiny_experts
+from tests.tolerances import MERGED_LOGITS
+
+FP32 = torch.float32
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_merged_model_is_plain_and_computes_the_same(name):
+    model = adapted(name, FP32)
+    expected = model(BATCH).logits
+    merged = dk.merge_dora(model)
+    assert not adapted_experts(merged) and merged.state_dict().keys() == tiny_experts(name).state_dict().keys()
+    assert all(m.config is merged.config for m in merged.modules() if hasattr(m, "is_transposed"))
+    assert (merged(BATCH).logits - expected).abs().max() <= MERGED_LOGITS[FP32] * expected.abs().max()
+
+
+def test_unmerging_is_bit_exact():
+    model = adapted("gpt-oss", FP32)
+    before, expected = {name: p.clone() for name, p in model.named_parameters()}, model(BATCH).logits
+    dk.merge_dora(model, keep_base=True)
+    assert not adapted_experts(model)
+    dk.unmerge_dora(model)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], p) for name, p in before.items())
+    assert torch.equal(model(BATCH).logits, expected)
+
+
+def interrupted(monkeypatch, after):
+    """Lets the merge of an expert fail once, after so many."""
+    merge, calls = DoraExperts.merged_expert, []
+
+    def failing(self, *args):
+        calls.append(args)
+        if len(calls) == after:
+            raise MemoryError
+        return merge(self, *args)
+
+    monkeypatch.setattr(DoraExperts, "merged_expert", failing)
+
+
+def test_a_merge_that_stopped_half_way_goes_on(monkeypatch):
+    model = adapted("Mixtral", FP32)
+    expected = model(BATCH).logits
+    interrupted(monkeypatch, after=11)
+    with pytest.raises(MemoryError):
+        dk.merge_dora(model)
+    for _ in range(2):
+        assert (model(BATCH).logits - expected).abs().max() <= MERGED_LOGITS[FP32] * expected.abs().max()
+        if adapted_experts(model):
+            dk.merge_dora(model)
+    assert not adapted_experts(model)
+
+
+def test_with_the_base_kept_it_is_put_back(monkeypatch):
+    model = adapted("Mixtral", FP32)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    interrupted(monkeypatch, after=11)
+    with pytest.raises(MemoryError):
+        dk.merge_dora(model, keep_base=True)
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], p) for name, p in before.items())
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
+def test_streamed_weights_are_the_merged_ones(name):
+    model = adapted(name, FP32)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    streamed = dict(dk.merged_weights(model))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    expected = dk.merge_dora(model).state_dict()
+    assert streamed.keys() == expected.keys() and all(torch.equal(streamed[k], expected[k]) for k in expected)
+    half = dict(dk.merged_weights(adapted(name, FP32), dtype=torch.bfloat16))
+    stack = "model.layers.0.mlp.experts.down_proj"
+    assert half[stack].dtype == torch.bfloat16 and relative_error(half[stack], expected[stack]) <= 1e-2
