@@ -23,8 +23,8 @@ class DoraConfig:
         lora_alpha: the scaling is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
         lora_dropout: probability in [0, 1); what it acts on, see `dropout_mode`.
         target_modules: module names or their suffixes (a list), a regular expression that matches the whole name
-            (a string), or "all-linear": every linear layer except the output embeddings (lm_head). Empty where
-            `target_parameters` alone are adapted.
+            (a string), or "all-linear": every linear layer except the output embeddings (lm_head). Names may be those
+            of embeddings and convolutions too. Empty where `target_parameters` alone are adapted.
         target_parameters: names or suffixes of fused 3-D parameters, the stacks of experts ("mlp.experts.down_proj").
         exclude_modules: names or suffixes (a list) or a regular expression (a string) never to adapt.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).

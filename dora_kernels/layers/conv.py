@@ -107,8 +107,6 @@ class DoraConv(DoraLayer):
         Raises:
             ValueError: there is none, see `why_not_merged`.
         """
-        if reason := self.why_not_merged:
-            raise ValueError(f"this convolution cannot be merged: it {reason}")
         weight = self.from_matrix(self.merged_weight(dtype or self.weight.dtype, base))
         conv = plain_conv(self, device="meta")
         conv.weight, conv.bias = nn.Parameter(weight, requires_grad=False), self.bias

@@ -114,7 +114,13 @@ class DoraLayer(Freezable):
 
     def merged_weight(self, dtype: torch.dtype | None = None, base: torch.Tensor | None = None) -> torch.Tensor:
         """W' = g ⊙ (W + s B A) [N, K], in fp32, rounded once to `dtype`, or to the weight's; `base` [N, K] takes the
-        place of W."""
+        place of W.
+
+        Raises:
+            ValueError: there is none, see `why_not_merged`.
+        """
+        if reason := self.why_not_merged:
+            raise ValueError(f"this {type(self).__name__} cannot be merged: it {reason}")
         weight = self.base_weight if base is None else base.to(self.lora_A.device)
         return dispatch.merged_weight(
             weight, *self.factors, self.scaling,

@@ -3,7 +3,7 @@
 from torch import nn
 
 from .checkpointing import give_gradient, pass_gradients
-from .passed_head import HOOKS, refuse_passed_head
+from .passed_head import HOOKS, watch_head
 
 OURS = {give_gradient, *HOOKS}
 
@@ -11,7 +11,7 @@ OURS = {give_gradient, *HOOKS}
 def add_hooks(model: nn.Module) -> None:
     remove_hooks(model)
     pass_gradients(model)
-    refuse_passed_head(model)
+    watch_head(model)
 
 
 def remove_hooks(model: nn.Module) -> None:

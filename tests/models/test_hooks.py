@@ -5,7 +5,6 @@ import warnings
 import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
-from trl.trainer.utils import add_fused_lm_head
 
 import dora_kernels as dk
 from tests.support.tiny_models import VOCAB, checkpoint_activations, llama
@@ -63,23 +62,6 @@ def test_a_step_in_which_all_train_says_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         step(model, optimizer_of(model))
-
-
-def test_a_head_that_a_fused_loss_passes_by_is_refused_in_training():
-    model = adapted(target_modules=["q_proj", "lm_head"])
-    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    assert model.lm_head.lora_B.grad.any(), "the model's own loss calls it"
-    add_fused_lm_head(model, outputs=("log_probs",))
-    with torch.no_grad():
-        model(input_ids=TOKENS, labels=TOKENS, fused_lm_head=True)
-    with pytest.raises(ValueError, match=r"head has an adapter.*leave the head out of `target_modules`"):
-        model(input_ids=TOKENS, labels=TOKENS, fused_lm_head=True)
-
-
-def test_a_plain_head_may_be_passed_by():
-    model = adapted()
-    add_fused_lm_head(model, outputs=("log_probs",))
-    model(input_ids=TOKENS, labels=TOKENS, fused_lm_head=True)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")

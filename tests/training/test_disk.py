@@ -92,11 +92,15 @@ def test_peft_continues_whole_adapters_only(harm, tmp_path):
         add_adapter(llama(), flags)
 
 
-@pytest.mark.parametrize("use_peft", [False, True], ids=["ours", "PEFT's"])
-def test_an_adapter_on_the_head_is_not_continued(use_peft, tmp_path):
+def test_an_adapter_on_the_head_is_continued_where_it_trains(tmp_path):
     dk.save_adapter(dk.apply_dora(llama(), dk.DoraConfig(target_modules=["q_proj", "lm_head"])), tmp_path)
-    with pytest.raises(ValueError, match=r"`--init_adapter` .* adapts the head: the loss reads the weight"):
-        add_adapter(llama(), Flags(init_adapter=str(tmp_path), use_peft=use_peft))
+    add_adapter(llama(), Flags(init_adapter=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"`--init_adapter` .* adapts the head: .* PEFT's adapter"):
+        add_adapter(llama(), Flags(init_adapter=str(tmp_path), use_peft=True))
+    config = dk.DoraConfig(target_modules=["q_proj", "lm_head"], lora_dropout=0.1)
+    dk.save_adapter(dk.apply_dora(llama(), config), tmp_path)
+    with pytest.raises(ValueError, match=r"`--init_adapter` .* adapts the head: .* has no dropout"):
+        add_adapter(llama(), Flags(init_adapter=str(tmp_path)))
 
 
 def test_peft_is_not_handed_a_damaged_adapter_of_ours(tmp_path):

@@ -105,12 +105,15 @@ def test_beside_trl_fused_head():
     assert worst_error(gradients, expected) < FP32_ORDER
 
 
-def test_an_adapted_head_is_refused():
-    model = dk.apply_dora(llama(), dk.DoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
-    forward = model.forward
-    with pytest.raises(ValueError, match="reads the head's weight alone, but the head is DoraLinear"):
-        use_fused_loss(model)
-    assert model.forward == forward
+def test_an_adapted_head_trains_through_its_merged_weight():
+    targets = ["q_proj", "lm_head"]
+    expected_loss, expected = loss_and_gradients(adapted(target_modules=targets))
+    model = adapted(target_modules=targets)
+    use_fused_loss(model)
+    loss, gradients = loss_and_gradients(model)
+    assert {"lm_head.lora_A", "lm_head.lora_B", "lm_head.magnitude"} < gradients.keys()
+    assert loss == pytest.approx(expected_loss, rel=FP32_ORDER)
+    assert worst_error(gradients, expected) < FP32_ORDER
 
 
 def test_a_head_with_a_bias_is_refused():

@@ -83,7 +83,8 @@ class Run:
         check_folder(self.output_dir, flags.resume)
         self.tokenizer, notes = load_tokenizer(flags.base_model, flags.trust_remote_code)
         if not flags.init_adapter:
-            check_targets(flags.base_model, flags.dora, flags.trust_remote_code)
+            by_peft = flags.use_peft or not flags.use_dora
+            check_targets(flags.base_model, flags.dora, flags.trust_remote_code, by_peft=by_peft)
         self.rows = load_rows(
             flags.data_path,
             self.tokenizer,

@@ -18,7 +18,7 @@ from dora_kernels.blocks.mlp import FusedMlp
 from dora_kernels.ops.base_weights import keep_packing
 
 from ..flags import Flags
-from .base_model import HEAD
+from .base_model import why_not_on_head
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,9 @@ def add_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
     torch.manual_seed(flags.seed)
     ours = flags.use_dora and not flags.use_peft
     adapter = _engine_adapter(model, flags) if ours else _peft_adapter(model, flags)
-    if hasattr(model.get_output_embeddings(), "lora_A"):
-        raise ValueError(f"`--init_adapter` {flags.init_adapter} adapts the head: {HEAD}")
+    head = model.get_output_embeddings()
+    if hasattr(head, "lora_A") and (reason := why_not_on_head(not ours, head.lora_dropout if ours else 0.0)):
+        raise ValueError(f"`--init_adapter` {flags.init_adapter} adapts the head: {reason}")
     return adapter
 
 

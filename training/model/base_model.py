@@ -12,8 +12,6 @@ from transformers import (
 import dora_kernels as dk
 from dora_kernels.models.targets import find_targets
 
-HEAD = "the loss reads the weight of the model's head, and an adapter on it would not train: leave it out"
-
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The tokenizer, with an end-of-text token and a pad token, and notes for the user about what was added.
@@ -64,15 +62,30 @@ def load_model(
     return model if quantize or keep_on_cpu else model.to(device)
 
 
-def check_targets(path: str, config: dk.DoraConfig, trust_remote_code: bool = False) -> None:
-    """Raise ValueError if `config` names a module that the model does not have, or its head. No weights are read."""
+def why_not_on_head(by_peft: bool, lora_dropout: float) -> str | None:
+    """Why an adapter on the model's head would not train, whose weight the loss reads instead of calling it, or None.
+
+    The engine's own head gives the loss its merged weight, which has no dropout.
+    """
+    if by_peft:
+        return "the loss reads the weight of the model's head, and PEFT's adapter on it would not train: leave it out"
+    if lora_dropout > 0:
+        return (
+            "the loss reads the weight of the model's head, which has no dropout: set --lora_dropout 0, or leave it out"
+        )
+    return None
+
+
+def check_targets(path: str, config: dk.DoraConfig, trust_remote_code: bool = False, *, by_peft: bool = False) -> None:
+    """Raise ValueError if `config` names a module that the model does not have, or its head where that cannot train.
+    No weights are read."""
     options = {"trust_remote_code": trust_remote_code}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **options), **options)
     head = model.get_output_embeddings()
     for name, module in find_targets(model, config).items():
-        if module is head:
-            raise ValueError(f"`--lora_target_modules` {name}: {HEAD}")
+        if module is head and (reason := why_not_on_head(by_peft, config.lora_dropout)):
+            raise ValueError(f"`--lora_target_modules` {name}: {reason}")
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.liger import apply_liger_kernel
 
+import dora_kernels as dk
+
 # Every kernel that Liger turns on by default is off but one. Liger ignores names that a model does not have.
 FUSED_LOSS_ONLY = {
     "rope": False,
@@ -31,8 +33,9 @@ def use_fused_loss(model: PreTrainedModel) -> None:
     trains.
 
     Raises:
-        ValueError: Liger is not installed or does not know the model, there is no GPU to run it, or the head is not a
-            plain linear layer without bias: Liger multiplies by `lm_head.weight`, past any adapter on the head.
+        ValueError: Liger is not installed or does not know the model, there is no GPU to run it, or the head is neither
+            a plain linear layer nor a `DoraLinear`, or has a bias. Liger multiplies by `lm_head.weight`: of a
+            `DoraLinear` that is its merged weight, and of PEFT's layers the base layer's.
     """
     if find_spec("liger_kernel") is None:
         raise ValueError("Liger's fused loss needs liger_kernel: pip install liger-kernel")
@@ -41,8 +44,9 @@ def use_fused_loss(model: PreTrainedModel) -> None:
     if model.device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise ValueError(f"Liger's fused loss needs a CUDA device, but the model is on {model.device}")
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None:
-        kind = "a linear layer with a bias" if type(head) is nn.Linear else type(head).__name__
+    is_linear = type(head) is nn.Linear or isinstance(head, dk.DoraLinear)
+    if not is_linear or head.bias is not None:
+        kind = "a linear layer with a bias" if is_linear else type(head).__name__
         raise ValueError(
             f"Liger's fused loss reads the head's weight alone, but the head is {kind}: leave it out of the targets, "
             "or do without the fused loss"
