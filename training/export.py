@@ -62,7 +62,10 @@ def write_lora(model: PreTrainedModel, rank: int, folder: Path) -> UpdateErrors:
         update = update_of(layer)
         lora_A, lora_B = low_rank(update, rank)
         errors.add(path, update, lora_B @ lora_A)
-        tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = lora_A, lora_B
+        # Those of a convolution have its kernel's dimensions.
+        shapes = (rank, *layer.lora_A.shape[1:]), (layer.lora_B.shape[0], rank, *layer.lora_B.shape[2:])
+        for name, factor, shape in zip(("lora_A", "lora_B"), (lora_A, lora_B), shapes):
+            tensors[f"{PREFIX}{path}.{layer.file_names[name]}"] = factor.reshape(shape)
     for path, module in find_saved(model, model.dora_config).items():
         tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in module.state_dict().items()}
     # The scaling is in A and B.

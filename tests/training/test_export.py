@@ -5,11 +5,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import dora_kernels as dk
 from tests.support.adapter_folders import PREFIX, base_folder, load, our_adapter, pefts_adapter, printed_errors, updates
+from tests.support.images import TARGETS, batch, image_model, trained
+from tests.support.oracle import relative_error
 from tests.support.tiny_models import logits
 from tests.tolerances import SAME_FP32
 from training import merge
-from training.export import low_rank, main
+from training.export import low_rank, main, write_lora
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -59,6 +62,15 @@ def test_the_printed_error_is_what_the_file_misses_and_the_least_that_its_rank_a
         squares += torch.stack((error, norm)).square()
     assert printed["total"] == pytest.approx((squares[0] / squares[1]).sqrt().item(), rel=6e-3)
     assert printed["total"] > 0.05, "there is something to lose"
+
+
+def test_embeddings_and_convolutions_keep_pefts_names_and_shapes(tmp_path):
+    model = trained(dk.apply_dora(image_model(), dk.DoraConfig(r=4, target_modules=TARGETS))).eval()
+    errors = write_lora(model, 24, tmp_path)
+    assert errors.total < SAME_FP32, "of full rank"
+    loaded = peft.PeftModel.from_pretrained(image_model(), tmp_path).eval()
+    with torch.no_grad():
+        assert relative_error(loaded(*batch()), model(*batch())) <= SAME_FP32
 
 
 def test_the_error_falls_with_the_rank_and_a_plain_lora_update_loses_nothing():
