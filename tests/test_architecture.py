@@ -21,9 +21,7 @@ OPS_FLOORS = [
     {"overhead"},
     {"dispatch", "forms", "members"},
     {"gate_up", "siblings"},
-    {
-        "dora_conv", "dora_embedding", "dora_experts", "dora_linear", "dora_mlp", "dora_siblings", "dora_weight",
-    },
+    {"dora_conv", "dora_embedding", "dora_experts", "dora_linear", "dora_mlp", "dora_siblings", "dora_weight"},
 ]
 # Device functions and launch data of the kernels need no reference.
 TWINS = [

@@ -21,9 +21,9 @@ from transformers import OPTConfig, OPTForCausalLM
 from tests.support.tiny_models import VOCAB, gpt2, llama
 
 ROOT = Path(__file__).parents[2]
-FUSED_SHARE = 0.8
-"""Of the calls to DoRA, at least; measured: 378 of 430. The rest have several active adapters, or
-a base weight that trains (the views of FSDP)."""
+FUSED_SHARE = 0.78
+"""Of the calls to DoRA, at least; measured: 699 of 880. The rest are grouped convolutions, which no merged weight
+computes, or have several active adapters, PEFT's caching, or a base weight that trains (the views of FSDP)."""
 
 SECONDS = 7200
 """A run that takes longer hangs."""
