@@ -81,7 +81,7 @@ READS = {
     longcat: ["router.classifier"],
     x_vector: ["tdnn.0.kernel", "tdnn.1.kernel"],
     wavlm: ["q_proj", "k_proj", "v_proj", "out_proj"],
-    jamba: ["mamba.dt_proj"],
+    jamba: ["mamba.conv1d", "mamba.dt_proj"],
     layoutlm: ["rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias"],
 }
 
