@@ -37,6 +37,10 @@ SINGLE_CASE_FACTOR = 6.0
 ORACLE_FP64 = 1e-12
 """fp64 against the fp64 oracle: another order of the same sums, up to thousands of terms, some of which cancel."""
 
+ORACLE_FP64_MODEL = 1e-10
+"""A gradient through a whole model in fp64 against the fp64 oracle: the last bits of a layer are amplified by the
+layers and the loss behind it. A wrong term is 1e6 times more."""
+
 ORACLE_FP32 = 2e-6
 """fp32 arithmetic against the fp64 oracle: some thirty unit roundoffs for sums of a few thousand products."""
 
@@ -63,6 +67,9 @@ or one process's it is what users are promised. A term that is missing or wrong 
 AFTER_ADAM = 1e-4
 """The same for parameters, logits and losses after a few steps of Adam, whose division by small second moments
 amplifies the last bits of a gradient."""
+
+AFTER_ADAM_FP64 = 1e-7
+"""The same in fp64."""
 
 MERGED_LOGITS = {
     # A merged model's worst logit against the unmerged one's, relative to the largest. fp32: a few hundred rounded

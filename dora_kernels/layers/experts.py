@@ -73,13 +73,7 @@ class DoraExperts(Freezable):
     @property
     def stack(self) -> torch.Tensor:
         """The frozen W [E, out_features, in_features], a view of the parameter where that is transposed."""
-        stack = getattr(self.experts, self.name)
-        return stack.mT if self.experts.is_transposed else stack
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """[E, out_features]."""
-        return getattr(self.experts, f"{self.name}_bias") if self.experts.has_bias else None
+        return stack_and_bias(self.experts, self.name)[0]
 
     @property
     def scaling(self) -> float:
@@ -120,18 +114,27 @@ class DoraExperts(Freezable):
             dtype=dtype, rounding=Rounding(self.rounding, self.salt + expert), impl=self.impl,
         )  # fmt: skip
 
-    def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, stack: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor
+    ) -> torch.Tensor:
         """[S, out_features] of tokens [S, in_features] sorted by expert, in the stack's dtype; `ends` as in
-        `dora_experts`."""
+        `dora_experts`. The module that is called gives its own stack and bias: a replica has others."""
         return dora_experts(
-            x.to(self.stack.dtype), self.stack, self.lora_A, self.lora_B, self.magnitude, ends,
-            scaling=self.scaling, bias=self.bias, impl=self.impl, rounding=self.rounding, training=self.training,
+            x.to(stack.dtype), stack, self.lora_A, self.lora_B, self.magnitude, ends,
+            scaling=self.scaling, bias=bias, impl=self.impl, rounding=self.rounding, training=self.training,
             salt=self.salt, frozen_scale=self.frozen_scale, output_use=self.output_use,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         experts, out_features, in_features = self.stack.shape
         return f"experts={experts}, {out_features}×{in_features}, r={self.r}, scaling={self.scaling:g}"
+
+
+def stack_and_bias(experts: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """W [E, out_features, in_features], a view of the parameter where that is transposed, and b [E, out_features]."""
+    stack = getattr(experts, name)
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    return (stack.mT if experts.is_transposed else stack), bias
 
 
 class Adapters(nn.ModuleDict):
@@ -225,11 +228,11 @@ ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, dora_experts_forward)
 
 def _linear(module, name, x, experts, ends):
     """x W_eᵀ + b_e of sorted tokens, with the adapter where there is one."""
+    stack, bias = stack_and_bias(module, name)
     if name in module.dora:
-        return module.dora[name](x, ends)
-    stack = getattr(module, name)
-    y = FrozenExperts.apply(x.to(stack.dtype), stack if module.is_transposed else stack.mT, ends)
-    return y + getattr(module, f"{name}_bias")[experts] if module.has_bias else y
+        return module.dora[name](x, stack, bias, ends)
+    y = FrozenExperts.apply(x.to(stack.dtype), stack.mT, ends)
+    return y if bias is None else y + bias[experts]
 
 
 class FrozenExperts(torch.autograd.Function):

@@ -181,6 +181,7 @@ def _dora_layer(path: str, module: nn.Module, config: DoraConfig) -> DoraLayer:
 
 def _dora_experts(path: str, experts: nn.Module, name: str, config: DoraConfig) -> DoraExperts:
     r, lora_alpha = rank_and_alpha(config, path)
+    salt = zlib.crc32(path.encode())
     adapter = DoraExperts(
         experts,
         name,
@@ -189,7 +190,7 @@ def _dora_experts(path: str, experts: nn.Module, name: str, config: DoraConfig) 
         use_rslora=config.use_rslora,
         impl=config.impl,
         rounding=config.rounding,
-        salt=zlib.crc32(path.encode()),
+        salt=salt,
     )
     return adapter.train(experts.training)
 

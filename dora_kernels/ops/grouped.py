@@ -37,5 +37,6 @@ def _is_grouped(x: torch.Tensor, stack: torch.Tensor) -> bool:
 
 
 def _is_aligned(matrices: torch.Tensor) -> bool:
-    *others, inner, outer = (*matrices.stride()[:-2], *sorted(matrices.stride()[-2:]))
-    return inner == 1 and all(step > 0 and step % 8 == 0 for step in (*others, outer))
+    *others, row, column = matrices.stride()
+    outer = row if column == 1 else column if row == 1 else 0
+    return all(step > 0 and step % 8 == 0 for step in (*others, outer))

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import dora_kernels as dk
 from tests.support.buffers import count_launches
-from tests.support.compile_capture import CASES, problem
+from tests.support.compile_capture import CASES, call_experts, experts, problem
 from tests.support.oracle import make_problem, solve
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own use of it
@@ -49,6 +49,18 @@ def test_one_graph_holds_the_kernels_that_run_eagerly(case, captured):
     with count_launches() as backward:
         torch.autograd.grad(y, [x, layer.lora_A, layer.lora_B, layer.magnitude], grad_y)
     compiled = captured[case]
+    assert len(compiled["traced"]) == 1
+    assert kernels_in(compiled["forward"]) == sorted(forward.elements())
+    assert kernels_in(compiled["backward"]) == sorted(backward.elements())
+
+
+def test_one_graph_holds_the_kernels_of_experts(captured):
+    weight, (x, *factors), grad_y, ends = experts(torch.randn)
+    with count_launches() as forward:
+        y = call_experts(x, weight, *factors, ends)
+    with count_launches() as backward:
+        torch.autograd.grad(y, (x, *factors), grad_y)
+    compiled = captured["experts"]
     assert len(compiled["traced"]) == 1
     assert kernels_in(compiled["forward"]) == sorted(forward.elements())
     assert kernels_in(compiled["backward"]) == sorted(backward.elements())

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from dora_kernels.ops import chunked
+from dora_kernels.ops import chunked, dispatch
 from dora_kernels.ops.dora_experts import dora_experts
 from dora_kernels.ops.kernels import expert_sums
 from tests.support.allocations import Allocations, without_the_interpreters
 from tests.support.experts import NAMES, exact, make_stack, solve
-from tests.support.oracle import errors
+from tests.support.oracle import errors, relative_error
 from tests.tolerances import ORACLE_FP32, ORACLE_FP64, SINGLE_CASE, TWIN
 
 ROUTINGS = {
@@ -62,6 +62,19 @@ def test_an_expert_without_tokens_trains_nothing(impl):
     for name in ("dA", "dB", "dm"):
         assert not found[name][1].any() and found[name].isfinite().all()
         assert all(found[name][expert].any() for expert in (0, 2))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_norms_are_of_the_experts_that_have_tokens(impl):
+    stack = make_stack((4, 0, 3), 20, 24, 2)
+    adapted = stack.weight.double() + stack.scaling * stack.lora_B.double() @ stack.lora_A.double()
+    factors = stack.lora_A, stack.lora_B, stack.magnitude, stack.scaling
+    with dispatch.operations_for(stack.weight, impl) as (ops, weight):
+        every, some = ops.expert_norm(weight, *factors), ops.expert_norm(weight, *factors, ends=stack.ends)
+    assert relative_error(every.norm, adapted.norm(dim=2)) <= ORACLE_FP32
+    assert relative_error(every.scale, stack.magnitude / adapted.norm(dim=2)) <= ORACLE_FP32
+    for part, whole in zip(some, every):
+        assert not part[1].any() and torch.equal(part[[0, 2]], whole[[0, 2]])
 
 
 @pytest.mark.parametrize("impl", IMPLS)

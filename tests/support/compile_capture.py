@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 
 import dora_kernels as dk
 from dora_kernels.ops import dispatch
+from dora_kernels.ops.dora_experts import dora_experts
 from tests.support.stand_in_gpu import taken_for_gpu
 
 CASES = {
@@ -66,8 +67,31 @@ def problem(make, *, bias=False, R=16, **options):
     return layer, make(2, M // 2, K, dtype=dtype).requires_grad_(), make(2, M // 2, N, dtype=dtype)
 
 
-def capture(*, dynamic=False, **options):
-    """{"traced": one list of names per graph, "forward": names, "backward": names}"""
+def experts(make):
+    """A stack of experts and its leaves, the tokens' gradient, and where each expert's tokens end."""
+    E, S, N, K, R = 4, 64, 48, 80, 16
+    shapes = (E, R, K), (E, N, R), (E, N)
+    leaves = [make(S, K, dtype=torch.bfloat16), *(make(shape) for shape in shapes)]
+    ends = torch.tensor([20, 20, 30, S], dtype=torch.int32)
+    weight, grad_y = make(E, N, K, dtype=torch.bfloat16), make(S, N, dtype=torch.bfloat16)
+    return weight, [leaf.requires_grad_() for leaf in leaves], grad_y, ends
+
+
+def call_experts(x, weight, lora_A, lora_B, magnitude, ends):
+    return dora_experts(x, weight, lora_A, lora_B, magnitude, ends, scaling=2.0, impl="triton")
+
+
+def capture_experts():
+    """As `capture`, of `dora_experts`."""
+    weight, (x, *factors), grad_y, ends = experts(torch.empty)
+    backend, captured = capturing()
+    y = torch.compile(call_experts, fullgraph=True, backend=backend)(x, weight, *factors, ends)
+    torch.autograd.grad(y, (x, *factors), grad_y)
+    return captured
+
+
+def capturing():
+    """A backend, and what it fills: {"traced": one list of names per graph, "forward": names, "backward": names}"""
     captured = {"traced": [], "forward": None, "backward": None}
 
     def compiler(direction):
@@ -83,11 +107,17 @@ def capture(*, dynamic=False, **options):
             graph_module, inputs, fw_compiler=compiler("forward"), bw_compiler=compiler("backward")
         )
 
+    torch._dynamo.reset()
+    return backend, captured
+
+
+def capture(*, dynamic=False, **options):
+    """What `capturing` gives, of a layer."""
     layer, x, grad_y = problem(torch.empty, **options)
     layer.impl = "triton"
     if dynamic:
         torch._dynamo.mark_dynamic(x, 1)
-    torch._dynamo.reset()
+    backend, captured = capturing()
     y = torch.compile(layer, fullgraph=True, backend=backend)(x)
     torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B, layer.magnitude), grad_y)
     return captured
@@ -104,6 +134,7 @@ def main():
         stack.enter_context(FakeTensorMode())
         for name, options in CASES.items():
             print(json.dumps({"case": name} | capture(**options)))
+        print(json.dumps({"case": "experts"} | capture_experts()))
 
 
 if __name__ == "__main__":
