@@ -19,7 +19,8 @@ from training.checkpoints import checkpoint as checkpoints
 from training.checkpoints.checkpoint import damage, list_checkpoints
 from training.checkpoints.lock import sole_run
 from training.data.order import order_of_epoch
-from training.finetune.trainer import DoraTrainer, EpochOrder
+from training.finetune.resumable import EpochOrder
+from training.finetune.trainer import DoraTrainer
 from training.minimal import demonstrate, loop
 from training.stopping import INTERRUPTED, REPEATED
 

@@ -3,19 +3,20 @@
 import warnings
 
 import torch
-from trl import SFTConfig
+from transformers import TrainingArguments
 
 from ..distributed.launchers import launched_with_fsdp, zero_config
 from ..flags import Flags
 from ..flags.trainer_fields import trainer_fields
 from ..model.base_model import compute_dtype
+from .preference import config_class, known
 
 WEIGHT_DECAY = 0.01
 EVAL_BATCH = 8  # rows, at least: an evaluation keeps no activations
 
 
-def trainer_config(flags: Flags, *, evaluates: bool, resumed: bool) -> SFTConfig:
-    """TRL's configuration, with the fields of `--set`.
+def trainer_config(flags: Flags, *, evaluates: bool, resumed: bool) -> TrainingArguments:
+    """TRL's configuration of the task, with the fields of `--set`.
 
     Args:
         evaluates: rows are held out.
@@ -27,7 +28,8 @@ def trainer_config(flags: Flags, *, evaluates: bool, resumed: bool) -> SFTConfig
     with warnings.catch_warnings():
         # TRL sets it by default under its old name, so it must be set under that name.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-        config = SFTConfig(**_decided(flags, evaluates, resumed) | trainer_fields(flags.set, SFTConfig))
+        cls = config_class(flags.task)
+        config = cls(**known(cls, _decided(flags, evaluates, resumed)) | trainer_fields(flags.set, cls))
     if config.device.type == "cuda" and config.parallel_mode.value == "not_distributed":
         # Several GPUs may be visible where one is asked for; TRL refuses nn.DataParallel. There is no argument for
         # this; transformers sets it itself for a model that is spread over devices.

@@ -64,7 +64,8 @@ def summary(flags: Flags, seconds: float) -> str:
     lines = ["", f"{'':22}{'before':>10}{'tuned':>10}"]
     if measured := losses(folder / METRICS):
         lines.append(f"{'held-out loss':22}{measured[0]:10.4f}{measured[1]:10.4f}")
-        lines.append(f"{'held-out perplexity':22}{_perplexity(measured[0]):10.4g}{_perplexity(measured[1]):10.4g}")
+        if flags.task == "sft":
+            lines.append(f"{'held-out perplexity':22}{_perplexity(measured[0]):10.4g}{_perplexity(measured[1]):10.4g}")
     else:
         lines = ["", "nothing was held out, so nothing says how good the adapter is"]
     size = (folder / WEIGHTS_NAME).stat().st_size
@@ -83,7 +84,7 @@ def write_card(flags: Flags, adapter: Adapter, rows: Rows, path: Path) -> None:
         base_model=flags.base_model,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["dora" if flags.use_dora else "lora", "sft"],
+        tags=["dora" if flags.use_dora else "lora", flags.task],
     )
     settings = [
         *("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "batch_size", "gradient_accumulation_steps"),

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, ProgressCallback
-from trl import SFTConfig
 
 from ..checkpoints.checkpoint import newest_checkpoint, step_of
 from ..checkpoints.lock import check_folder, sole_run
 from ..checkpoints.metrics import METRICS, keep_until
-from ..data.rows import TRAINED, load_rows
+from ..data.rows import load_rows
 from ..distributed.launchers import check_launcher, launched_with_fsdp
 from ..distributed.processes import broadcast, join, print_once
 from ..distributed.sharding import full_adapter
@@ -26,7 +25,9 @@ from .callbacks import QuietProgress, StopOnRequest, WriteMetrics
 from .config import trainer_config
 from .hub import make_repository, push
 from .output import write_account, write_output
+from .preference import config_class, trainer_class
 from .report import early_line, resume_hint, run_line, stopped_line, summary
+from .resumable import Resumable
 from .trainer import DoraTrainer
 
 # Flags that change no number of a run, so that a resumed run may have others.
@@ -76,7 +77,7 @@ class Run:
         """Check the flags, and read the tokenizer and the rows."""
         flags = self.flags
         flags.check()
-        trainer_fields(flags.set, SFTConfig)  # raises before any work
+        trainer_fields(flags.set, config_class(flags.task))  # raises before any work
         self.device = flags.torch_device
         check_launcher(compute_dtype(self.device))
         self.processes = join(self.device)
@@ -96,6 +97,7 @@ class Run:
             mapping=flags.mapping,
             config=flags.data_config,
             split=flags.data_split,
+            task=flags.task,
         )
         if flags.push_to_hub and self.processes.is_main_process:
             make_repository(flags.hub_model_id)
@@ -127,19 +129,21 @@ class Run:
         print_once(run_line(self.flags, self.adapter, model, self.device, self.processes.num_processes))
         self.trainer = self._make_trainer()
 
-    def _make_trainer(self) -> DoraTrainer:
+    def _make_trainer(self) -> Resumable:
         flags, rows = self.flags, self.rows
         settings = {name: value for name, value in asdict(flags).items() if name not in FREE}
-        # The rows have `input_ids` and `labels`, so TRL tokenises nothing. It keeps the column `place`.
-        trainer = DoraTrainer(
+        # Texts have `input_ids` and `labels`, so TRL tokenises nothing of them. It keeps the column `place`.
+        own = {"fused_loss": flags.use_liger} if flags.task == "sft" else {}
+        make = DoraTrainer if flags.task == "sft" else trainer_class(flags.task)
+        trainer = make(
             self.adapter,
             run=settings | {"data": rows.fingerprint, "processes": self.processes.num_processes},
             args=self.config,
-            fused_loss=flags.use_liger,
-            train_dataset=rows.train.select_columns(TRAINED),
-            eval_dataset=rows.validation.select_columns(TRAINED) if self.evaluates else None,
+            train_dataset=rows.train.select_columns(rows.trained),
+            eval_dataset=rows.validation.select_columns(rows.trained) if self.evaluates else None,
             processing_class=self.tokenizer,
             callbacks=[WriteMetrics(self.output_dir / METRICS), StopOnRequest(self.request)],
+            **own,
         )
         if self.evaluates and flags.early_stopping:
             trainer.add_callback(EarlyStoppingCallback(flags.early_stopping))

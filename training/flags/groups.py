@@ -19,6 +19,9 @@ class Run:
     base_model: str = flag(
         "", "hub id or folder of a Hugging Face causal language model", "model", "model_name_or_path", "model_id"
     )
+    task: Literal["sft", "dpo", "kto", "orpo"] = flag(
+        "sft", "learn texts, or preferences by one of TRL's trainers, which build the adapter with PEFT"
+    )
     output_dir: str = flag("out/run", "where the adapter, checkpoints, metrics.jsonl and loss.png go", "output")
     config: str = flag("", "YAML file of flags; a flag on the command line wins over it")
     resume: bool = flag(False, "continue from the newest checkpoint in --output_dir that verifies")

@@ -38,8 +38,7 @@ def add_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
         ValueError: the adapter of `--init_adapter` does not fit, or adapts the model's head.
     """
     torch.manual_seed(flags.seed)
-    ours = flags.use_dora and not flags.use_peft
-    adapter = _engine_adapter(model, flags) if ours else _peft_adapter(model, flags)
+    adapter = _peft_adapter(model, flags) if flags.by_peft else _engine_adapter(model, flags)
     if hasattr(model.get_output_embeddings(), "lora_A"):
         raise ValueError(f"`--init_adapter` {flags.init_adapter} adapts the head: {HEAD}")
     return adapter
