@@ -70,7 +70,7 @@ class Flags(Hardware, Adapter, Training, Data, Run):
                     raise ValueError(f"`--task {self.task}` does not go with --{name}: leave one of them out")
         if not self.fused and not self.by_peft:
             raise ValueError("`--no-fused` compares with PEFT's own code: it needs --use_peft")
-        if self.early_stopping and not self.eval_step:
+        if self.early_stopping and self.eval_step == 0:
             raise ValueError("`--early_stopping` needs evaluations: leave --eval_step 0 out")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("`--push_to_hub` needs --hub_model_id, the repository to upload to")
