@@ -83,6 +83,8 @@ def run(flags: Flags) -> None:
         raise ValueError(f"`--rank` should be a positive integer value but the value passed is {flags.rank}")
     output, sources = Path(flags.output_dir), Sources(Path(flags.adapter), flags.base_model or None)
     check_output(output)
+    if sources.is_plain_lora:
+        raise ValueError(f"`--adapter` {sources.adapter} is plain LoRA already: use it as it is, or --to merged")
     model = sources.load()
     layers = dora_layers(model).values()
     exact = max(min(layer.in_features, layer.out_features) for layer in layers)

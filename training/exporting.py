@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import dora_kernels as dk
 from dora_kernels.adapters.peft_config import CONFIG_NAME, read_config
-from dora_kernels.adapters.save_load import PREFIX, WEIGHTS_NAME
+from dora_kernels.adapters.save_load import MAGNITUDE, PREFIX, WEIGHTS_NAME
 
 from .model_class import class_of
 
@@ -38,7 +38,7 @@ class Sources:
 
     Raises:
         FileNotFoundError: a folder or a file is missing.
-        ValueError: not a DoRA adapter, no base model, or a quantised one.
+        ValueError: neither DoRA nor LoRA, no base model, or a quantised one.
         OSError: the Hub's error.
     """
 
@@ -51,8 +51,9 @@ class Sources:
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (self.adapter / name).is_file():
                 raise FileNotFoundError(f"`--adapter` {self.adapter} should be a folder with {name}")
-        read_config(self.adapter)  # raises for features that are not supported
-        self.fields = json.loads((self.adapter / CONFIG_NAME).read_text(encoding="utf-8"))
+        self.fields = fields_of(self.adapter)
+        if not self.is_plain_lora:
+            read_config(self.adapter)  # raises for features that are not supported
         self.base_model = self.base_model or self.fields.get("base_model_name_or_path")
         if not self.base_model:
             raise ValueError(f"{self.adapter / CONFIG_NAME} names no base model: say which with --base_model")
@@ -72,13 +73,23 @@ class Sources:
                 "unquantised model as --base_model"
             )
 
+    @property
+    def is_plain_lora(self) -> bool:
+        """Whether the adapter is LoRA without DoRA, which PEFT loads and merges."""
+        return self.fields.get("peft_type") == "LORA" and not self.fields.get("use_dora")
+
     def load(self) -> PreTrainedModel:
-        """The base model in its own dtype, on the CPU, with the adapter in it.
+        """The base model in its own dtype, on the CPU, with the adapter in it; a PEFT model for plain LoRA.
 
         Raises:
             ValueError: the adapter does not fit the base, or a head of the model is in neither of them.
         """
         stored = stored_shapes(self.adapter / WEIGHTS_NAME)
+        if self.is_plain_lora and any(MAGNITUDE in key for key in stored):
+            raise ValueError(
+                f"{self.adapter / CONFIG_NAME} says plain LoRA, but {WEIGHTS_NAME} holds magnitudes: "
+                "set use_dora to true"
+            )
         found = class_of(self.fields, self.config, stored)
         model, info = found.cls.from_pretrained(
             self.base_model, config=found.config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
@@ -94,6 +105,10 @@ class Sources:
             )
         if random:
             print(f"in neither the base model nor the adapter, and random: {', '.join(sorted(random))}")
+        if self.is_plain_lora:
+            import peft
+
+            return peft.PeftModel.from_pretrained(model, self.adapter).eval()
         return dk.load_adapter(model, self.adapter).eval()
 
     def copy_tokenizer(self, folder: Path) -> list[str]:
@@ -108,6 +123,17 @@ class Sources:
             copy = shutil.copytree if path.is_dir() else shutil.copyfile
             copy(path, folder / path.name)
         return sorted(path.name for path in found)
+
+
+def fields_of(adapter: Path) -> dict:
+    """An adapter's adapter_config.json. Raises ValueError if it is no JSON object."""
+    try:
+        fields = json.loads((adapter / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{adapter / CONFIG_NAME} is not valid JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{adapter / CONFIG_NAME} should hold a JSON object, got {type(fields).__name__}")
+    return fields
 
 
 def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
+from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
 import dora_kernels as dk
@@ -22,7 +23,7 @@ from .spelling import spelled
 class Flags:
     """What to merge, and where to put it."""
 
-    adapter: str = HfArg(help="folder of a DoRA adapter, from training or from PEFT")
+    adapter: str = HfArg(help="folder of a DoRA or LoRA adapter, from training or from PEFT")
     output_dir: str = HfArg(help="folder that does not exist yet")
     base_model: str = HfArg(default="", help="folder or Hub id; without it, the one that the adapter names")
 
@@ -37,20 +38,30 @@ def merge(sources: Sources, output: Path) -> UpdateErrors:
     check_output(output)
     model = sources.load()
     errors = UpdateErrors()
+    if sources.is_plain_lora:
+        _write(model.merge_and_unload(safe_merge=True), sources, output)
+        return errors
     for path, layer in tqdm(dora_layers(model).items(), desc="measuring", unit="layer", disable=None):
         update = update_of(layer)
         errors.add(path, update, layer.merged_weight().to(update.dtype) - layer.base_weight)
+    _write(dk.merge_dora(model), sources, output)
+    return errors
+
+
+def _write(merged: PreTrainedModel, sources: Sources, output: Path) -> None:
     with new_folder(output) as folder:
-        dk.merge_dora(model).save_pretrained(folder)
+        merged.save_pretrained(folder)
         if not sources.copy_tokenizer(folder):
             print(f"no tokenizer found beside {sources.base_model}: copy one into {output}")
-    return errors
 
 
 def run(flags: Flags) -> None:
     """Merge, and print the rounding errors."""
     errors = merge(Sources(Path(flags.adapter), flags.base_model or None), Path(flags.output_dir))
-    print(f"what rounding to the base model's dtype costs, as a share of each layer's update:\n{errors}")
+    if errors.norms:
+        print(f"what rounding to the base model's dtype costs, as a share of each layer's update:\n{errors}")
+    else:
+        print("plain LoRA, merged by PEFT")
     print(f"merged checkpoint: {flags.output_dir}")
 
 

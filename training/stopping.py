@@ -51,7 +51,11 @@ def stop_on_interrupt(request: StopRequest) -> Iterator[None]:
 
 @contextmanager
 def _handled(number: int, handler) -> Iterator[None]:
-    before = signal.signal(number, handler)
+    before = signal.getsignal(number)
+    if before == signal.SIG_IGN:  # as a shell starts what runs in the background
+        yield
+        return
+    signal.signal(number, handler)
     try:
         yield
     finally:

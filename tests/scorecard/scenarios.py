@@ -111,7 +111,7 @@ class Metrics(Scenario):
 
         keep_until(self.path, 3)
         append_row(self.path, {"step": 4, "loss": 4 / 7})
-        plot_losses(self.path, self.folder / "loss.png")
+        plot_losses(self.path, self.folder / "loss.png", "DoRA")
 
     def check(self, failed):
         from training.checkpoints.metrics import read_rows

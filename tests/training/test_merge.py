@@ -229,7 +229,7 @@ def _there_already(folder):
 
 
 REFUSED = {
-    "plain_lora": (_plain_lora, "a plain LoRA adapter; load it with PEFT"),
+    "plain_lora": (_plain_lora, "says plain LoRA, but .* holds magnitudes"),
     "no_base_named": (_nameless, "names no base model: say which with --base_model"),
     "absent_base": (_absent_base, "should be a Hub id or a folder with config.json"),
     "unreadable_base": (_unreadable_base, "the base model .*base is neither here nor readable"),

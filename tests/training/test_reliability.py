@@ -19,9 +19,10 @@ from training.checkpoints import checkpoint as checkpoints
 from training.checkpoints.checkpoint import damage, list_checkpoints
 from training.checkpoints.lock import sole_run
 from training.data.order import order_of_epoch
-from training.finetune.trainer import DoraTrainer, EpochOrder
+from training.finetune.resumable import EpochOrder
+from training.finetune.trainer import DoraTrainer
 from training.minimal import demonstrate, loop
-from training.stopping import INTERRUPTED, REPEATED
+from training.stopping import INTERRUPTED, REPEATED, StopRequest, stop_on_interrupt
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 WEIGHTS = "adapter_model.safetensors"
@@ -40,6 +41,14 @@ def before_step(monkeypatch, number, act):
 
     done = []
     monkeypatch.setattr(DoraTrainer, "training_step", wrapped)
+
+
+@pytest.fixture(autouse=True)
+def heeded():
+    """Ctrl-C is not ignored, as it is where a shell starts the tests in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def sigterm(trainer, inputs):
@@ -134,6 +143,14 @@ def test_a_second_ctrl_c_aborts_and_says_what_is_saved(data, long, tmp_path, mon
     assert ended.value.code == INTERRUPTED and "aborted; " in said and hint in said and "Traceback" not in said
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (tmp_path / WEIGHTS).exists() and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_what_runs_in_the_background_ignores_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request = StopRequest()
+    with stop_on_interrupt(request):
+        ctrl_c(None, None)
+    assert not request.requested
 
 
 @pytest.mark.parametrize("command", ["train", "merge", "export", "plan"])

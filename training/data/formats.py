@@ -17,7 +17,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import parquet
 
-from .kinds import kind_of
+from .kinds import is_row
 from .splits import SPLITS, named_split
 
 
@@ -121,7 +121,7 @@ def _read_json(path: Path, name: str) -> Iterator[SourceRow] | dict[str, list[So
 
 def _json_object(path: Path, name: str, values: dict) -> Iterator[SourceRow] | dict[str, list[SourceRow]]:
     arrays = {key: value for key, value in values.items() if _is_array_of_rows(value)}
-    if kind_of(values) or not arrays:
+    if is_row(values) or not arrays:
         return numbered(name, [values])
     splits = {key: named_split(key) for key in arrays}
     if all(splits.values()) and len(set(splits.values())) == len(splits):
@@ -200,7 +200,7 @@ def _header_and_delimiter(text: str, suffix: str) -> tuple[list[str], str]:
         ]
         for delimiter in delimiters
     }
-    known = next((delimiter for delimiter in delimiters if kind_of(dict.fromkeys(headers[delimiter]))), None)
+    known = next((delimiter for delimiter in delimiters if is_row(dict.fromkeys(headers[delimiter]))), None)
     known = known or max(delimiters, key=lambda delimiter: len(headers[delimiter]))
     return headers[known], known
 

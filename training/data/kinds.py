@@ -47,6 +47,11 @@ def kind_of(values: dict) -> str | None:
     return next(iter([*filled, *complete]), None)
 
 
+def is_row(values: dict) -> bool:
+    """Whether an object has the columns of a row, of a preference too."""
+    return kind_of(values) is not None or {"chosen", "rejected"} <= values.keys()
+
+
 def problem_of(values: dict, kind: str) -> str | None:
     """Why a row of this kind cannot be used, or None."""
     for column in KINDS[kind]:

@@ -28,7 +28,10 @@ def parts_of(data_path: str, config: str = "", split: str = "") -> list[Part]:
         ValueError: a part that is neither, or a weight that is no number above 0.
     """
     if data_path.startswith("["):
-        listed = json.loads(data_path)
+        try:
+            listed = json.loads(data_path)
+        except ValueError as error:
+            raise ValueError(f"`--data_path` {data_path} is not a JSON list: {error}") from None
     elif "," in data_path and not Path(data_path).exists():
         listed = [_weighted(part.strip()) for part in data_path.split(",")]
     else:

@@ -34,6 +34,7 @@ class Rows:
     said: list[str] = field(default_factory=list)  # notes for the user
     skipped: list[dict] = field(default_factory=list)  # `place` and `reason` of each row left out
     cut: list[dict] = field(default_factory=list)  # `place`, `tokens` and `kept` of each row that was cut
+    trained: list[str] = field(default_factory=lambda: TRAINED)  # the columns that the trainer takes
 
     @property
     def fingerprint(self) -> str:
@@ -42,7 +43,7 @@ class Rows:
         for part in (self.train, self.validation or []):
             digest.update(f"{len(part)} rows\n".encode())
             for row in part:
-                digest.update(repr([row[name] for name in TRAINED]).encode())
+                digest.update(repr([row[name] for name in self.trained]).encode())
         return digest.hexdigest()
 
 
@@ -59,6 +60,7 @@ def load_rows(
     mapping: Mapping | None = None,
     config: str = "",
     split: str = "",
+    task: str = "sft",
 ) -> Rows:
     """Read, check, tokenise and split. `tokenizer` gets a chat template if the rows need one and it has none.
 
@@ -69,6 +71,7 @@ def load_rows(
         bad_row_limit: the share of unusable rows above which this raises. Long rows do not count.
         mapping: columns under other names, and a template of the prompt.
         config, split: of a data set on the Hub.
+        task: "sft" reads texts; the others read preferences.
 
     Raises:
         FileNotFoundError, ValueError: the data cannot be read, has columns of no kind, has too many unusable rows, or
@@ -78,6 +81,11 @@ def load_rows(
     if mapping:
         source.splits = mapping.apply(data_path, source.splits)
     account = Account(data_path, cutoff_len, long_rows)
+    if task != "sft":
+        from .preferences import preference_rows
+
+        options = {"val_set_size": val_set_size, "bad_row_limit": bad_row_limit, "seed": seed}
+        return preference_rows(task, source, tokenizer, account, **options)
     kinds = kinds_of_rows(data_path, source.splits)
     account.note_columns(kinds, _unread_columns(source.splits))
     account.notes += source.notes

@@ -47,6 +47,7 @@ class Row(NamedTuple):
     content: Content
     tokens: Tokens
     weight: float = 1  # of its source (`mixture`)
+    values: dict | None = None  # the columns of a preference
 
 
 def tokenized(

@@ -33,8 +33,11 @@ class QuietProgress(ProgressCallback):
         if "loss" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.4f}", refresh=False)
         if "eval_loss" in logs:
-            loss, perplexity = logs["eval_loss"], logs["eval_perplexity"]
-            self.training_bar.write(f"step {state.global_step}: eval_loss {loss:.4f}, perplexity {perplexity:.3g}")
+            said = f"step {state.global_step}: eval_loss {logs['eval_loss']:.4f}"
+            for name in ("perplexity", "rewards/accuracies"):
+                if (value := logs.get(f"eval_{name}")) is not None:
+                    said += f", {name} {value:.3g}"
+            self.training_bar.write(said)
 
 
 class StopOnRequest(TrainerCallback):

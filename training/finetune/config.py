@@ -3,22 +3,23 @@
 import warnings
 
 import torch
-from trl import SFTConfig
+from transformers import TrainingArguments
 
 from ..distributed.launchers import launched_with_fsdp, zero_config
 from ..flags import Flags
 from ..flags.trainer_fields import trainer_fields
 from ..model.base_model import compute_dtype
+from .preference import config_class, known
 
 WEIGHT_DECAY = 0.01
 EVAL_BATCH = 8  # rows, at least: an evaluation keeps no activations
 
 
-def trainer_config(flags: Flags, *, evaluates: bool, resumed: bool) -> SFTConfig:
-    """TRL's configuration, with the fields of `--set`.
+def trainer_config(flags: Flags, *, eval_step: int, resumed: bool) -> TrainingArguments:
+    """TRL's configuration of the task, with the fields of `--set`.
 
     Args:
-        evaluates: rows are held out.
+        eval_step: steps between evaluations; 0 for none.
         resumed: training starts from a checkpoint.
 
     Raises:
@@ -27,7 +28,8 @@ def trainer_config(flags: Flags, *, evaluates: bool, resumed: bool) -> SFTConfig
     with warnings.catch_warnings():
         # TRL sets it by default under its old name, so it must be set under that name.
         warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-        config = SFTConfig(**_decided(flags, evaluates, resumed) | trainer_fields(flags.set, SFTConfig))
+        cls = config_class(flags.task)
+        config = cls(**known(cls, _decided(flags, eval_step, resumed)) | trainer_fields(flags.set, cls))
     if config.device.type == "cuda" and config.parallel_mode.value == "not_distributed":
         # Several GPUs may be visible where one is asked for; TRL refuses nn.DataParallel. There is no argument for
         # this; transformers sets it itself for a model that is spread over devices.
@@ -37,7 +39,7 @@ def trainer_config(flags: Flags, *, evaluates: bool, resumed: bool) -> SFTConfig
     return config
 
 
-def _decided(flags: Flags, evaluates: bool, resumed: bool) -> dict:
+def _decided(flags: Flags, eval_step: int, resumed: bool) -> dict:
     """The fields that flags decide, and defaults of our own."""
     return {
         "output_dir": flags.output_dir,
@@ -53,10 +55,10 @@ def _decided(flags: Flags, evaluates: bool, resumed: bool) -> dict:
         "max_length": flags.cutoff_len,
         "packing": flags.packing,
         "eval_packing": False,
-        "eval_strategy": "steps" if evaluates else "no",
-        "eval_steps": flags.eval_step or None,
+        "eval_strategy": "steps" if eval_step else "no",
+        "eval_steps": eval_step or None,
         # The base model's loss; a resumed run has measured it already.
-        "eval_on_start": evaluates and not resumed,
+        "eval_on_start": bool(eval_step) and not resumed,
         "save_strategy": "steps" if flags.save_step else "no",
         "save_steps": flags.save_step or 500,
         "logging_steps": 1,
@@ -73,7 +75,7 @@ def _decided(flags: Flags, evaluates: bool, resumed: bool) -> dict:
         "torch_compile": flags.use_compile,
         "gradient_checkpointing": flags.activation_checkpointing,
         "report_to": flags.trackers,
-        "metric_for_best_model": "eval_loss" if evaluates and flags.early_stopping else None,
+        "metric_for_best_model": "eval_loss" if eval_step and flags.early_stopping else None,
         "restore_callback_states_from_checkpoint": bool(flags.early_stopping),
         "seed": flags.seed,
     }

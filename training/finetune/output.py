@@ -12,11 +12,14 @@ from ..checkpoints.metrics import METRICS
 from ..data.rows import Rows
 from ..flags import Flags
 from ..model.adapter import Adapter
-from .report import write_card
+from .report import title, write_card
 
 
-def write_output(flags: Flags, adapter: Adapter, tokenizer, rows: Rows) -> None:
+def write_output(flags: Flags, adapter: Adapter, tokenizer, rows: Rows, steps: int) -> None:
     """Write the files to a temporary folder, then move all of them into the output folder.
+
+    Args:
+        steps: optimizer steps that were taken.
 
     Raises:
         OSError: a file cannot be written. The files of an earlier run are then unchanged.
@@ -28,8 +31,8 @@ def write_output(flags: Flags, adapter: Adapter, tokenizer, rows: Rows) -> None:
         staged = Path(temporary)
         adapter.write(staged)
         save_tokenizer(tokenizer, staged)
-        plot_losses(output_dir / METRICS, staged / "loss.png")
-        write_card(flags, adapter, rows, staged / "README.md")
+        plot_losses(output_dir / METRICS, staged / "loss.png", title(flags))
+        write_card(flags, adapter, rows, steps, staged / "README.md")
         files = [str(path.relative_to(staged)) for path in staged.rglob("*") if path.is_file()]
         move_files(staged, output_dir, sorted(files, key=lambda name: name == WEIGHTS_NAME))
 

@@ -1,12 +1,15 @@
 """What a run prints, and the adapter's model card."""
 
+import json
 import math
+import shlex
 from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from dora_kernels.adapters.peft_config import CONFIG_NAME
 from dora_kernels.adapters.save_load import WEIGHTS_NAME
 
 from ..checkpoints.metrics import METRICS, read_rows
@@ -15,6 +18,9 @@ from ..flags import Flags
 from ..model.adapter import Adapter
 from ..spelling import spelled
 from .meter import peak_memory
+
+SHOWN = ("use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save")
+"""Fields of an adapter that a model card shows where they are set."""
 
 
 def run_line(flags: Flags, adapter: Adapter, model: PreTrainedModel, device: torch.device, processes: int) -> str:
@@ -64,39 +70,68 @@ def summary(flags: Flags, seconds: float) -> str:
     lines = ["", f"{'':22}{'before':>10}{'tuned':>10}"]
     if measured := losses(folder / METRICS):
         lines.append(f"{'held-out loss':22}{measured[0]:10.4f}{measured[1]:10.4f}")
-        lines.append(f"{'held-out perplexity':22}{_perplexity(measured[0]):10.4g}{_perplexity(measured[1]):10.4g}")
+        if flags.task == "sft":
+            lines.append(f"{'held-out perplexity':22}{_perplexity(measured[0]):10.4g}{_perplexity(measured[1]):10.4g}")
     else:
         lines = ["", "nothing was held out, so nothing says how good the adapter is"]
     size = (folder / WEIGHTS_NAME).stat().st_size
     lines.append(f"{seconds:.0f} s of training, {peak_memory() / 1e9:.2f} GB at the peak; adapter {size / 1e6:.2f} MB")
     lines.append(f"adapter: {folder}; losses: {folder / 'loss.png'}, {folder / METRICS}; card: {folder / 'README.md'}")
     lines.append("next:")
-    where = f"--base_model {flags.base_model} --adapter {folder}"
-    lines.append(f"  {spelled('merge')} {where} --output_dir {folder}-merged")
+    where = shlex.join(["--base_model", flags.base_model, "--adapter", str(folder), "--output_dir", f"{folder}-merged"])
+    lines.append(f"  {spelled('merge')} {where}")
     return "\n".join(lines)
 
 
-def write_card(flags: Flags, adapter: Adapter, rows: Rows, path: Path) -> None:
-    """The README.md that goes beside the adapter."""
+def title(flags: Flags) -> str:
+    """What was trained, and the unit of its loss."""
+    unit = ", nats per target token" if flags.task == "sft" else ""
+    return f"{'DoRA' if flags.use_dora else 'LoRA'}, {flags.task.upper()}{unit}"
+
+
+def write_card(flags: Flags, adapter: Adapter, rows: Rows, steps: int, path: Path) -> None:
+    """The README.md that goes beside the adapter's files, of which it says what they hold.
+
+    Args:
+        steps: optimizer steps that were taken.
+        path: in the folder of the adapter's files.
+    """
     folder = Path(flags.output_dir)
     data = ModelCardData(
         base_model=flags.base_model,
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["dora" if flags.use_dora else "lora", "sft"],
+        tags=["dora" if flags.use_dora else "lora", flags.task],
     )
-    settings = [
-        *("lora_r", "lora_alpha", "lora_dropout", "learning_rate", "batch_size", "gradient_accumulation_steps"),
-        *("num_epochs", "cutoff_len", "seed"),
-    ]
     measured = losses(folder / METRICS)
+    held_out = len(rows.validation or ())
+    perplexity = f" (perplexity {_perplexity(measured[0]):.4g} and {_perplexity(measured[1]):.4g})" if measured else ""
     result = (
-        f"Held-out loss {measured[0]:.4f} before and {measured[1]:.4f} after training "
-        f"(perplexity {_perplexity(measured[0]):.4g} and {_perplexity(measured[1]):.4g})."
+        f"Held-out loss {measured[0]:.4f} before and {measured[1]:.4f} after training"
+        f"{perplexity if flags.task == 'sft' else ''}."
         if measured
-        else "No rows were held out."
+        else "No held-out loss was measured."
     )
-    table = "\n".join(f"| {name} | {getattr(flags, name)} |" for name in settings)
+    own = json.loads((path.parent / CONFIG_NAME).read_text(encoding="utf-8"))
+    targets = own["target_modules"]
+    settings = {
+        "rank": own["r"],
+        "alpha": own["lora_alpha"],
+        "dropout": own["lora_dropout"],
+        "targets": targets if isinstance(targets, str) else ", ".join(sorted(targets)),
+        **{name: own[name] for name in SHOWN if own.get(name)},
+        **({"continued from": flags.init_adapter} if flags.init_adapter else {}),
+        "optimizer steps": steps,
+        "rows per step": f"{flags.batch_size} × {flags.gradient_accumulation_steps}, in each process",
+        "passes over the rows": f"at most {flags.max_steps} steps" if flags.max_steps else f"{flags.num_epochs:g}",
+        "rows held out": held_out,
+        "learning_rate": flags.learning_rate,
+        "cutoff_len": flags.cutoff_len,
+        "seed": flags.seed,
+        **dict(setting.split("=", 1) for setting in flags.set),
+        "quantised base": "NF4" if flags.quantize else "no",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
     name = flags.hub_model_id or str(folder)
     text = f"""---
 {data.to_yaml()}
@@ -118,7 +153,6 @@ model = PeftModel.from_pretrained(model, "{name}")
 | setting | value |
 |---|---|
 {table}
-| quantised base | {"NF4" if flags.quantize else "no"} |
 """
     ModelCard(text).save(path)
 

@@ -1,18 +1,20 @@
 """A fine-tuning run from flags, in steps: prepare, build, train, finish. The training loop is TRL's SFTTrainer."""
 
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import datasets
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, ProgressCallback
-from trl import SFTConfig
 
 from ..checkpoints.checkpoint import newest_checkpoint, step_of
 from ..checkpoints.lock import check_folder, sole_run
 from ..checkpoints.metrics import METRICS, keep_until
-from ..data.rows import TRAINED, load_rows
+from ..data.order import steps_per_epoch
+from ..data.rows import load_rows
 from ..distributed.launchers import check_launcher, launched_with_fsdp
 from ..distributed.processes import broadcast, join, print_once
 from ..distributed.sharding import full_adapter
@@ -22,11 +24,15 @@ from ..model.adapter import add_adapter
 from ..model.base_model import check_targets, compute_dtype, load_model, load_tokenizer
 from ..model.liger import use_fused_loss
 from ..stopping import StopRequest, stop_on_interrupt, stop_on_sigterm
+from . import evaluations
+from .advice import advice
 from .callbacks import QuietProgress, StopOnRequest, WriteMetrics
 from .config import trainer_config
 from .hub import make_repository, push
 from .output import write_account, write_output
+from .preference import config_class, trainer_class
 from .report import early_line, resume_hint, run_line, stopped_line, summary
+from .resumable import Resumable
 from .trainer import DoraTrainer
 
 # Flags that change no number of a run, so that a resumed run may have others.
@@ -65,7 +71,7 @@ class Run:
 
     Attributes:
         device, processes, tokenizer, rows: set by `prepare`.
-        checkpoint, evaluates, config, adapter, trainer, request: set by `build`.
+        checkpoint, evaluations, config, adapter, trainer, request: set by `build`.
         seconds: of training, set by `train`.
     """
 
@@ -76,20 +82,20 @@ class Run:
         """Check the flags, and read the tokenizer and the rows."""
         flags = self.flags
         flags.check()
-        trainer_fields(flags.set, SFTConfig)  # raises before any work
+        trainer_fields(flags.set, config_class(flags.task))  # raises before any work
         self.device = flags.torch_device
         check_launcher(compute_dtype(self.device))
         self.processes = join(self.device)
         check_folder(self.output_dir, flags.resume)
         self.tokenizer, notes = load_tokenizer(flags.base_model, flags.trust_remote_code)
         if not flags.init_adapter:
-            by_peft = flags.use_peft or not flags.use_dora
-            check_targets(flags.base_model, flags.dora, flags.trust_remote_code, by_peft=by_peft)
+            check_targets(flags.base_model, flags.dora, flags.trust_remote_code, by_peft=flags.by_peft)
         self.rows = load_rows(
             flags.data_path,
             self.tokenizer,
             cutoff_len=flags.cutoff_len,
-            val_set_size=flags.val_set_size,
+            # What is never evaluated is not withheld.
+            val_set_size=0 if flags.eval_step == 0 and flags.val_set_size is None else flags.val_set_size,
             bad_row_limit=flags.bad_row_limit,
             seed=flags.seed,
             long_rows=flags.long_rows,
@@ -97,6 +103,7 @@ class Run:
             mapping=flags.mapping,
             config=flags.data_config,
             split=flags.data_split,
+            task=flags.task,
         )
         if flags.push_to_hub and self.processes.is_main_process:
             make_repository(flags.hub_model_id)
@@ -112,9 +119,15 @@ class Run:
         if is_main:
             write_account(self.rows, self.output_dir)
         self.checkpoint = broadcast(resume_point(self.output_dir, self.flags.resume) if is_main else None)
-        self.evaluates = bool(self.rows.validation and self.flags.eval_step)
+        held_out = len(self.rows.validation or ())
+        self.evaluations = evaluations.planned(
+            self.flags.eval_step, held_out=held_out, steps=self._steps(), batch=self._batch()
+        )
+        said = [evaluations.note(self.evaluations, held_out=held_out, asked=self.flags.eval_step is not None)]
+        for sentence in (*filter(None, said), *advice(self.flags, self.device)):
+            print_once(sentence)
         # Before the model, whose weights take minutes: the configuration checks its fields.
-        self.config = trainer_config(self.flags, evaluates=self.evaluates, resumed=self.checkpoint is not None)
+        self.config = trainer_config(self.flags, eval_step=self.evaluations.period, resumed=self.checkpoint is not None)
         model = load_model(
             self.flags.base_model,
             self.device,
@@ -128,21 +141,39 @@ class Run:
         print_once(run_line(self.flags, self.adapter, model, self.device, self.processes.num_processes))
         self.trainer = self._make_trainer()
 
-    def _make_trainer(self) -> DoraTrainer:
+    def _batch(self) -> int:
+        """Rows per optimizer step, over all processes."""
+        return self.flags.batch_size * self.flags.gradient_accumulation_steps * self.processes.num_processes
+
+    def _steps(self) -> int:
+        """Optimizer steps of the run. Packing makes fewer of them, and evaluations more frequent."""
+        return self.flags.max_steps or math.ceil(
+            self.flags.num_epochs * steps_per_epoch(len(self.rows.train), self._batch())
+        )
+
+    def _evaluated_rows(self) -> datasets.Dataset | None:
+        if not self.evaluations.period:
+            return None
+        rows = self.rows.validation.select_columns(self.rows.trained)
+        return rows.select(evaluations.chosen_rows(len(rows), self.evaluations.rows, self.flags.seed))
+
+    def _make_trainer(self) -> Resumable:
         flags, rows = self.flags, self.rows
         settings = {name: value for name, value in asdict(flags).items() if name not in FREE}
-        # The rows have `input_ids` and `labels`, so TRL tokenises nothing. It keeps the column `place`.
-        trainer = DoraTrainer(
+        # Texts have `input_ids` and `labels`, so TRL tokenises nothing of them. It keeps the column `place`.
+        own = {"fused_loss": flags.use_liger} if flags.task == "sft" else {}
+        make = DoraTrainer if flags.task == "sft" else trainer_class(flags.task)
+        trainer = make(
             self.adapter,
             run=settings | {"data": rows.fingerprint, "processes": self.processes.num_processes},
             args=self.config,
-            fused_loss=flags.use_liger,
-            train_dataset=rows.train.select_columns(TRAINED),
-            eval_dataset=rows.validation.select_columns(TRAINED) if self.evaluates else None,
+            train_dataset=rows.train.select_columns(rows.trained),
+            eval_dataset=self._evaluated_rows(),
             processing_class=self.tokenizer,
             callbacks=[WriteMetrics(self.output_dir / METRICS), StopOnRequest(self.request)],
+            **own,
         )
-        if self.evaluates and flags.early_stopping:
+        if self.evaluations.period and flags.early_stopping:
             trainer.add_callback(EarlyStoppingCallback(flags.early_stopping))
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(QuietProgress)
@@ -167,7 +198,7 @@ class Run:
         with full_adapter(self.adapter.model, keep=self.processes.is_main_process):
             if not self.processes.is_main_process:
                 return
-            write_output(self.flags, self.adapter, self.tokenizer, self.rows)
+            write_output(self.flags, self.adapter, self.tokenizer, self.rows, self.trainer.state.global_step)
             print(summary(self.flags, self.seconds))
             if self.flags.push_to_hub:
                 print(f"pushed to {push(self.output_dir, self.flags.hub_model_id)}")

@@ -64,9 +64,13 @@ class Flags(Hardware, Adapter, Training, Data, Run):
             raise FileNotFoundError(f"`--init_adapter` {self.init_adapter} is not a folder with an adapter_config.json")
         if Path(self.output_dir).exists() and not Path(self.output_dir).is_dir():
             raise ValueError(f"`--output_dir` {self.output_dir} is not a folder")
-        if not self.fused and not self.use_peft:
+        if self.task != "sft":
+            for name in ("packing", "assistant_only_loss", "use_liger", "deepspeed", "fsdp"):
+                if getattr(self, name):
+                    raise ValueError(f"`--task {self.task}` does not go with --{name}: leave one of them out")
+        if not self.fused and not self.by_peft:
             raise ValueError("`--no-fused` compares with PEFT's own code: it needs --use_peft")
-        if self.early_stopping and not self.eval_step:
+        if self.early_stopping and self.eval_step == 0:
             raise ValueError("`--early_stopping` needs evaluations: leave --eval_step 0 out")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("`--push_to_hub` needs --hub_model_id, the repository to upload to")
@@ -144,6 +148,11 @@ class Flags(Hardware, Adapter, Training, Data, Run):
     def saved(self) -> list[str] | None:
         """The modules of `--modules_to_save`."""
         return module_names(self.modules_to_save) if self.modules_to_save else None
+
+    @property
+    def by_peft(self) -> bool:
+        """Whether PEFT builds the adapter. A preference's reference is the model with its adapter switched off."""
+        return self.use_peft or not self.use_dora or self.task != "sft"
 
     @property
     def blocks(self) -> str | bool:

@@ -19,6 +19,9 @@ class Run:
     base_model: str = flag(
         "", "hub id or folder of a Hugging Face causal language model", "model", "model_name_or_path", "model_id"
     )
+    task: Literal["sft", "dpo", "kto", "orpo"] = flag(
+        "sft", "learn texts, or preferences by one of TRL's trainers, which build the adapter with PEFT"
+    )
     output_dir: str = flag("out/run", "where the adapter, checkpoints, metrics.jsonl and loss.png go", "output")
     config: str = flag("", "YAML file of flags; a flag on the command line wins over it")
     resume: bool = flag(False, "continue from the newest checkpoint in --output_dir that verifies")
@@ -78,9 +81,13 @@ class Training:
         *("per_device_train_batch_size", "micro_batch_size", "train_batch_size"),
     )
     gradient_accumulation_steps: int = flag(1, "forward passes per optimizer step", "gradient_accumulation")
-    learning_rate: float = flag(3e-4, "peak of the cosine schedule", "lr")
+    learning_rate: float = flag(
+        3e-4, "peak of the schedule; PEFT's DoRA example has 3e-4, ranks above 64 want less", "lr"
+    )
     warmup_ratio: float = flag(0.05, "share of the steps in which the learning rate rises")
-    eval_step: int = flag(10, "steps between evaluations; 0: never", "eval_steps")
+    eval_step: int | None = flag(
+        None, "steps between evaluations; 0: never; default: as often as costs a tenth of training", "eval_steps"
+    )
     early_stopping: int = flag(
         0, "stop after so many evaluations without a lower loss; 0: never", "early_stopping_patience"
     )

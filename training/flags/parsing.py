@@ -159,7 +159,7 @@ def _as_arguments(values: dict) -> list[str]:
     found = []
     for name, value in values.items():
         if name == "data_path" and isinstance(value, list):
-            value = json.dumps(value)
+            value = json.dumps(value, default=str)
         if isinstance(value, dict):
             value = ",".join(f"{key}={number}" for key, number in value.items())
         text = ",".join(map(str, value)) if isinstance(value, list) else str(value)

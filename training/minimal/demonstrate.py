@@ -77,7 +77,7 @@ def run(flags: Flags, command: str) -> None:
         print(f"\nstopped and saved at step {done}; continue with\n  {command}")
         return
     dk.save_adapter(model, output_dir)
-    plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png")
+    plot_losses(output_dir / "metrics.jsonl", output_dir / "loss.png", "DoRA: the demo, nats per target token")
     after = evaluate(model, tokenizer, rows["test"], examples["test"])
     merged = evaluate(dk.merge_dora(model), tokenizer, rows["test"], examples["test"])
     same = sum(a == b for a, b in zip(after["answers"], merged["answers"], strict=True))

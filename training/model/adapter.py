@@ -38,11 +38,12 @@ def add_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
         ValueError: the adapter of `--init_adapter` does not fit, or adapts the model's head.
     """
     torch.manual_seed(flags.seed)
-    ours = flags.use_dora and not flags.use_peft
-    adapter = _engine_adapter(model, flags) if ours else _peft_adapter(model, flags)
+    adapter = _peft_adapter(model, flags) if flags.by_peft else _engine_adapter(model, flags)
     head = model.get_output_embeddings()
-    if hasattr(head, "lora_A") and (reason := why_not_on_head(not ours, head.lora_dropout if ours else 0.0)):
-        raise ValueError(f"`--init_adapter` {flags.init_adapter} adapts the head: {reason}")
+    if hasattr(head, "lora_A"):
+        dropout = 0.0 if flags.by_peft else head.lora_dropout
+        if reason := why_not_on_head(flags.by_peft, dropout):
+            raise ValueError(f"`--init_adapter` {flags.init_adapter} adapts the head: {reason}")
     return adapter
 
 
