@@ -20,7 +20,7 @@ OPS_FLOORS = [
     {"checks", "kernels", "problem", "recomputation", "reference"},
     {"overhead"},
     {"dispatch", "forms", "members"},
-    {"gate_up", "siblings"},
+    {"gate_up", "requantize", "siblings"},
     {"dora_conv", "dora_embedding", "dora_experts", "dora_linear", "dora_mlp", "dora_siblings", "dora_weight"},
 ]
 # Device functions and launch data of the kernels need no reference.

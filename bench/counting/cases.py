@@ -1,4 +1,4 @@
-"""Calls of `dora_linear`, `dora_mlp` and `dora_experts` that make every launch of the engine: over types, ranks,
+"""Calls of `dora_linear`, `dora_mlp`, `dora_siblings` and `dora_experts` that make every launch: over types, ranks,
 shapes, formats and options."""
 
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ from dora_kernels.ops.base_weights.compressed_tensors import LAYOUT as COMPRESSE
 from dora_kernels.ops.base_weights.gptqmodel import AWQ, GPTQ
 from dora_kernels.ops.dora_experts import dora_experts
 from dora_kernels.ops.dora_mlp import dora_mlp
+from dora_kernels.ops.dora_siblings import dora_siblings
 from dora_kernels.ops.members import Member
 from dora_kernels.ops.types import Rounding
 
@@ -33,7 +34,7 @@ INT4 = {
 
 
 class Case(NamedTuple):
-    """One call of `dora_linear`, and of its backward where `trains`; or of `dora_mlp`, or of `dora_experts`."""
+    """One call of `dora_linear`, and of its backward where `trains`; or of the function that an option names."""
 
     dtype: torch.dtype
     adapter_dtype: torch.dtype
@@ -54,6 +55,7 @@ class Case(NamedTuple):
     stacked: bool = False  # one layer is gate and up
     int4: str | None = None  # a name of `INT4`
     experts: int = 0  # of a stack; the shape is one expert's, and the tokens are those of all
+    siblings: tuple[int, ...] = ()  # output features of each of several layers of one input
 
     @property
     def dtypes(self) -> str:
@@ -194,11 +196,11 @@ def _spaces(dtype: torch.dtype) -> tuple[str, ...]:
 def call(case: Case) -> None:
     """Runs the call that `case` describes, forward and backward."""
     if case.mlp is not None:
-        _call_mlp(case)
-        return
+        return _call_mlp(case)
+    if case.siblings:
+        return _call_siblings(case)
     if case.experts:
-        _call_experts(case)
-        return
+        return _call_experts(case)
     training = case.trains in ("all", "adapter", "factors")
     trained = {"weight": False, "x": case.trains == "all", "magnitude": case.trains in ("all", "adapter")}
     N, K, R, M = case.out_features, case.in_features, case.rank, case.tokens
@@ -228,17 +230,9 @@ def call(case: Case) -> None:
 
 
 def _call_mlp(case: Case) -> None:
-    def member(out_features, in_features):
-        weight = torch.empty(out_features, in_features, dtype=case.dtype)
-        shapes = (case.rank, in_features), (out_features, case.rank), (out_features,)
-        factors = [torch.empty(shape, dtype=case.adapter_dtype, requires_grad=True) for shape in shapes]
-        bias = torch.empty(out_features, dtype=case.dtype) if case.bias else None
-        return Member(weight, *factors, bias, 2.0, Rounding(case.rounding))
-
     N, K = case.out_features, case.in_features
-    gate, up = (member(2 * N, K), None) if case.stacked else (member(N, K), member(N, K))
-    x = torch.empty(case.tokens, K, dtype=case.dtype, requires_grad=True)
-    y = dora_mlp(x, gate, up, member(K, N), activation=case.mlp, space=case.space, impl="triton")
+    gate, up = (_member(case, 2 * N, K), None) if case.stacked else (_member(case, N, K), _member(case, N, K))
+    y = dora_mlp(_x(case), gate, up, _member(case, K, N), activation=case.mlp, space=case.space, impl="triton")
     y.backward(torch.empty_like(y))
 
 
@@ -253,6 +247,24 @@ def _call_experts(case: Case) -> None:
     options = {"scaling": 2.0, "bias": bias, "impl": "triton", "rounding": case.rounding}
     y = dora_experts(x, weight, *factors, ends, **options)
     y.backward(torch.empty_like(y))
+
+
+def _call_siblings(case: Case) -> None:
+    members = [_member(case, features, case.in_features) for features in case.siblings]
+    outputs = dora_siblings(_x(case), members, space=case.space, impl="triton")
+    torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+
+
+def _x(case: Case) -> torch.Tensor:
+    return torch.empty(case.tokens, case.in_features, dtype=case.dtype, requires_grad=True)
+
+
+def _member(case: Case, out_features: int, in_features: int) -> Member:
+    weight = torch.empty(out_features, in_features, dtype=case.dtype)
+    shapes = (case.rank, in_features), (out_features, case.rank), (out_features,)
+    factors = [torch.empty(shape, dtype=case.adapter_dtype, requires_grad=True) for shape in shapes]
+    bias = torch.empty(out_features, dtype=case.dtype) if case.bias else None
+    return Member(weight, *factors, bias, 2.0, Rounding(case.rounding))
 
 
 def _weight(case: Case) -> Nf4Weight | Int4Weight | None:

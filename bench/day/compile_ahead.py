@@ -19,10 +19,10 @@ from multiprocessing import get_context
 import torch
 import triton
 
-from ..counting.cases import BF16, FP16, FP32, Case
+from ..counting.cases import BF16, FP16, FP32, INT4, Case
 from ..counting.launches import launches, target_of
 from ..installation import PACKAGE, ROOT
-from ..measuring.shapes import BREAK_EVEN, PRESETS
+from ..measuring.shapes import BREAK_EVEN, MODELS, PRESETS, Preset, layer_shapes
 from ..offline import parse_capability
 from .folder import cache_of
 from .step import Done
@@ -65,7 +65,7 @@ def run(day, step, seconds: float) -> Done:
 
 
 def cases(preset: str) -> Iterator[Case]:
-    """The calls of `dora_linear` whose kernels the day launches."""
+    """The calls whose kernels the day launches: of layers, of gated MLPs, of attention's layers that share an input."""
     of = PRESETS[preset]
     tokens, ranks = BREAK_EVEN[preset]
     sizes = {(shape, m, r) for _, shape, m, r in of.layers()}
@@ -77,6 +77,21 @@ def cases(preset: str) -> Iterator[Case]:
     shape = next(of.layers())[1]
     for types in ((FP32, FP32), (FP16, FP32)):
         yield Case(*types, "token", of.ranks[0], shape.out_features, shape.in_features, 515)
+    yield from _blocks(of)
+    for packed in [{"nf4": "nested"}, *({"int4": kind} for kind in INT4)]:
+        yield Case(BF16, FP32, "weight", of.ranks[0], shape.out_features, shape.in_features, 515, **packed)
+
+
+def _blocks(of: Preset) -> Iterator[Case]:
+    mlps = {(*block.layers[0][1:3], m, r, space) for _, block, m, r in of.blocks() for space in ("token", "weight")}
+    for run in of.runs:
+        sizes, m = MODELS[run.model], run.batch * run.sequence
+        mlps.add((sizes.intermediate_size, sizes.hidden_size, m, run.rank, "auto"))
+        q, kv, *_ = layer_shapes(run.model)
+        features = (q.out_features, kv.out_features, kv.out_features)
+        yield Case(BF16, FP32, "auto", run.rank, q.out_features, q.in_features, m, bias=q.bias, siblings=features)
+    for out_features, in_features, m, r, space in sorted(mlps):
+        yield Case(BF16, FP32, space, r, out_features, in_features, m, mlp="silu")
 
 
 def main() -> int:

@@ -1,9 +1,13 @@
 """Random weights in the formats that kernels decode, beside their values by the formats' own formulas."""
 
-import torch
+from functools import partial
 
-from dora_kernels.ops.base_weights import Nf4Weight
-from dora_kernels.ops.base_weights.fp8 import Fp8Weight
+import torch
+import torch.nn.functional as F
+
+from dora_kernels.ops.base_weights import Fp8Weight, Int4Weight, Nf4Weight
+
+from ..counting.cases import INT4
 
 BLOCK, NESTED_BLOCK, FP8_BLOCK = 64, 256, (128, 128)
 
@@ -40,5 +44,46 @@ def fp8(N: int, K: int, device: torch.device) -> tuple[Fp8Weight, torch.Tensor]:
     return Fp8Weight(codes, scales, FP8_BLOCK, torch.bfloat16), codes.double() * spread
 
 
-FORMATS = {"NF4": nf4, "FP8": fp8}
+def int4(kind: str, N: int, K: int, device: torch.device) -> tuple[Int4Weight, torch.Tensor]:
+    """W [N, K] of 4-bit integers as `INT4[kind]` has them; and its values in fp64."""
+    generator = torch.Generator(device).manual_seed(0)
+    layout, parts, group = INT4[kind]
+    group = group or K
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randint(16, shape, generator=generator, device=device)
+
+    codes = draw(N, K)
+    zeros = draw(N, K // group) if "zeros" in parts else torch.full((N, K // group), 8, device=device)
+    scales = (0.01 * (torch.rand(N, K // group, generator=generator, device=device) + 0.5)).bfloat16()
+    groups = torch.arange(K, device=device) // group
+    if "groups" in parts:
+        groups = groups[torch.randperm(K, generator=generator, device=device)]
+    exact = (codes - zeros[:, groups]) * scales.double()[:, groups]
+
+    def stored(tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor if layout.rows_are_outputs else tensor.T).contiguous()
+
+    order = (0, 2, 4, 6, 1, 3, 5, 7) if layout.interleaved else range(8)
+    weight = Int4Weight(
+        stored(_words(codes, 0 if layout.words_along_outputs else 1, order)),
+        stored(scales),
+        stored(_words(zeros, 0, order)) if "zeros" in parts else None,
+        groups.int() if "groups" in parts else None,
+        group,
+        torch.Size((N, K)),
+        layout,
+    )
+    return weight, exact.to(scales.dtype).double()
+
+
+def _words(codes: torch.Tensor, dim: int, order) -> torch.Tensor:
+    """Eight codes along `dim` in 32 bits: of each eight the element `order[i]` in bits 4 i to 4 i + 3."""
+    codes = codes.movedim(dim, -1)
+    eights = F.pad(codes, (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
+    packed = sum(eights[..., element] << 4 * place for place, element in enumerate(order))
+    return (packed - ((packed >> 31) << 32)).int().movedim(-1, dim)
+
+
+FORMATS = {"NF4": nf4, "FP8": fp8} | {f"int4 {kind}": partial(int4, kind) for kind in INT4}
 """By name: makes the weight that kernels read, and its values."""

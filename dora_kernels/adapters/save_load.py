@@ -34,8 +34,10 @@ from .peft_config import (
     write_config,
 )
 
+SCALE = "lora_magnitude_scale"
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "peft") -> None:
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "peft", *, scales: bool = False) -> None:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, as PEFT does, making `directory` if need be.
 
     Atomic: after a crash each file is the old or the new one. A save that fails leaves the adapter that was there. A
@@ -45,11 +47,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
     Args:
         compat: "peft" writes the magnitude's key as PEFT does; transformers' own `load_adapter` silently drops it.
             "transformers" appends ".weight" to it, which transformers, PEFT and `load_adapter` all read.
+        scales: also write g = m / n of each layer, fp32 [out_features], as `lora_magnitude_scale`. With it
+            y = g ⊙ (x Wᵀ + s x Aᵀ Bᵀ) + b needs no norm of W. It belongs to this base. Loading passes over it. Fused
+            experts are left out.
 
     PEFT cannot load the adapters of fused experts, and a warning says so: A and B are in its layout, m is added.
 
     Raises:
-        ValueError: another `compat`, a model without DoRA layers, or NaN or infinity in an adapter.
+        ValueError: another `compat`, a model without DoRA layers, NaN or infinity in an adapter, or sharded weights
+            whose norm is asked for.
         NotADirectoryError: `directory` is a file.
     """
     if compat not in ("peft", "transformers"):
@@ -67,6 +73,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
     warn_of_misread(model)
     warn_of_experts(model)
     parameters = _adapter_tensors(model) | expert_tensors(model) | resized_embeddings(model)
+    parameters |= _scales(model) if scales else {}
     tensors = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in parameters.items()}
     spelled = {PREFIX + stored_key(key, compat): tensor for key, tensor in tensors.items()}
     directory = Path(directory)
@@ -116,7 +123,7 @@ def load_adapter(model: Model, directory: str | os.PathLike) -> Model:
     else:
         fitting = without_absent_modules(config, [name for name, _ in model.named_modules() if name])
         expected = _planned(model, fitting)
-    adapter, base = split_base(model, tensors, expected)
+    adapter, base = split_base(model, _without_scales(tensors), expected)
     _check_tensors(directory / WEIGHTS_NAME, adapter, expected)
     check_base(directory / WEIGHTS_NAME, model, base)
     check_digests(directory / WEIGHTS_NAME, header, tensors, config)
@@ -151,6 +158,16 @@ def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
         tensors |= {f"{path}.{stored}": getattr(layer, name) for name, stored in layer.file_names.items()}
     config = getattr(model, "dora_config", None)
     return tensors | (_saved_tensors(model, config) if config else {})
+
+
+@torch.no_grad()
+def _scales(model: nn.Module) -> dict[str, torch.Tensor]:
+    """g = m / n of each layer, by the keys of the file, without their prefix."""
+    return {f"{path}.{SCALE}": layer.weight_norm().scale.float() for path, layer in dora_layers(model).items()}
+
+
+def _without_scales(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith(f".{SCALE}")}
 
 
 def _planned(model: nn.Module, config: DoraConfig) -> dict[str, tuple[list[int], torch.dtype]]:

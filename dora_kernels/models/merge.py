@@ -13,6 +13,7 @@ from .hooks import add_hooks, remove_hooks
 from .lost_state import save_silently, warn_when_saved
 from .merge_experts import merge_experts
 from .merge_quantized import check_base, dense_dtype, dense_linear, quantized_layers, remove_marks, restore_marks
+from .merge_requantized import DROWNED, REQUANTIZED, requantized_layer
 from .modules import check_model, check_not_sharded, dora_layers, replace_module
 from .tied_weights import broken_ties, check_can_untie, retie, untie
 
@@ -30,7 +31,9 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
     Args:
         base: for a quantised base, of which the merged model keeps nothing, and required there: "dequantized" merges
             into the weights that the adapter was trained on, rounded once; the path of the original model merges into
-            its weights instead, which differ by the quantisation's error. The log says what either costs.
+            its weights instead, which differ by the quantisation's error; "requantized" keeps the base's own format
+            (FP8, NF4), with its scales and the codes nearest to W', which loses small updates. The log says what each
+            costs, as a share of the update, and for "requantized" warns from half of it on.
         keep_base: keep the unmerged layers too (twice the memory), so that `unmerge_dora` restores them bit for bit.
 
     Raises:
@@ -54,6 +57,7 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
     check_finite(layers | stacks)
     check_can_merge(layers)
     original = check_base(model, layers, base)
+    is_packed_again = base == REQUANTIZED
     broken = broken_ties(model)
     if broken:
         check_can_untie(model)
@@ -68,16 +72,22 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
     if keep_base:
         model.dora_unmerged = unmerged
     cause = "rounding the merged weight" if original is None else "merging into the original weight"
+    if is_packed_again:
+        cause = "requantising the merged weight"
     errors = {}
     try:
         for path in list(layers):
             # Popped, so that each unmerged weight is freed before the next layer is merged.
             layer = layers.pop(path)
-            plain = layer.to_plain(
-                None if original is None else layer.to_matrix(original.get_submodule(path).weight),
-                dtype=None if base is None else dense_dtype(model),
-            )
-            errors[path] = merge_error(layer, layer.to_matrix(plain.weight))
+            if is_packed_again and not isinstance(layer.base_weight, torch.Tensor):
+                plain, merged = requantized_layer(layer)
+            else:
+                plain = layer.to_plain(
+                    None if original is None else layer.to_matrix(original.get_submodule(path).weight),
+                    dtype=None if base is None or is_packed_again else dense_dtype(model),
+                )
+                merged = layer.to_matrix(plain.weight)
+            errors[path] = merge_error(layer, merged)
             logger.info("%s: %s costs %.2g of the update's norm", path, cause, errors[path])
             if keep_base:
                 unmerged["layers"][path] = layer
@@ -95,18 +105,20 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
             del model.dora_unmerged
         raise
     worst = max(errors, key=errors.get, default=None)
-    if worst is not None and errors[worst] > 1:
+    most = DROWNED if is_packed_again else 1
+    if worst is not None and errors[worst] > most:
         logger.warning(
-            "%s costs more than the whole update in %d of %d layers (%.2g times it in %s): merge into an fp32 model%s, "
-            "or keep the adapter unmerged",
+            "%s costs more than %s update in %d of %d layers (%.2g times it in %s): merge into %s, or keep the adapter "
+            "unmerged",
             cause.capitalize(),
-            sum(error > 1 for error in errors.values()),
+            "half the" if is_packed_again else "the whole",
+            sum(error > most for error in errors.values()),
             len(errors),
             errors[worst],
             worst,
-            "" if original is None else " or into the dequantised base",
+            _remedy(base),
         )
-    if base is not None:
+    if base is not None and not is_packed_again:
         for path in quantized_layers(model):
             layer = model.get_submodule(path)
             source = None if original is None else original.get_submodule(path)
@@ -165,6 +177,13 @@ def merge_error(layer: DoraLayer, merged: torch.Tensor) -> float:
             sums[at] += (exact[rows] - other[rows]).square().sum(dtype=torch.float64)
     error, update = sums.sqrt().tolist()
     return error / update if update > 0 else 0.0
+
+
+def _remedy(base: str | None) -> str:
+    """Where a merge loses less than with this `base`."""
+    if base == REQUANTIZED:
+        return "the dequantised base"
+    return "an fp32 model" if base in (None, "dequantized") else "an fp32 model or into the dequantised base"
 
 
 def check_can_merge(layers: dict[str, DoraLayer]) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 from ..layers.linear import DoraLinear
 from ..ops import dispatch
 from ..ops.base_weights import bias_of, is_quantized, weight_of
+from .merge_requantized import REQUANTIZED, why_not_requantized
 
 MODEL_MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
 
@@ -25,10 +26,16 @@ def check_base(model: nn.Module, layers: dict[str, DoraLinear], base: str | None
         return None
     if base is None:
         raise ValueError(
-            f'{quantized[0]} has a quantised weight, and merged weights are dense: pass base="dequantized" for the '
-            "base that the adapter was trained on (only rounding is lost), or base=PATH of the original weights (which "
-            "the adapter has not seen: expect the error of the quantisation)"
+            f'{quantized[0]} has a quantised weight, and there are several ways to merge: pass base="dequantized" '
+            "for a dense one of the base that the adapter was trained on (only rounding is lost), base=PATH of the "
+            "original weights (which the adapter has not seen: expect the error of the quantisation), or "
+            'base="requantized" for the base\'s own format (small updates are lost, and the log says how much)'
         )
+    if base == REQUANTIZED:
+        for path in quantized:
+            if reason := why_not_requantized(layers[path].base_weight):
+                raise ValueError(f"{path} cannot be merged in its own format: it {reason}")
+        return None
     if base == "dequantized":
         return None
     if not hasattr(type(model), "from_pretrained"):

@@ -3,7 +3,9 @@
 import torch
 from peft.utils.integrations import dequantize_module_weight
 
+from ..ops.dispatch import dense_weight
 from .fused import FusedLayer
+from .packed_layer import PackedLoraLinear
 
 
 @torch.no_grad()
@@ -37,6 +39,9 @@ def make_fresh_exact(layer: FusedLayer, impl: str) -> None:
 
 def _initial_norms(layer, weight, norm) -> list[torch.Tensor]:
     """The norms that PEFT may have put into the magnitude: computed as it does, or ours, each rounded as it rounds."""
+    if isinstance(layer, PackedLoraLinear):
+        dense = dense_weight(weight, weight.dtype)
+        return [n.to(dense.dtype) for n in (torch.linalg.norm(dense, dim=1), norm)]
     if isinstance(weight, torch.Tensor):
         own = layer.base_layer.weight
         of_peft = own.norm(p=2, dim=tuple(range(1, own.ndim))) if own.ndim > 2 else torch.linalg.norm(weight, dim=1)

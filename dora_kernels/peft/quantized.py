@@ -10,6 +10,7 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from .conv import FUSED_CONVOLUTIONS
 from .embedding import FusedEmbedding
 from .layer import FusedForward, FusedLinear
+from .packed_layer import PackedLoraLinear
 
 
 class FusedTorchaoLoraLinear(FusedForward, TorchaoLoraLinear):
@@ -18,9 +19,16 @@ class FusedTorchaoLoraLinear(FusedForward, TorchaoLoraLinear):
     peft_class = TorchaoLoraLinear
 
 
+class FusedPackedLoraLinear(FusedForward, PackedLoraLinear):
+    """On FP8 and int4, decoded inside the kernels."""
+
+    peft_class = PackedLoraLinear
+
+
 FUSED = {
     Linear: FusedLinear,
     TorchaoLoraLinear: FusedTorchaoLoraLinear,
+    PackedLoraLinear: FusedPackedLoraLinear,
     Embedding: FusedEmbedding,
     **FUSED_CONVOLUTIONS,
 }

@@ -22,6 +22,9 @@ def patched_peft(
 ) -> Iterator[None]:
     """Every PEFT LoRA model that is built, extended or loaded inside the scope is patched, as by `patch_peft`.
 
+    Inside it PEFT builds DoRA layers over FP8 and int4 weights, too, where it would raise or crash by itself. Outside
+    they run PEFT's formula on the decoded weight, until `patch_peft` fuses them again.
+
     For code that makes PEFT models where you cannot reach them; train inside the scope. Leaving it, by an exception
     too, unpatches those models; one that `patch_peft` had patched before stays so, with its own options. Models that
     are not extended inside are untouched (`patch_peft` them), and a deepcopy made inside stays patched. The scope
@@ -38,7 +41,10 @@ def patched_peft(
     options = checked_options(space, impl, rounding, nf4_parity)
     check_blocks("blocks", blocks)
     check_peft()
+    from peft.tuners.lora import LoraModel
     from peft.tuners.tuners_utils import BaseTuner
+
+    from .packed_layer import packed_lora_layer
 
     # By layer: the options it had before the scope took it in, None where it was PEFT's.
     patched = WeakKeyDictionary()
@@ -62,15 +68,23 @@ def patched_peft(
 
         return wrapper
 
+    create = LoraModel._create_new_module
+
+    def create_packed_too(config, adapter_name, target, **kwargs):
+        layer = packed_lora_layer(target, adapter_name, config, **kwargs)
+        return create(config, adapter_name, target, **kwargs) if layer is None else layer
+
     # Adapters are made by the one and cast to fp32 by the other: only then can a fresh magnitude be exact.
     originals = {name: getattr(BaseTuner, name) for name in ("inject_adapter", "_cast_adapter_dtype")}
     try:
         for name, method in originals.items():
             setattr(BaseTuner, name, then_fuse(method))
+        LoraModel._create_new_module = staticmethod(create_packed_too)
         yield
     finally:
         for name, method in originals.items():
             setattr(BaseTuner, name, method)
+        LoraModel._create_new_module = staticmethod(create)
         for block in made:
             unfuse_block(block)
         for layer, before in patched.items():

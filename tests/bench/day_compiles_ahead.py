@@ -19,7 +19,9 @@ from bench.counting.cases import Case, BF16, FP32, call
 from bench.counting.launches import launches, target_of
 from dora_kernels.ops import dispatch
 
-CASE, CAPABILITY = Case(BF16, FP32, "token", 5, 48, 72, 16), (9, 0)
+CAPABILITY, SIZES = (9, 0), (5, 48, 72, 16)
+CASES = [Case(BF16, FP32, "token", *SIZES), Case(BF16, FP32, "weight", *SIZES, mlp="silu")]
+CASES += [Case(BF16, FP32, "auto", *SIZES, siblings=(48, 16, 16))]
 
 class Driver:
     get_current_device = staticmethod(lambda: 0)
@@ -37,17 +39,53 @@ def run(self, *args, grid, warmup=False, _run=JITFunction.run, **options):
 backend = make_backend(target_of(CAPABILITY))
 ahead = {
     (launch.source().hash(), backend.parse_options(dict(launch.options)).hash())
-    for launch in launches([CASE], CAPABILITY)
+    for launch in launches(CASES, CAPABILITY)
 }
 driver.set_active(Driver())
 with mock.patch.object(dispatch, "_why_no_triton", lambda device: None), \
      mock.patch.object(JITFunction, "_do_compile", note), mock.patch.object(JITFunction, "run", run):
-    call(CASE)
+    for case in CASES:
+        call(case)
 assert looked_up and set(looked_up) == ahead, (len(looked_up), len(ahead), len(set(looked_up) & ahead))
+"""
+BLOCKS = """
+import torch
+from bench.contestants import block, model
+from bench.counting.launches import launches
+from bench.counting.layer_counts import count
+from bench.counting.model_counts import count_step
+from bench.day.compile_ahead import cases
+from bench.measuring.shapes import PRESETS
+
+PRESET, BF16, CAPABILITY = PRESETS["rehearsal"], torch.bfloat16, (9, 0)
+
+def parts():
+    for _, shape, tokens, rank in PRESET.blocks():
+        for name, contestant in block.counted(BF16).items():
+            if name.startswith("ours"):
+                yield name, count(contestant, shape, tokens, rank, BF16, CAPABILITY)[0]
+    for run in PRESET.runs:
+        for name, contestant in model.contestants(BF16, run.rank).items():
+            if name.startswith("ours"):
+                yield f"{name} in a model", count_step(run, contestant, BF16, CAPABILITY, 2).parts
+
+ahead = launches(cases("rehearsal"), CAPABILITY)
+made = {o.launch.launch: name for name, found in parts() for part in found.values() for o in part if o.launch}
+missing = [f"{name}: {launch}" for launch, name in made.items() if launch not in ahead]
+assert {"glu_fwd", "glu_bwd"} <= {launch.name for launch in made}
+assert not missing, missing
 """
 
 
-def test_a_kernel_compiled_ahead_is_what_its_launch_looks_up():
+def run(program):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", FOUND], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_kernel_compiled_ahead_is_what_its_launch_looks_up():
+    run(FOUND)
+
+
+def test_every_kernel_of_a_days_blocks_and_models_is_compiled_ahead():
+    run(BLOCKS)

@@ -154,8 +154,8 @@ def test_what_is_half_understood_is_refused(fault, message):
         dk.apply_dora(nn.Sequential(layer), dk.DoraConfig(r=4))
 
 
-def test_peft_cannot_build_its_dora_over_it():
-    """Which is why there is nothing to patch."""
+def test_peft_alone_cannot_build_its_dora_over_it():
+    """Which is why `patched_peft` builds it."""
     model = nn.ModuleDict({"linear": linear_fp8(48, 64)})
     with pytest.raises(NotImplementedError, match="not implemented for 'Float8_e4m3fn'"):
         peft.get_peft_model(model, peft.LoraConfig(r=4, use_dora=True, target_modules=["linear"]))

@@ -36,6 +36,7 @@ __all__ = [
     "Weight",
     "bias_of",
     "dense",
+    "is_known_to_peft",
     "is_packed",
     "is_quantized",
     "keep_packed",
@@ -60,20 +61,22 @@ class Format(NamedTuple):
     """How a layer of a quantised format is recognised by what it carries; no library is imported for that.
 
     `read(module, nf4_parity)` makes the weight of it. `needs_its_layer`: only the layer itself can be read.
+    `is_known_to_peft`: PEFT builds DoRA layers for it.
     """
 
     recognises: Callable[[nn.Module], bool]
     read: Callable[[nn.Module, bool], Packed | LibraryWeight]
     needs_its_layer: bool
+    is_known_to_peft: bool = True
 
 
 FORMATS = (
     Format(hqq.recognises, hqq.read, needs_its_layer=True),
     Format(bitsandbytes_4bit.recognises, bitsandbytes_4bit.read, needs_its_layer=False),
     Format(bitsandbytes_8bit.recognises, bitsandbytes_8bit.read, needs_its_layer=True),
-    Format(fp8.recognises, fp8.read, needs_its_layer=True),
-    Format(compressed_tensors.recognises, compressed_tensors.read, needs_its_layer=True),
-    Format(gptqmodel.recognises, gptqmodel.read, needs_its_layer=True),
+    Format(fp8.recognises, fp8.read, needs_its_layer=True, is_known_to_peft=False),
+    Format(compressed_tensors.recognises, compressed_tensors.read, needs_its_layer=True, is_known_to_peft=False),
+    Format(gptqmodel.recognises, gptqmodel.read, needs_its_layer=True, is_known_to_peft=False),
     Format(torchao.recognises, torchao.read, needs_its_layer=False),
 )
 
@@ -100,6 +103,12 @@ def needs_its_layer(module: nn.Module) -> bool:
     bits."""
     found = _format_of(module)
     return found is not None and found.needs_its_layer
+
+
+def is_known_to_peft(module: nn.Module) -> bool:
+    """Whether PEFT can build a DoRA layer over this one, as far as its weight's format goes."""
+    found = _format_of(module)
+    return found is None or found.is_known_to_peft
 
 
 def bias_of(module: nn.Module) -> nn.Parameter | None:

@@ -4,8 +4,11 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .sharding import sharding_of
+
+INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 class Int4Layout(NamedTuple):
@@ -13,7 +16,7 @@ class Int4Layout(NamedTuple):
 
     rows_are_outputs: bool  # codes, scales and zeros begin with N, else with K or its groups
     words_along_outputs: bool = False  # a word of codes holds eight output features, else eight input features
-    interleaved: bool = False  # a word holds elements 0, 2, 4, 6, 1, 3, 5, 7
+    interleaved: bool = False  # a word holds its elements in the order `INTERLEAVED`
 
 
 class Int4Weight(NamedTuple):
@@ -101,3 +104,11 @@ def checked(weight: Int4Weight, kind: str) -> Int4Weight:
     if K % weight.group:
         raise ValueError(f"this {kind} weight has {K} input features, which groups of {weight.group} do not divide")
     return weight
+
+
+def packed_words(codes: torch.Tensor, dim: int, interleaved: bool) -> torch.Tensor:
+    """Codes from 0 to 15, eight along `dim` in each word of 32 bits; those that a last word lacks are 0."""
+    eights = F.pad(codes.movedim(dim, -1), (0, -codes.shape[dim] % 8)).unflatten(-1, (-1, 8)).long()
+    places = torch.tensor(INTERLEAVED if interleaved else range(8), device=codes.device)
+    words = (eights[..., places] << (4 * torch.arange(8, device=codes.device))).sum(-1)
+    return (words - ((words >> 31) << 32)).int().movedim(-1, dim)
