@@ -89,10 +89,12 @@ def _int4_arguments(weight: Int4Weight) -> tuple[WeightMemory, Format]:
     )
 
 
-def adapted_dot(weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, acc: torch.dtype) -> Dot:
+def adapted_dot(
+    weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, acc: torch.dtype, **options
+) -> Dot:
     """How B A is computed, to be added to W: a packed weight is coarser than one of 16 bits."""
     onto = weight.dtype if isinstance(weight, torch.Tensor) else torch.bfloat16
-    return dot_of(lora_A.shape[0], lora_A.dtype, lora_B.dtype, acc=acc, onto=onto)
+    return dot_of(lora_A.shape[0], lora_A.dtype, lora_B.dtype, acc=acc, onto=onto, **options)
 
 
 @triton.jit

@@ -48,10 +48,17 @@ def weight_norm_config(
     elif straddles:
         block_n, block_k, num_warps, in_flight = 16, 64, 8, 1 if dot.one_block else None
     elif not dot.one_block:
-        # A is read again by each program: more features a program, fewer reads.
-        block_n, block_k, num_warps = 128 if dot.is_16_bit and aligned else 32, 64, 8
+        # A is read again by each program, and B for each block of K: the larger the block, the fewer reads.
+        block_n, block_k, num_warps = 32, 64, 8
+        if dot.is_16_bit and aligned:
+            # Where they can fill most of the multiprocessors, split as far as K allows.
+            most = triton.cdiv(out_features, 256) * max(1, in_features // 512)
+            fills = 4 * most >= 3 * gpu.multiprocessors
+            block_n, block_k = (256, 128) if gpu.reads_shared and fills else (128, 64)
+    elif dot.is_16_bit and aligned and dot.block_r == 64:
+        block_n, block_k, num_warps, in_flight = 128, 64, 8, 2
     elif dot.is_16_bit and aligned:
-        block_n, block_k, num_warps, in_flight = 32, 128, 4, 3
+        block_n, block_k, num_warps, in_flight = 64, 64, 4, 4
     else:
         # With more of the rank in registers, or rows that start at odd addresses and are read in narrow pieces: more
         # threads, and fewer blocks in flight, or they spill.
@@ -80,11 +87,17 @@ def sums_of_squares(
     BLOCK_K: tl.constexpr = CONFIG.block_k
     ACC: tl.constexpr = DOT.acc
     b_block = rank_block(b, offs_n, offs_n < N, 0, R, DOT)
+    plain = tl.zeros([BLOCK_N], dtype=ACC)
     squares = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     for start in tl.range(k_start, k_end, BLOCK_K, num_stages=CONFIG.in_flight):
         v = adapted_block(w, a, b, b_block, scaling, offs_n, start, N, K, R, FORMAT, DOT, BLOCK_K)
-        squares += v * v
-    plain = tl.sum(squares, axis=1)
+        if DOT.one_block:
+            squares += v * v
+        else:
+            # Large blocks: the registers go to the product.
+            plain += tl.sum(v * v, axis=1)
+    if DOT.one_block:
+        plain = tl.sum(squares, axis=1)
     large, small = plain, plain
     if ACC == tl.float32:
         # Another part of the same rows may be large.
@@ -222,7 +235,7 @@ def launch_weight_norm(
     """
     (N, K), R, (norm, scale) = weight.shape, lora_A.shape[0], norm_scale
     w, weight_format = weight_arguments(weight)
-    dot = adapted_dot(weight, lora_A, lora_B, norm.dtype)
+    dot = adapted_dot(weight, lora_A, lora_B, norm.dtype, one_block_up_to=64)
     config = weight_norm_config(N, K, dot, gpu_of(weight), weight_format.straddles)
     splits = config.splits
     partial = torch.empty(3 * splits, N, dtype=norm.dtype, device=weight.device) if splits > 1 else None
