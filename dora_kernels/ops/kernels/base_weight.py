@@ -268,10 +268,15 @@ def adapted_block(
 
     `b_block` is B's first block of the rank, as in `lora_dot`.
     """
-    # Before the dot, whose own loads then share the wait.
-    weight = weight_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
     offs_k = start_k + tl.arange(0, BLOCK_K)
-    product = lora_dot(b, a, b_block, offs_n, offs_k, offs_n < N, offs_k < K, R, DOT)
+    if DOT.one_block:
+        # Before the dot, whose own loads then share the wait.
+        weight = weight_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
+        product = lora_dot(b, a, b_block, offs_n, offs_k, offs_n < N, offs_k < K, R, DOT)
+    else:
+        # After the dot, whose loop takes far longer than one wait, and all registers.
+        product = lora_dot(b, a, b_block, offs_n, offs_k, offs_n < N, offs_k < K, R, DOT)
+        weight = weight_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
     return weight.to(DOT.acc) + scaling * product
 
 

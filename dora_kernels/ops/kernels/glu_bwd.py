@@ -12,7 +12,7 @@ from ..gpus import gpu_of
 from ..types import GluFactors, GluGradients
 from .activations import activation, derivative
 from .blocks import Matrix, addresses
-from .glu_fwd import LARGEST_RANK_BLOCK, Glu, feature_vectors, glu_chunks, layer_output
+from .glu_fwd import Glu, feature_vectors, glu_chunks, largest_rank_block, layer_output
 from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of
 from .lora_dot import Dot, lora_dot, right_rank_block
 from .rescale_bwd import _rescale_bwd_finish_kernel
@@ -159,7 +159,7 @@ def glu_bwd(
         return GluGradients(grads, grad_magnitude, grad_B)
     acc, in_token_space = scale.dtype, space == "token"
     glu = Glu(activation, in_token_space, bias is not None, h.shape[1] == R)
-    dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=LARGEST_RANK_BLOCK)
+    dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=largest_rank_block(N))
     config = glu_bwd_config(dot, N, gate.element_size())
     chunks = glu_chunks(M, N, config.block_n)
     correlation = torch.empty(chunks, 2 * N, dtype=acc, **options)

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..gpus import Gpu, gpu_of
+from ..gpus import gpu_of
 from ..types import GluFactors
 from .activations import activation
 from .blocks import Matrix, addresses
@@ -35,12 +35,14 @@ class GluFwdConfig(NamedTuple):
     num_stages: int
 
 
-LARGEST_RANK_BLOCK = 64
-"""The pieces of gate's and up's B stay with a program for all its tokens: 48 KiB of shared memory."""
+def largest_rank_block(features: int) -> int:
+    """The pieces of gate's and up's B stay with a program for all its tokens: 48 KiB of shared memory. Rows that start
+    at odd addresses take registers of their own."""
+    return 32 if features % 16 else 64
 
 
-def glu_fwd_config(dot: Dot, features: int, itemsize: int, gpu: Gpu) -> GluFwdConfig:
-    """By product and GPU, and whether rows start at aligned addresses."""
+def glu_fwd_config(dot: Dot, features: int, itemsize: int, *, has_room: bool) -> GluFwdConfig:
+    """By product, and whether rows start at aligned addresses. `has_room`: registers hold larger blocks."""
     if dot.acc == tl.float64:
         return GluFwdConfig(32, 32, num_warps=8, num_stages=2)
     if itemsize == 4:
@@ -51,7 +53,7 @@ def glu_fwd_config(dot: Dot, features: int, itemsize: int, gpu: Gpu) -> GluFwdCo
     if not dot.one_block:
         # At high ranks time goes into reading h and B again for each block.
         return GluFwdConfig(128, 64, num_warps=8, num_stages=2)
-    return GluFwdConfig(64 if gpu.reads_shared else 32, 64, num_warps=4, num_stages=2)
+    return GluFwdConfig(64 if has_room else 32, 64, num_warps=4, num_stages=2)
 
 
 def glu_chunks(tokens: int, features: int, block_n: int) -> int:
@@ -161,9 +163,9 @@ def glu_fwd(
     if factors is not None:
         R, h, lora_B = factors.rank, contiguous(factors.h), [contiguous(B) for B in factors.lora_B]
         scale, scaling = factors.scale, factors.scaling
-    dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=LARGEST_RANK_BLOCK)
+    dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=largest_rank_block(N))
     glu = Glu(activation, factors is not None, bias is not None, h.shape[1] == R)
-    config = glu_fwd_config(dot, N, gate.element_size(), gpu_of(gate))
+    config = glu_fwd_config(dot, N, gate.element_size(), has_room=gpu_of(gate).reads_shared and bias is None)
     chunks = glu_chunks(M, N, config.block_n)
     _glu_fwd_kernel[(triton.cdiv(N, config.block_n), chunks)](
         gate, up, h, *lora_B, scale, unused if bias is None else bias, a,

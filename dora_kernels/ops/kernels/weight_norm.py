@@ -38,10 +38,11 @@ class WeightNormConfig(NamedTuple):
 
 
 def weight_norm_config(
-    out_features: int, in_features: int, dot: Dot, gpu: Gpu, straddles: bool = False
+    out_features: int, in_features: int, dot: Dot, gpu: Gpu, packed: bool = False, straddles: bool = False
 ) -> WeightNormConfig:
-    """By shape and architecture alone, so that summation order never depends on load. `straddles`: of NF4 whose blocks
-    hold elements of two output features, and of int4 in activation order, read one by one."""
+    """By shape and architecture alone, so that summation order never depends on load. `packed`: W is decoded, which
+    takes registers. `straddles`: of NF4 whose blocks hold elements of two output features, and of int4 in activation
+    order, read one by one."""
     aligned, in_flight = in_features % 16 == 0, None
     if dot.acc == tl.float64:
         block_n, block_k, num_warps, in_flight = 16, 32, 4, 4 if dot.one_block else None
@@ -51,10 +52,9 @@ def weight_norm_config(
         # A is read again by each program, and B for each block of K: the larger the block, the fewer reads.
         block_n, block_k, num_warps = 32, 64, 8
         if dot.is_16_bit and aligned:
-            # Where they can fill most of the multiprocessors, split as far as K allows.
-            most = triton.cdiv(out_features, 256) * max(1, in_features // 512)
-            fills = 4 * most >= 3 * gpu.multiprocessors
-            block_n, block_k = (256, 128) if gpu.reads_shared and fills else (128, 64)
+            block_n, block_k = 128, 128 if gpu.reads_shared and not packed else 64
+    elif dot.is_16_bit and aligned and packed:
+        block_n, block_k, num_warps, in_flight = 32, 128, 4, 3
     elif dot.is_16_bit and aligned and dot.block_r == 64:
         block_n, block_k, num_warps, in_flight = 128, 64, 8, 2
     elif dot.is_16_bit and aligned:
@@ -105,12 +105,11 @@ def sums_of_squares(
         if any_beyond_range(plain, offs_n < N):
             is_large = plain > PLAIN_MAX
             scale = tl.where(is_large, SCALE_DOWN, SCALE_UP)
-            squares = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
+            small = tl.zeros([BLOCK_N], dtype=ACC)
             for start in tl.range(k_start, k_end, BLOCK_K, num_stages=1):
                 v = adapted_block(w, a, b, b_block, scaling, offs_n, start, N, K, R, FORMAT, DOT, BLOCK_K)
                 v *= scale[:, None]
-                squares += v * v
-            small = tl.sum(squares, axis=1)
+                small += tl.sum(v * v, axis=1)
             large = tl.where(is_large, small, large)
     return plain, large, small
 
@@ -235,8 +234,9 @@ def launch_weight_norm(
     """
     (N, K), R, (norm, scale) = weight.shape, lora_A.shape[0], norm_scale
     w, weight_format = weight_arguments(weight)
-    dot = adapted_dot(weight, lora_A, lora_B, norm.dtype, one_block_up_to=64)
-    config = weight_norm_config(N, K, dot, gpu_of(weight), weight_format.straddles)
+    packed = isinstance(weight, Packed)
+    dot = adapted_dot(weight, lora_A, lora_B, norm.dtype, one_block_up_to=32 if packed or K % 16 else 64)
+    config = weight_norm_config(N, K, dot, gpu_of(weight), packed, weight_format.straddles)
     splits = config.splits
     partial = torch.empty(3 * splits, N, dtype=norm.dtype, device=weight.device) if splits > 1 else None
     k_per_split = triton.cdiv(triton.cdiv(K, config.block_k), splits) * config.block_k
