@@ -272,10 +272,9 @@ def adapted_block(
     if DOT.one_block:
         # Before the dot, whose own loads then share the wait.
         weight = weight_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
-        product = lora_dot(b, a, b_block, offs_n, offs_k, offs_n < N, offs_k < K, R, DOT)
-    else:
-        # After the dot, whose loop takes far longer than one wait, and all registers.
-        product = lora_dot(b, a, b_block, offs_n, offs_k, offs_n < N, offs_k < K, R, DOT)
+    product = lora_dot(b, a, b_block, offs_n, offs_k, offs_n < N, offs_k < K, R, DOT)
+    if not DOT.one_block:
+        # After a dot whose loop takes far longer than one wait, and all registers.
         weight = weight_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
     return weight.to(DOT.acc) + scaling * product
 
