@@ -186,8 +186,8 @@ def _rescale_bwd(a) -> Traffic:
 
 
 def _glu_fwd(a) -> Traffic:
-    rows, columns = triton.cdiv(a.M, a.CONFIG.block_m), triton.cdiv(a.N, a.CONFIG.block_n)
-    layers = _glu_layers(a, columns=columns, blocks_m=rows, loads_m=rows)
+    columns, chunks = a.grid
+    layers = _glu_layers(a, columns=columns, blocks_m=triton.cdiv(a.M, a.CONFIG.block_m), loads_m=chunks)
     products = 2 * a.M * a.N * _size(a.gate_ptr)
     return layers._replace(
         loaded=products + layers.loaded,

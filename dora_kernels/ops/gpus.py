@@ -9,15 +9,16 @@ class Gpu(NamedTuple):
     """What launch configurations depend on."""
 
     multiprocessors: int
+    reads_shared: bool  # tensor cores read factors from shared memory, not registers, which so hold larger products
 
 
 GPUS = {
-    (8, 0): Gpu(108),
-    (8, 6): Gpu(84),
-    (8, 9): Gpu(128),
-    (9, 0): Gpu(132),
-    (10, 0): Gpu(148),
-    (12, 0): Gpu(170),
+    (8, 0): Gpu(108, False),
+    (8, 6): Gpu(84, False),
+    (8, 9): Gpu(128, False),
+    (9, 0): Gpu(132, True),
+    (10, 0): Gpu(148, True),
+    (12, 0): Gpu(170, False),
 }
 """By compute capability, from the vendor's data sheets. Frozen: the order of a sum never depends on what is asked."""
 
@@ -38,9 +39,9 @@ WEIGHT_SPACE_FACTOR: dict[tuple[int, int], float] = {}
 """Per compute capability: measured time of the weight-space form over its predicted time, relative to the token-space
 form's. Empty until measured: an architecture that is absent has 1.0, the prediction alone."""
 
-RANK_PER_BYTE = 18
+RANK_PER_BYTE = 27
 """The rank at which one element of s·B·A of fp32 factors takes as long as moving one byte. At high ranks blocks of the
-factors come from L2 at 6.65 TB/s, against 4.3 TB/s of memory: 16 in the norm, 21 in the merge, 27 in token space's
+factors come from L2 at 6.65 TB/s, against 4.3 TB/s of memory: 29 in the norm, 27 in the merge and in token space's
 rescale, on an H200's roofs."""
 
 HALF_PRODUCT_SPEEDUP = 2

@@ -11,6 +11,9 @@ from .problem import Problem
 
 Overhead = Callable[[str, Problem, float, int], float]
 
+GLU_RANK = 64
+"""Up to this rank the passes over gate and up read B once a program."""
+
 
 def layer_overhead(space: str, problem: Problem, product: float = 0.0, shortest: int = 0) -> float:
     """Of one layer, forward and, where it trains, backward."""
@@ -42,10 +45,12 @@ def glu_overhead(space: str, problem: Problem, product: float = 0.0, shortest: i
     tokens, features, inputs = problem.tokens, problem.out_features, problem.in_features
     mn, mk, nk = tokens * features, tokens * inputs, features * inputs
 
-    def launch(moved: float, products: int = 0) -> float:
+    def launch(moved: float, products: float = 0.0) -> float:
         return max(moved, product * products, shortest)
 
-    h, products = launch(mk), mn if space == "token" else 0
+    # Above, B is cut again for each block of tokens.
+    again = 1.0 if problem.rank <= GLU_RANK else 2.5
+    h, products = launch(mk), again * mn if space == "token" else 0.0
     # Gate and up in, a out; then da, gate and up in, a and both gradients out.
     passes = launch(1.5 * mn, products) + launch(3 * mn, products)
     if space == "token":

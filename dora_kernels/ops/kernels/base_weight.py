@@ -89,10 +89,12 @@ def _int4_arguments(weight: Int4Weight) -> tuple[WeightMemory, Format]:
     )
 
 
-def adapted_dot(weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, acc: torch.dtype) -> Dot:
+def adapted_dot(
+    weight: torch.Tensor | Packed, lora_A: torch.Tensor, lora_B: torch.Tensor, acc: torch.dtype, **options
+) -> Dot:
     """How B A is computed, to be added to W: a packed weight is coarser than one of 16 bits."""
     onto = weight.dtype if isinstance(weight, torch.Tensor) else torch.bfloat16
-    return dot_of(lora_A.shape[0], lora_A.dtype, lora_B.dtype, acc=acc, onto=onto)
+    return dot_of(lora_A.shape[0], lora_A.dtype, lora_B.dtype, acc=acc, onto=onto, **options)
 
 
 @triton.jit
@@ -266,10 +268,14 @@ def adapted_block(
 
     `b_block` is B's first block of the rank, as in `lora_dot`.
     """
-    # Before the dot, whose own loads then share the wait.
-    weight = weight_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
     offs_k = start_k + tl.arange(0, BLOCK_K)
+    if DOT.one_block:
+        # Before the dot, whose own loads then share the wait.
+        weight = weight_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
     product = lora_dot(b, a, b_block, offs_n, offs_k, offs_n < N, offs_k < K, R, DOT)
+    if not DOT.one_block:
+        # After a dot whose loop takes far longer than one wait, and all registers.
+        weight = weight_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
     return weight.to(DOT.acc) + scaling * product
 
 

@@ -8,13 +8,14 @@ import triton
 import triton.language as tl
 
 from ..chunked import mm_fp32
+from ..gpus import gpu_of
 from ..types import GluFactors, GluGradients
 from .activations import activation, derivative
 from .blocks import Matrix, addresses
-from .glu_fwd import Glu, feature_vectors, layer_output
-from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, rank_block_size
+from .glu_fwd import Glu, feature_vectors, glu_chunks, largest_rank_block, layer_output
+from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of
 from .lora_dot import Dot, lora_dot, right_rank_block
-from .rescale_bwd import MAX_FUSED_RANK, _rescale_bwd_finish_kernel
+from .rescale_bwd import _rescale_bwd_finish_kernel
 
 
 class GluBwdConfig(NamedTuple):
@@ -33,13 +34,7 @@ def glu_bwd_config(dot: Dot, features: int, itemsize: int) -> GluBwdConfig:
     if itemsize == 4 or features % 16:
         # Wider values, or rows that start at odd addresses, which take a pointer an element: larger blocks spill.
         return GluBwdConfig(16, 64, num_warps=8, num_stages=2)
-    return GluBwdConfig(32, 64, num_warps=8, num_stages=3)
-
-
-def glu_bwd_chunks(tokens: int, features: int, config: GluBwdConfig) -> int:
-    """How many programs share a feature's tokens, none with fewer than 128. At most eight run for each of Hopper's 132
-    multiprocessors: the last wave is a small part. By shape alone, so that the order of summation is fixed."""
-    return max(1, min(8 * 132 // triton.cdiv(features, config.block_n), tokens // 128))
+    return GluBwdConfig(32, 64, num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -164,11 +159,12 @@ def glu_bwd(
         return GluGradients(grads, grad_magnitude, grad_B)
     acc, in_token_space = scale.dtype, space == "token"
     glu = Glu(activation, in_token_space, bias is not None, h.shape[1] == R)
-    dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype)
+    dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=largest_rank_block(N))
     config = glu_bwd_config(dot, N, gate.element_size())
-    chunks = glu_bwd_chunks(M, N, config)
+    chunks = glu_chunks(M, N, config.block_n)
     correlation = torch.empty(chunks, 2 * N, dtype=acc, **options)
-    fused_product = R <= min(MAX_FUSED_RANK, rank_block_size(R, acc.itemsize))
+    # At higher ranks its accumulator would spill, and cuBLAS computes it.
+    fused_product = dot.one_block and (R <= 32 or gpu_of(gate).reads_shared)
     product = torch.empty(chunks, 2 * N, R, dtype=acc, **options) if fused_product else correlation
     _glu_bwd_kernel[(triton.cdiv(N, config.block_n), chunks)](
         grad_a, gate, up, h, *lora_B, scale, scale if bias is None else bias, grads, correlation, product,

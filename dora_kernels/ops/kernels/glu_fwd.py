@@ -1,6 +1,6 @@
 """a = act(gate) ⊙ up of a gated MLP: one read of both layers' products, one store of a.
 
-N are the features of gate, and of up.
+N are the features of gate, and of up. A program walks a chunk of the tokens, so that it reads B once.
 """
 
 from typing import NamedTuple
@@ -9,11 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gpus import gpu_of
 from ..types import GluFactors
 from .activations import activation
 from .blocks import Matrix, addresses
 from .launch import ALL_REGISTERS, acc_dtype, contiguous, contiguous_rows, dot_of
-from .lora_dot import Dot, lora_dot, rank_block
+from .lora_dot import Dot, lora_dot, right_rank_block
 
 
 class Glu(NamedTuple):
@@ -34,17 +35,31 @@ class GluFwdConfig(NamedTuple):
     num_stages: int
 
 
-def glu_fwd_config(dot: Dot, features: int, itemsize: int) -> GluFwdConfig:
-    """By product, and whether rows start at aligned addresses."""
+def largest_rank_block(features: int) -> int:
+    """The pieces of gate's and up's B stay with a program for all its tokens: 48 KiB of shared memory. Rows that start
+    at odd addresses take registers of their own."""
+    return 32 if features % 16 else 64
+
+
+def glu_fwd_config(dot: Dot, features: int, itemsize: int, *, has_room: bool) -> GluFwdConfig:
+    """By product, and whether rows start at aligned addresses. `has_room`: registers hold larger blocks."""
     if dot.acc == tl.float64:
         return GluFwdConfig(32, 32, num_warps=8, num_stages=2)
     if itemsize == 4:
         return GluFwdConfig(32, 64, num_warps=8, num_stages=2)
-    if not dot.one_block and features % 16 == 0:
+    if features % 16:
+        # Rows that start at odd addresses take a pointer an element.
+        return GluFwdConfig(32, 64, num_warps=8, num_stages=1)
+    if not dot.one_block:
         # At high ranks time goes into reading h and B again for each block.
         return GluFwdConfig(128, 64, num_warps=8, num_stages=2)
-    # What takes registers: rows that start at odd addresses, a pointer an element, and the pieces of B.
-    return GluFwdConfig(64, 64, num_warps=8 if features % 16 or dot.block_r > 16 else 4, num_stages=2)
+    return GluFwdConfig(64 if has_room else 32, 64, num_warps=4, num_stages=2)
+
+
+def glu_chunks(tokens: int, features: int, block_n: int) -> int:
+    """How many programs share a feature's tokens, none with fewer than 128. At most eight run for each of Hopper's 132
+    multiprocessors: the last wave is a small part. By shape alone, so that the order of summation is fixed."""
+    return max(1, min(8 * 132 // triton.cdiv(features, block_n), tokens // 128))
 
 
 @triton.jit
@@ -74,7 +89,7 @@ def _glu_fwd_kernel(
     # pointers
     gate_ptr, up_ptr, h_ptr, b_gate_ptr, b_up_ptr, scale_ptr, bias_ptr, a_ptr,
     # sizes
-    scaling: tl.float64, M, N, R,
+    scaling: tl.float64, M, N, R, tokens_per_chunk,
     # strides
     stride_gm, stride_um,
     # constexpr
@@ -85,30 +100,48 @@ def _glu_fwd_kernel(
     ACC: tl.constexpr = DOT.acc
     ACTIVATION: tl.constexpr = GLU.activation
     scaling = tl.cast(scaling, ACC)
-    blocks_n = tl.cdiv(N, BLOCK_N)
-    offs_m = tl.program_id(0) // blocks_n * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) % blocks_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_m, mask_n = offs_m < M, offs_n < N
-    mask = mask_m[:, None] & mask_n[None, :]
-    gate = tl.load(addresses(Matrix(gate_ptr, stride_gm, 1), offs_m, offs_n), mask=mask, other=0.0).to(ACC)
-    up = tl.load(addresses(Matrix(up_ptr, stride_um, 1), offs_m, offs_n), mask=mask, other=0.0).to(ACC)
-    if GLU.in_token_space:
-        stride_hm = R if GLU.one_h else 2 * R
-        h_gate = Matrix(h_ptr, stride_hm, 1)
-        h_up = h_gate if GLU.one_h else Matrix(h_ptr + R, stride_hm, 1)
-        h_block = rank_block(h_gate, offs_m, mask_m, 0, R, DOT)
-        b_gate, b_up = Matrix(b_gate_ptr, 1, R), Matrix(b_up_ptr, 1, R)
-        gate += scaling * lora_dot(h_gate, b_gate, h_block, offs_m, offs_n, mask_m, mask_n, R, DOT)
-        if not GLU.one_h:
-            h_block = rank_block(h_up, offs_m, mask_m, 0, R, DOT)
-        up += scaling * lora_dot(h_up, b_up, h_block, offs_m, offs_n, mask_m, mask_n, R, DOT)
-    scale, bias = feature_vectors(scale_ptr, bias_ptr, offs_n, mask_n, GLU, ACC)
-    gate = layer_output(gate, scale, bias, GLU)
-    scale, bias = feature_vectors(scale_ptr + N, bias_ptr + N, offs_n, mask_n, GLU, ACC)
-    up = layer_output(up, scale, bias, GLU)
-    # Rounded where a model stores it.
-    activated = activation(gate, ACTIVATION).to(a_ptr.dtype.element_ty).to(ACC)
-    tl.store(addresses(Matrix(a_ptr, N, 1), offs_m, offs_n), (activated * up).to(a_ptr.dtype.element_ty), mask=mask)
+    chunk = tl.program_id(1)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    scale_gate, bias_gate = feature_vectors(scale_ptr, bias_ptr, offs_n, mask_n, GLU, ACC)
+    scale_up, bias_up = feature_vectors(scale_ptr + N, bias_ptr + N, offs_n, mask_n, GLU, ACC)
+    stride_hm = R if GLU.one_h else 2 * R
+    h_gate = Matrix(h_ptr, stride_hm, 1)
+    h_up = h_gate if GLU.one_h else Matrix(h_ptr + R, stride_hm, 1)
+    b_gate, b_up = Matrix(b_gate_ptr, 1, R), Matrix(b_up_ptr, 1, R)
+    b_gate_block = None
+    b_up_block = None
+    if GLU.in_token_space and DOT.one_block:
+        # Once for all tokens, with their pieces.
+        b_gate_block = right_rank_block(b_gate, offs_n, mask_n, 0, R, DOT)
+        b_up_block = right_rank_block(b_up, offs_n, mask_n, 0, R, DOT)
+    end = tl.minimum((chunk + 1) * tokens_per_chunk, M)
+    # Pointers to the first tokens: those to others are one number away, not 64-bit products of each row.
+    rows, offs_r = tl.arange(0, BLOCK_M), tl.arange(0, DOT.block_r)
+    mask_r = offs_r < R
+    gate_ptrs = addresses(Matrix(gate_ptr, stride_gm, 1), rows, offs_n)
+    up_ptrs = addresses(Matrix(up_ptr, stride_um, 1), rows, offs_n)
+    a_ptrs = addresses(Matrix(a_ptr, N, 1), rows, offs_n)
+    h_gate_ptrs = addresses(h_gate, rows, offs_r)
+    h_up_ptrs = addresses(h_up, rows, offs_r)
+    for start in tl.range(chunk * tokens_per_chunk, end, BLOCK_M, num_stages=CONFIG.num_stages):
+        offs_m, first = start + rows, tl.cast(start, tl.int64)
+        mask_m = offs_m < M
+        mask = mask_m[:, None] & mask_n[None, :]
+        gate = tl.load(gate_ptrs + first * stride_gm, mask=mask, other=0.0).to(ACC)
+        up = tl.load(up_ptrs + first * stride_um, mask=mask, other=0.0).to(ACC)
+        if GLU.in_token_space:
+            mask_h = mask_m[:, None] & mask_r[None, :]
+            h_block = tl.load(h_gate_ptrs + first * stride_hm, mask=mask_h, other=0.0)
+            gate += scaling * lora_dot(h_gate, b_gate, h_block, offs_m, offs_n, mask_m, mask_n, R, DOT, b_gate_block)
+            if not GLU.one_h:
+                h_block = tl.load(h_up_ptrs + first * stride_hm, mask=mask_h, other=0.0)
+            up += scaling * lora_dot(h_up, b_up, h_block, offs_m, offs_n, mask_m, mask_n, R, DOT, b_up_block)
+        gate = layer_output(gate, scale_gate, bias_gate, GLU)
+        up = layer_output(up, scale_up, bias_up, GLU)
+        # Rounded where a model stores it.
+        activated = activation(gate, ACTIVATION).to(a_ptr.dtype.element_ty).to(ACC)
+        tl.store(a_ptrs + first * N, (activated * up).to(a_ptr.dtype.element_ty), mask=mask)
 
 
 def glu_fwd(
@@ -130,12 +163,13 @@ def glu_fwd(
     if factors is not None:
         R, h, lora_B = factors.rank, contiguous(factors.h), [contiguous(B) for B in factors.lora_B]
         scale, scaling = factors.scale, factors.scaling
-    dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype)
+    dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=largest_rank_block(N))
     glu = Glu(activation, factors is not None, bias is not None, h.shape[1] == R)
-    config = glu_fwd_config(dot, N, gate.element_size())
-    _glu_fwd_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
+    config = glu_fwd_config(dot, N, gate.element_size(), has_room=gpu_of(gate).reads_shared and bias is None)
+    chunks = glu_chunks(M, N, config.block_n)
+    _glu_fwd_kernel[(triton.cdiv(N, config.block_n), chunks)](
         gate, up, h, *lora_B, scale, unused if bias is None else bias, a,
-        scaling, M, N, R,
+        scaling, M, N, R, triton.cdiv(triton.cdiv(M, config.block_m), chunks) * config.block_m,
         gate.stride(0), up.stride(0),
         glu, dot, config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,

@@ -16,8 +16,12 @@ TRITON_DTYPES = {
 }
 
 
-def dot_of(rank: int, *factors: torch.dtype, acc: torch.dtype, onto: torch.dtype = torch.float32) -> Dot:
+def dot_of(
+    rank: int, *factors: torch.dtype, acc: torch.dtype, onto: torch.dtype = torch.float32, one_block_up_to: int = 32
+) -> Dot:
     """For a product of `factors` over the rank, accumulated in `acc` and added to values that were rounded to `onto`.
+
+    One block holds ranks up to `one_block_up_to` where the tensor cores multiply 16-bit numbers.
 
     16-bit tensor cores where both factors are the same 16-bit type, and, in bf16 pieces, where `onto` has 16 bits: its
     own rounding is 2⁶ times the pieces' error or more. Elsewhere fp32 at full precision through three tf32 products
@@ -31,13 +35,16 @@ def dot_of(rank: int, *factors: torch.dtype, acc: torch.dtype, onto: torch.dtype
         precision = tl.float32, TRITON_DTYPES[factors[0] if same else torch.bfloat16], "ieee"
     else:
         precision = tl.float32, tl.float32, "tf32x3"
-    block_r = rank_block_size(rank, acc.itemsize)
+    largest = one_block_up_to if precision[1].primitive_bitwidth == 16 else 32
+    block_r = rank_block_size(rank, acc.itemsize, largest)
     return Dot(*precision, block_r, rank <= block_r, in_pieces)
 
 
-def rank_block_size(rank: int, itemsize: int) -> int:
-    """The rank is walked in blocks of this size: at least 16, which a dot needs; padded lanes are masked, not read."""
-    return 32 if 16 < rank <= 32 and itemsize < 8 else 16
+def rank_block_size(rank: int, itemsize: int, largest: int = 32) -> int:
+    """The rank is walked in blocks of this size: at least 16, which a dot needs; padded lanes are masked, not read.
+    A rank that no block holds is walked in blocks of 16."""
+    size = max(16, triton.next_power_of_2(rank))
+    return size if size <= largest and itemsize < 8 else 16
 
 
 def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:

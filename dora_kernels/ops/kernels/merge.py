@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..base_weights import Packed, stored_rounding
+from ..gpus import gpu_of
 from ..types import NormScale, Rounding
 from .base_weight import WeightMemory, adapted_block, adapted_dot, weight_arguments
 from .blocks import Matrix, addresses
@@ -29,8 +30,9 @@ class MergeConfig(NamedTuple):
     num_stages: int
 
 
-def merge_config(dot: Dot, in_features: int, straddles: bool = False) -> MergeConfig:
-    """By product, whether rows start at aligned addresses, and whether scales are read one by one."""
+def merge_config(dot: Dot, in_features: int, straddles: bool = False, *, has_room: bool = False) -> MergeConfig:
+    """By product, whether rows start at aligned addresses, and whether scales are read one by one. `has_room`: nothing
+    but the product takes many registers."""
     if dot.acc == tl.float64:
         return MergeConfig(32, 32, num_warps=8, num_stages=2)
     if dot.is_16_bit:
@@ -38,7 +40,7 @@ def merge_config(dot: Dot, in_features: int, straddles: bool = False) -> MergeCo
             # Each value read alone has an address of its own: larger blocks spill.
             return MergeConfig(64, 64, num_warps=8, num_stages=2)
         # At high ranks time goes into reading A and B again for each block.
-        block_n, num_warps = (64, 4) if dot.one_block else (128, 8)
+        block_n, num_warps = (64, 4) if dot.one_block else (256 if has_room and dot.in_pieces else 128, 8)
         return MergeConfig(block_n, 128, num_warps, num_stages=2)
     # With twice the rank in registers half the rows, or fp32 weights spill.
     return MergeConfig(64 if dot.block_r == 16 else 32, 64, num_warps=8, num_stages=2)
@@ -116,7 +118,9 @@ def merge(
     partial, splits = None, 1
     if not given:
         partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale)
-    config = merge_config(dot, K, weight_format.straddles)
+    # Decoding, adding partial sums, and ranks that are masked element by element leave none for larger blocks.
+    has_room = gpu_of(weight).reads_shared and not isinstance(weight, Packed) and splits == 1 and R % 16 == 0
+    config = merge_config(dot, K, weight_format.straddles, has_room=has_room)
     # At least one program a row, which keeps n and g, even for K = 0.
     _merge_scale_kernel[(triton.cdiv(N, config.block_n) * max(1, triton.cdiv(K, config.block_k)),)](
         *pointers, norm_scale.scale if partial is None else partial, *sizes,

@@ -9,12 +9,13 @@ import triton.language as tl
 from ..chunked import mm_fp32
 from ..types import NormScale, Rounding
 from .blocks import Matrix, addresses
-from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, dot_of, rank_block_size, signed32
+from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, signed32
 from .rounding import round_to
 from .weight_norm import TINY_FP32, TINY_FP64
 
-MAX_FUSED_RANK = 32
-"""Up to this rank dyᵀh is summed in the pass itself; above, its accumulator would spill and cuBLAS computes it."""
+MAX_FUSED_RANK = 64
+"""Up to this rank, in 16 bits, dyᵀh is summed in the pass itself; above, its accumulator would spill and cuBLAS
+computes it."""
 
 
 class RescaleBwdConfig(NamedTuple):
@@ -54,7 +55,7 @@ def _rescale_bwd_kernel(
     # sizes
     scale_shift, M, N, R, tokens_per_chunk, salt,
     # strides
-    stride_dm, stride_dn, stride_sm, stride_sn,
+    stride_dm, stride_dn, stride_sm, stride_sn, stride_hm,
     # constexpr, without the number of chunks: each number of tokens would be compiled anew
     NEEDS: tl.constexpr, SAVED_HAS_BIAS: tl.constexpr, DITHERED: tl.constexpr, DOT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -79,7 +80,7 @@ def _rescale_bwd_kernel(
     rows = tl.arange(0, BLOCK_M)
     dy_ptrs = addresses(Matrix(dy_ptr, stride_dm, stride_dn), rows, offs_n)
     saved_ptrs = addresses(Matrix(saved_ptr, stride_sm, stride_sn), rows, offs_n)
-    h_ptrs = addresses(Matrix(h_ptr, R, 1), rows, offs_r)
+    h_ptrs = addresses(Matrix(h_ptr, stride_hm, 1), rows, offs_r)
     dz_ptrs = addresses(Matrix(dz_ptr, N, 1), rows, offs_n)
     for start in tl.range(chunk * tokens_per_chunk, end, BLOCK_M, num_stages=3):
         offs_m, first = start + rows, tl.cast(start, tl.int64)
@@ -87,7 +88,7 @@ def _rescale_bwd_kernel(
         mask = mask_m[:, None] & mask_n[None, :]
         dy = tl.load(dy_ptrs + first * stride_dm, mask=mask, other=0.0)
         if NEEDS.product:
-            h = tl.load(h_ptrs + first * R, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+            h = tl.load(h_ptrs + first * stride_hm, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
             dy_t = tl.trans(dy.to(OPERAND))
             product = tl.dot(dy_t, h.to(OPERAND), product, input_precision=PRECISION, out_dtype=ACC)
         grad = dy.to(ACC)
@@ -182,14 +183,14 @@ def rescale_bwd(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Twin of `reference.rescale_bwd`."""
     (M, N), R, (norm, scale) = grad_y.shape, lora_B.shape[1], norm_scale
-    h, lora_B, base_bias = contiguous(h), contiguous(lora_B), contiguous(base_bias)
+    h, lora_B, base_bias = h if h is None else contiguous_rows(h), contiguous(lora_B), contiguous(base_bias)
     dtype = scale.dtype
     needs_magnitude, needs_B, needs_bias = (d is not None for d in (magnitude_dtype, B_dtype, bias_dtype))
     from_base = needs_magnitude and saved_is == "base"
     needs_product = needs_B or from_base
     # Where nothing else needs the pass over dy, the product alone is a GEMM.
-    fits = R <= min(MAX_FUSED_RANK, rank_block_size(R, dtype.itemsize))  # in fp64 a block holds less of the rank
-    fused_product = needs_product and fits and (needs_magnitude or needs_bias or needs_base)
+    dot = dot_of(R, grad_y.dtype, *(() if h is None else (h.dtype,)), acc=dtype, one_block_up_to=MAX_FUSED_RANK)
+    fused_product = needs_product and dot.one_block and (needs_magnitude or needs_bias or needs_base)
     needs_sums = needs_magnitude or needs_product or needs_bias
 
     def empty(needed, *shape, like=dtype):
@@ -204,7 +205,6 @@ def rescale_bwd(
     config = rescale_bwd_config(M, N, dtype.itemsize, grad_y.element_size())
     correlation, bias = empty(needs_magnitude, config.chunks, N), empty(needs_bias, config.chunks, N)
     product = empty(fused_product, config.chunks, N, R)
-    dot = dot_of(R, grad_y.dtype, h.dtype if fused_product else grad_y.dtype, acc=dtype)
     needs = Needs(needs_magnitude, fused_product, needs_bias, needs_base)
     unused = scale  # stands for pointers the kernel never follows
     if any(needs):
@@ -213,7 +213,7 @@ def rescale_bwd(
             _or(correlation, unused), _or(product, unused), _or(bias, unused), _or(grad_base, unused),
             scale_shift, M, N, R, triton.cdiv(triton.cdiv(M, config.block_m), config.chunks) * config.block_m,
             signed32(rounding.salt),
-            *grad_y.stride(), *((0, 0) if saved is None else saved.stride()),
+            *grad_y.stride(), *((0, 0) if saved is None else saved.stride()), 0 if h is None else h.stride(0),
             needs, needs_magnitude and base_bias is not None, rounding.mode == "dithered", dot,
             config.block_m, config.block_n,
             num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..types import Rounding
 from .blocks import Matrix, addresses
-from .launch import ALL_REGISTERS, contiguous, dot_of, signed32
+from .launch import ALL_REGISTERS, contiguous, contiguous_rows, dot_of, signed32
 from .lora_dot import Dot, lora_dot, rank_block
 from .rounding import round_to
 
@@ -45,7 +45,7 @@ def _rescale_fwd_kernel(
     # sizes
     scaling: tl.float64, M, N, R, salt,
     # strides
-    stride_zm, stride_zn, stride_um, stride_un, stride_ym, stride_yn,
+    stride_zm, stride_zn, stride_hm, stride_um, stride_un, stride_ym, stride_yn,
     # constexpr
     HAS_BIAS: tl.constexpr, BASE_HAS_BIAS: tl.constexpr, HAS_UNDROPPED: tl.constexpr, DITHERED: tl.constexpr,
     DOT: tl.constexpr, CONFIG: tl.constexpr,
@@ -60,7 +60,7 @@ def _rescale_fwd_kernel(
     mask_m, mask_n = offs_m < M, offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
     base = tl.load(addresses(Matrix(z_ptr, stride_zm, stride_zn), offs_m, offs_n), mask=mask, other=0.0)
-    h = Matrix(h_ptr, R, 1)
+    h = Matrix(h_ptr, stride_hm, 1)
     h_block = rank_block(h, offs_m, mask_m, 0, R, DOT)
     product = lora_dot(h, Matrix(b_ptr, 1, R), h_block, offs_m, offs_n, mask_m, mask_n, R, DOT)
     base = base.to(ACC)
@@ -99,7 +99,7 @@ def rescale_fwd(
 ) -> torch.Tensor:
     """Twin of `reference.rescale_fwd`."""
     (M, N), R = base_out.shape, lora_B.shape[1]
-    h, lora_B = contiguous(h), contiguous(lora_B)
+    h, lora_B = contiguous_rows(h), contiguous(lora_B)
     out = base_out if in_place else torch.empty(M, N, dtype=base_out.dtype, device=base_out.device)
     if out.numel() == 0:
         return out
@@ -111,7 +111,7 @@ def rescale_fwd(
     _rescale_fwd_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
         base_out, h, lora_B, mag_norm_scale, mag_norm_scale if any_bias is None else any_bias, other, out,
         scaling, M, N, R, signed32(rounding.salt),
-        *base_out.stride(), *other.stride(), *out.stride(),
+        *base_out.stride(), h.stride(0), *other.stride(), *out.stride(),
         bias is not None, base_bias is not None, undropped is not None, rounding.mode == "dithered",
         dot, config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,

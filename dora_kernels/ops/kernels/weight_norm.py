@@ -38,20 +38,27 @@ class WeightNormConfig(NamedTuple):
 
 
 def weight_norm_config(
-    out_features: int, in_features: int, dot: Dot, gpu: Gpu, straddles: bool = False
+    out_features: int, in_features: int, dot: Dot, gpu: Gpu, packed: bool = False, straddles: bool = False
 ) -> WeightNormConfig:
-    """By shape and architecture alone, so that summation order never depends on load. `straddles`: of NF4 whose blocks
-    hold elements of two output features, and of int4 in activation order, read one by one."""
+    """By shape and architecture alone, so that summation order never depends on load. `packed`: W is decoded, which
+    takes registers. `straddles`: of NF4 whose blocks hold elements of two output features, and of int4 in activation
+    order, read one by one."""
     aligned, in_flight = in_features % 16 == 0, None
     if dot.acc == tl.float64:
         block_n, block_k, num_warps, in_flight = 16, 32, 4, 4 if dot.one_block else None
     elif straddles:
         block_n, block_k, num_warps, in_flight = 16, 64, 8, 1 if dot.one_block else None
     elif not dot.one_block:
-        # A is read again by each program: more features a program, fewer reads.
-        block_n, block_k, num_warps = 128 if dot.is_16_bit and aligned else 32, 64, 8
-    elif dot.is_16_bit and aligned:
+        # A is read again by each program, and B for each block of K: the larger the block, the fewer reads.
+        block_n, block_k, num_warps = 32, 64, 8
+        if dot.is_16_bit and aligned:
+            block_n, block_k = 128, 128 if gpu.reads_shared and not packed else 64
+    elif dot.is_16_bit and aligned and packed:
         block_n, block_k, num_warps, in_flight = 32, 128, 4, 3
+    elif dot.is_16_bit and aligned and dot.block_r == 64:
+        block_n, block_k, num_warps, in_flight = 128, 64, 8, 2
+    elif dot.is_16_bit and aligned:
+        block_n, block_k, num_warps, in_flight = 64, 64, 4, 4
     else:
         # With more of the rank in registers, or rows that start at odd addresses and are read in narrow pieces: more
         # threads, and fewer blocks in flight, or they spill.
@@ -80,11 +87,17 @@ def sums_of_squares(
     BLOCK_K: tl.constexpr = CONFIG.block_k
     ACC: tl.constexpr = DOT.acc
     b_block = rank_block(b, offs_n, offs_n < N, 0, R, DOT)
+    plain = tl.zeros([BLOCK_N], dtype=ACC)
     squares = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
     for start in tl.range(k_start, k_end, BLOCK_K, num_stages=CONFIG.in_flight):
         v = adapted_block(w, a, b, b_block, scaling, offs_n, start, N, K, R, FORMAT, DOT, BLOCK_K)
-        squares += v * v
-    plain = tl.sum(squares, axis=1)
+        if DOT.one_block:
+            squares += v * v
+        else:
+            # Large blocks: the registers go to the product.
+            plain += tl.sum(v * v, axis=1)
+    if DOT.one_block:
+        plain = tl.sum(squares, axis=1)
     large, small = plain, plain
     if ACC == tl.float32:
         # Another part of the same rows may be large.
@@ -92,12 +105,11 @@ def sums_of_squares(
         if any_beyond_range(plain, offs_n < N):
             is_large = plain > PLAIN_MAX
             scale = tl.where(is_large, SCALE_DOWN, SCALE_UP)
-            squares = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC)
+            small = tl.zeros([BLOCK_N], dtype=ACC)
             for start in tl.range(k_start, k_end, BLOCK_K, num_stages=1):
                 v = adapted_block(w, a, b, b_block, scaling, offs_n, start, N, K, R, FORMAT, DOT, BLOCK_K)
                 v *= scale[:, None]
-                squares += v * v
-            small = tl.sum(squares, axis=1)
+                small += tl.sum(v * v, axis=1)
             large = tl.where(is_large, small, large)
     return plain, large, small
 
@@ -222,8 +234,9 @@ def launch_weight_norm(
     """
     (N, K), R, (norm, scale) = weight.shape, lora_A.shape[0], norm_scale
     w, weight_format = weight_arguments(weight)
-    dot = adapted_dot(weight, lora_A, lora_B, norm.dtype)
-    config = weight_norm_config(N, K, dot, gpu_of(weight), weight_format.straddles)
+    packed = isinstance(weight, Packed)
+    dot = adapted_dot(weight, lora_A, lora_B, norm.dtype, one_block_up_to=32 if packed or K % 16 else 64)
+    config = weight_norm_config(N, K, dot, gpu_of(weight), packed, weight_format.straddles)
     splits = config.splits
     partial = torch.empty(3 * splits, N, dtype=norm.dtype, device=weight.device) if splits > 1 else None
     k_per_split = triton.cdiv(triton.cdiv(K, config.block_k), splits) * config.block_k
