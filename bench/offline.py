@@ -97,9 +97,10 @@ def main(args: argparse.Namespace) -> int:
     compiled = list(compile_all(work, args.jobs))
     if args.verbose:
         print(*compiled, sep="\n")
+    # First: what breaks a limit may be no kernel that can be disassembled.
+    failed = report_broken(compiled)
     tables = [summarise(compiled), roofs_table(profile_all(args.capability, args.kernel, args.jobs))]
     print(*join(tables), sep="\n")
-    failed = report_broken(compiled)
     path = RESULTS / f"offline-triton-{triton.__version__}.txt"
     if args.update:
         path.write_text("\n".join(join(tables)) + "\n")

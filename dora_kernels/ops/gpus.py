@@ -9,7 +9,7 @@ class Gpu(NamedTuple):
     """What launch configurations depend on."""
 
     multiprocessors: int
-    reads_shared: bool  # tensor cores read factors from shared memory, not registers, which so hold larger products
+    has_wgmma: bool  # four warps multiply from shared memory: registers then hold larger products
 
 
 GPUS = {
@@ -17,7 +17,7 @@ GPUS = {
     (8, 6): Gpu(84, False),
     (8, 9): Gpu(128, False),
     (9, 0): Gpu(132, True),
-    (10, 0): Gpu(148, True),
+    (10, 0): Gpu(148, False),
     (12, 0): Gpu(170, False),
 }
 """By compute capability, from the vendor's data sheets. Frozen: the order of a sum never depends on what is asked."""

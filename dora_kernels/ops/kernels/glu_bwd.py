@@ -164,7 +164,7 @@ def glu_bwd(
     chunks = glu_chunks(M, N, config.block_n)
     correlation = torch.empty(chunks, 2 * N, dtype=acc, **options)
     # At higher ranks its accumulator would spill, and cuBLAS computes it.
-    fused_product = dot.one_block and (R <= 32 or gpu_of(gate).reads_shared)
+    fused_product = dot.one_block and (R <= 32 or gpu_of(gate).has_wgmma)
     product = torch.empty(chunks, 2 * N, R, dtype=acc, **options) if fused_product else correlation
     _glu_bwd_kernel[(triton.cdiv(N, config.block_n), chunks)](
         grad_a, gate, up, h, *lora_B, scale, scale if bias is None else bias, grads, correlation, product,

@@ -165,7 +165,7 @@ def glu_fwd(
         scale, scaling = factors.scale, factors.scaling
     dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=largest_rank_block(N))
     glu = Glu(activation, factors is not None, bias is not None, h.shape[1] == R)
-    config = glu_fwd_config(dot, N, gate.element_size(), has_room=gpu_of(gate).reads_shared and bias is None)
+    config = glu_fwd_config(dot, N, gate.element_size(), has_room=gpu_of(gate).has_wgmma and bias is None)
     chunks = glu_chunks(M, N, config.block_n)
     _glu_fwd_kernel[(triton.cdiv(N, config.block_n), chunks)](
         gate, up, h, *lora_B, scale, unused if bias is None else bias, a,

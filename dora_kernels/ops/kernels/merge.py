@@ -119,7 +119,7 @@ def merge(
     if not given:
         partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale)
     # Decoding, adding partial sums, and ranks that are masked element by element leave none for larger blocks.
-    has_room = gpu_of(weight).reads_shared and not isinstance(weight, Packed) and splits == 1 and R % 16 == 0
+    has_room = gpu_of(weight).has_wgmma and not isinstance(weight, Packed) and splits == 1 and R % 16 == 0
     config = merge_config(dot, K, weight_format.straddles, has_room=has_room)
     # At least one program a row, which keeps n and g, even for K = 0.
     _merge_scale_kernel[(triton.cdiv(N, config.block_n) * max(1, triton.cdiv(K, config.block_k)),)](

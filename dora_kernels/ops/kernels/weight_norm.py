@@ -52,7 +52,7 @@ def weight_norm_config(
         # A is read again by each program, and B for each block of K: the larger the block, the fewer reads.
         block_n, block_k, num_warps = 32, 64, 8
         if dot.is_16_bit and aligned:
-            block_n, block_k = 128, 128 if gpu.reads_shared and not packed else 64
+            block_n, block_k = 128, 128 if gpu.has_wgmma and not packed else 64
     elif dot.is_16_bit and aligned and packed:
         block_n, block_k, num_warps, in_flight = 32, 128, 4, 3
     elif dot.is_16_bit and aligned and dot.block_r == 64:
