@@ -18,6 +18,7 @@ COMMANDS = {
     "step": "train the embedded model, ours and PEFT's on the same data and seed: loss curves",
     "questions": "time the choices that the design rests on, each against its alternative",
     "predict": "the tables of kernels, layer, block and model for a GPU that is not here, from counted bytes and FLOPs",
+    "experts": "the same prediction of a layer's fused experts, beside PEFT's expert LoRA",
     "report": "tables and plots from committed results",
     "offline": "compile every kernel for every GPU generation, without a GPU, and hold it to its limits",
     "tune": "propose launch configurations: timed on a GPU, else ranked by static figures",

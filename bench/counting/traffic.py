@@ -226,6 +226,8 @@ def _flops(func, args, kwargs, out, inputs) -> tuple[int, str]:
     """FLOPs of a matrix product as PyTorch counts them, and the rate of the format it multiplies in."""
     # PyTorch's registry knows addmm and not addmm_, and a GPU's attention, not a CPU's.
     name = func.overloadpacket.__name__.rstrip("_").replace("_for_cpu", "")
+    if name == "_grouped_mm":  # tokens with their experts' matrices, or their sums over tokens
+        return 2 * inputs[0].numel() * inputs[1].shape[-1], RATES.get(inputs[0].dtype, "bf16")
     count = flop_registry.get(getattr(torch.ops.aten, name, None))
     if count is None:
         return 0, "bf16"

@@ -61,6 +61,22 @@ def mlp_shape(hidden: int, intermediate: int) -> BlockShape:
     return BlockShape("mlp", (*wide, Shape("down_proj", hidden, intermediate)))
 
 
+class ExpertShape(NamedTuple):
+    """A layer's experts, each a gated MLP, of which a token goes to `chosen`."""
+
+    experts: int
+    chosen: int
+    hidden: int
+    intermediate: int
+
+
+EXPERTS = {
+    "qwen3-30b-a3b": ExpertShape(128, 8, 2048, 768),
+    "mixtral-8x7b": ExpertShape(8, 2, 4096, 14336),
+    "tiny": ExpertShape(4, 2, 64, 32),
+}
+
+
 class Run(NamedTuple):
     """One training step of a whole model."""
 

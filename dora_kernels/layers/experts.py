@@ -85,7 +85,8 @@ class DoraExperts(Freezable):
         """Draws A (PEFT's Kaiming uniform), zeroes B and sets m to ‖W‖, so that the experts equal those of the base."""
         nn.init.kaiming_uniform_(self.lora_A.flatten(0, 1), a=math.sqrt(5))
         self.lora_B.zero_()
-        self.magnitude.copy_(self.weight_norm().norm)
+        if self.lora_A.device.type != "meta":
+            self.magnitude.copy_(self.weight_norm().norm)
 
     def weight_norm(self) -> NormScale:
         """n = ‖W + s B A‖ and g = m / n, both [E, out_features], fp32 (fp64 for an fp64 stack)."""
