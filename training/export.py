@@ -1,9 +1,10 @@
 """`python -m training.export`: a DoRA adapter for programs that know nothing of DoRA.
 
 `--to merged` writes what `python -m training.merge` writes: a plain checkpoint, ready for vLLM and for llama.cpp's
-converters. `--to lora` writes a plain LoRA adapter in PEFT's files, the nearest of its rank to the DoRA update
-ΔW = W' − W of each layer, and prints its error. Rescaling by the magnitude has full rank, so a low-rank adapter can
-only approximate it.
+converters. `--to fp8` and `--to int4` write merged weights in the format of a base that is in it, with its scales, and
+print what that loses. `--to lora` writes a plain LoRA adapter in PEFT's files, the nearest of its rank to the DoRA
+update ΔW = W' − W of each layer, and prints its error. Rescaling by the magnitude has full rank, so a low-rank adapter
+can only approximate it.
 """
 
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from transformers.hf_argparser import HfArg
 
 from dora_kernels.adapters.peft_config import adapter_fields, write_config
 from dora_kernels.adapters.save_load import PREFIX, WEIGHTS_NAME
+from dora_kernels.models.merge_requantized import DROWNED
 from dora_kernels.models.modules import dora_layers
 from dora_kernels.models.targets import find_saved
 
-from . import merge
+from . import merge, quantised_checkpoint
 from .command_line import command_line
 from .exporting import Sources, UpdateErrors, check_output, new_folder, update_of
 from .spelling import spelled
@@ -32,7 +34,10 @@ from .spelling import spelled
 class Flags(merge.Flags):
     """What to export, where to, and as what."""
 
-    to: Literal["merged", "lora"] = HfArg(default="merged", help="a plain checkpoint, or a plain LoRA adapter")
+    to: Literal["merged", "lora", "fp8", "int4"] = HfArg(
+        default="merged",
+        help="a plain checkpoint, a plain LoRA adapter, or the quantised base's own format",
+    )
     rank: int = HfArg(default=16, help="rank of the plain LoRA adapter")
 
 
@@ -81,6 +86,8 @@ def run(flags: Flags) -> None:
         return merge.run(flags)
     if flags.rank < 1:
         raise ValueError(f"`--rank` should be a positive integer value but the value passed is {flags.rank}")
+    if flags.to in ("fp8", "int4"):
+        return requantize(flags)
     output, sources = Path(flags.output_dir), Sources(Path(flags.adapter), flags.base_model or None)
     check_output(output)
     if sources.is_plain_lora:
@@ -96,6 +103,22 @@ def run(flags: Flags) -> None:
         errors = write_lora(model, flags.rank, folder)
     print(f"what rank {flags.rank} misses, as a share of each layer's DoRA update:\n{errors}")
     print(f"plain LoRA adapter: {output}")
+
+
+def requantize(flags: Flags) -> None:
+    """Write the merged checkpoint in the format of its quantised base, and print what that costs."""
+    output = Path(flags.output_dir)
+    sources = Sources(Path(flags.adapter), flags.base_model or None, may_be_quantised=True)
+    check_output(output)
+    with new_folder(output) as folder:
+        errors = quantised_checkpoint.write(sources.base_model, sources.adapter, flags.to, folder)
+    print(f"what {flags.to} costs, as a share of each layer's update:\n{errors}")
+    if drowned := sum(error > DROWNED for error in errors.per_layer.values()):
+        print(
+            f"warning: in {drowned} of {len(errors.per_layer)} layers more than half of the update is lost, for it is "
+            "small beside the steps of the format: serve --to merged, or keep the adapter unmerged"
+        )
+    print(f"merged checkpoint: {output}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -35,6 +35,7 @@ class Sources:
     Args:
         adapter: folder with PEFT's two files, from `save_adapter` or from PEFT.
         base_model: folder or Hub id; None takes the one that the adapter names.
+        may_be_quantised: whether the base may be, whose files alone are then read.
 
     Raises:
         FileNotFoundError: a folder or a file is missing.
@@ -44,6 +45,7 @@ class Sources:
 
     adapter: Path
     base_model: str | None = None
+    may_be_quantised: bool = False
     config: transformers.PretrainedConfig = field(init=False)
     fields: dict = field(init=False)
 
@@ -67,10 +69,10 @@ class Sources:
             raise OSError(
                 f"the base model {self.base_model} is neither here nor readable from the Hub: {error}"
             ) from error
-        if getattr(self.config, "quantization_config", None) is not None:
+        if getattr(self.config, "quantization_config", None) is not None and not self.may_be_quantised:
             raise ValueError(
                 f"the base model {self.base_model} is quantised, and so would be the result: pass the original, "
-                "unquantised model as --base_model"
+                "unquantised model as --base_model, or export --to fp8 or int4"
             )
 
     @property
