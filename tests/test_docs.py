@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import itertools
+import json
 import re
 import runpy
 import shlex
@@ -210,9 +212,24 @@ def test_an_example_trains(file, data, tmp_path, monkeypatch, capsys):
     assert changed and all("_proj.weight" in key for key in changed)
 
 
+def test_the_example_of_preferences_trains(data, tmp_path, monkeypatch, capsys):
+    pairs, adapter, merged = tmp_path / "pairs", tmp_path / "adapter", tmp_path / "merged"
+    pairs.mkdir()
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    better = [{"prompt": row["prompt"], "chosen": row["completion"]} for row in rows]
+    worse = [row | {"rejected": other["chosen"]} for row, other in itertools.pairwise(better)]
+    (pairs / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in worse), encoding="utf-8")
+    run_example("trl_dpo.py", monkeypatch, model=TINY, data=pairs, steps=3, output=adapter)
+    said = capsys.readouterr().out
+    assert "14 layers: 14 fused" in said and "left to PEFT" not in said
+    run_example("merge_for_serving.py", monkeypatch, model=TINY, adapter=adapter, output=merged)
+    before, after = (AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in (TINY, merged))
+    assert any(not before[key].float().equal(after[key].float()) for key in before)
+
+
 def test_examples_are_short_and_name_a_real_model():
     files = sorted((ROOT / "examples").glob("*.py"))
-    assert {file.name for file in files} == {*TRAINED, "experts.py", "merge_for_serving.py"}
+    assert {file.name for file in files} == {*TRAINED, "experts.py", "merge_for_serving.py", "trl_dpo.py"}
     for file in files:
         text, real = file.read_text(encoding="utf-8"), "Qwen/Qwen3-30B-A3B" if file.name == "experts.py" else REAL
         assert text.count("\n") <= 30 and f'default="{real}"' in text

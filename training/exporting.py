@@ -56,6 +56,11 @@ class Sources:
         self.fields = fields_of(self.adapter)
         if not self.is_plain_lora:
             read_config(self.adapter)  # raises for features that are not supported
+        elif any(MAGNITUDE in key for key in stored_shapes(self.adapter / WEIGHTS_NAME)):
+            raise ValueError(
+                f"{self.adapter / CONFIG_NAME} says plain LoRA, but {WEIGHTS_NAME} holds magnitudes: "
+                "set use_dora to true"
+            )
         self.base_model = self.base_model or self.fields.get("base_model_name_or_path")
         if not self.base_model:
             raise ValueError(f"{self.adapter / CONFIG_NAME} names no base model: say which with --base_model")
@@ -87,11 +92,6 @@ class Sources:
             ValueError: the adapter does not fit the base, or a head of the model is in neither of them.
         """
         stored = stored_shapes(self.adapter / WEIGHTS_NAME)
-        if self.is_plain_lora and any(MAGNITUDE in key for key in stored):
-            raise ValueError(
-                f"{self.adapter / CONFIG_NAME} says plain LoRA, but {WEIGHTS_NAME} holds magnitudes: "
-                "set use_dora to true"
-            )
         found = class_of(self.fields, self.config, stored)
         model, info = found.cls.from_pretrained(
             self.base_model, config=found.config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True

@@ -1,11 +1,13 @@
 """What would run for a layer or a model, and why."""
 
+from collections import Counter
 from typing import NamedTuple
 
 from torch import nn
 
 from ..ops import dispatch
 from .experts import adapted_experts, frozen_experts
+from .listing import grouped, total
 from .probe import probe
 
 
@@ -24,8 +26,8 @@ class Explanation(NamedTuple):
 
 
 class Explanations(tuple[Explanation, ...]):
-    """The layers' explanations in order; `str()` is one line each, one for each block and each stack of experts, and
-    one on `unseen`.
+    """The layers' explanations in order. `str()` has a line for each, for each block and each stack of experts, and one
+    on `unseen`; equal layers of a stack of modules share a line with a count. The last line is the total.
 
     `blocks` holds by path what is one function, or why a module that is like a block is none. `stacks` holds by name
     what the adapter of a fused parameter runs. `experts` holds by path how many parameters of fused experts stay
@@ -42,9 +44,15 @@ class Explanations(tuple[Explanation, ...]):
         lines += [f"{path}: {what}" for path, what in self.blocks.items()]
         lines += [f"{name} {what}" for name, what in self.stacks.items()]
         lines += [f"{path}: {size} parameters of fused experts stay frozen" for path, size in self.experts.items()]
+        lines = grouped(lines)
         if self.unseen is not None:
             lines.append(f"only the first step will tell layers that are not called: {self.unseen}")
+        if len(self) > 1:
+            lines.append(total(Counter(_what_runs(explanation.plan) for explanation in self)))
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<what {len(self)} layers would run: print() says it>"
 
 
 def explain(model: nn.Module, tokens: int) -> Explanations:
@@ -90,6 +98,10 @@ def explain(model: nn.Module, tokens: int) -> Explanations:
             explanations.blocks.setdefault(f"{prefix}.{path}".strip("."), f"not a block: {reason}")
         explanations.unseen = seen.stopped
     return explanations
+
+
+def _what_runs(plan: dispatch.Plan) -> str:
+    return "by PEFT's code" if plan.impl == "peft" else f"in {plan.space} space by {plan.impl}"
 
 
 def _together(names: tuple[str, ...], plans: dict[str, dispatch.Plan] | str) -> str:

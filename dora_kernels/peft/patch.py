@@ -15,6 +15,7 @@ from ..blocks.fuse import fuse_blocks, unfuse_blocks
 from ..blocks.report import block_lines
 from ..config import DoraConfig, check_blocks
 from ..layers import Model
+from ..layers.listing import grouped, total
 from ..layers.probe import probe
 from ..layers.support import why_overwritten
 from ..ops import dispatch
@@ -29,7 +30,8 @@ class PatchReport:
     """What `patch_peft` did.
 
     `layers` maps a path to the reason why the layer is left to PEFT, None if it is fused. `blocks` maps that of a gated
-    MLP, or of what is nearly one, to why its layers compute alone, None if they are one function.
+    MLP, or of what is nearly one, to why its layers compute alone, None if they are one function. `str()` has a line
+    for each, one with a count for equal layers of a stack of modules, and a total.
     """
 
     layers: dict[str, str | None]
@@ -50,7 +52,13 @@ class PatchReport:
             f"{path or 'layer'}: {'fused' if reason is None else f'left to PEFT: {reason}'}"
             for path, reason in self.layers.items()
         ]
-        return "\n".join(lines + block_lines(self.blocks))
+        lines = grouped(lines + block_lines(self.blocks))
+        if len(self.layers) > 1:
+            lines.append(total({"fused": len(self.fused), "left to PEFT": len(self.skipped)}))
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<PatchReport of {total({'fused': len(self.fused), 'left to PEFT': len(self.skipped)})}>"
 
 
 def patch_peft(

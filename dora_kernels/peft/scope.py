@@ -1,6 +1,7 @@
 """`patched_peft`: PEFT models patched as they are built."""
 
 import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary, WeakSet
@@ -9,6 +10,11 @@ from ..blocks.fuse import fuse_blocks, fused_blocks, unfuse_block
 from ..config import check_blocks
 from ..ops.base_weights import keep_packing
 from .patch import check_peft, checked_options, fuse_layers, survey, unfuse_layer
+
+LEFT = (
+    "patched_peft() has ended, and a model that was built in it is still in training mode: from here on it runs PEFT's "
+    "own code. Train inside the scope, or call dora_kernels.patch_peft(model)"
+)
 
 
 @contextmanager
@@ -26,10 +32,11 @@ def patched_peft(
     they run PEFT's formula on the decoded weight, until `patch_peft` fuses them again.
 
     For code that makes PEFT models where you cannot reach them; train inside the scope. Leaving it, by an exception
-    too, unpatches those models; one that `patch_peft` had patched before stays so, with its own options. Models that
-    are not extended inside are untouched (`patch_peft` them), and a deepcopy made inside stays patched. The scope
-    belongs to the process: models that other threads build meanwhile are patched too, and two scopes must close in the
-    reverse of the order in which they were opened.
+    too, unpatches those models; one that `patch_peft` had patched before stays so, with its own options. A model that
+    is left in training mode is warned of, as it runs unfused from there on. Models that are not extended inside are
+    untouched (`patch_peft` them), and a deepcopy made inside stays patched. The scope belongs to the process: models
+    that other threads build meanwhile are patched too, and two scopes must close in the reverse of the order in which
+    they were opened.
 
     Args:
         space, impl, rounding, nf4_parity: see `dora_linear`.
@@ -81,6 +88,8 @@ def patched_peft(
             setattr(BaseTuner, name, then_fuse(method))
         LoraModel._create_new_module = staticmethod(create_packed_too)
         yield
+        if any(before is None and layer.training for layer, before in patched.items()):
+            warnings.warn(LEFT, stacklevel=3)
     finally:
         for name, method in originals.items():
             setattr(BaseTuner, name, method)

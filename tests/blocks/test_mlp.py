@@ -192,9 +192,9 @@ def test_states_of_peft_that_run_the_layers_alone(calls):
 
 def test_explain_says_what_runs_inside():
     model = adapted()
-    lines = str(dk.explain(model, tokens=8192)).splitlines()
-    assert "model.layers.0.mlp: one function (silu)" in lines
-    assert sum("inside model.layers.0.mlp, " in line for line in lines) == 3
+    explained = dk.explain(model, tokens=8192)
+    assert explained.blocks["model.layers.0.mlp"] == "one function (silu)"
+    assert sum("inside model.layers.0.mlp, " in str(layer) for layer in explained) == 3
     assert not dk.explain(adapted(fuse_blocks=False), tokens=8192).blocks
 
 

@@ -107,10 +107,9 @@ def test_merging_takes_the_hooks_away(calls):
 
 def test_explain_says_what_runs_together():
     model = adapted()
-    blocks = dk.explain(model, tokens=8192).blocks
-    assert blocks["model.layers.0.self_attn"] == "q_proj, k_proj and v_proj as one function"
-    lines = str(dk.explain(model, tokens=8192)).splitlines()
-    assert sum("inside model.layers.0.self_attn, " in line for line in lines) == 3
+    explained = dk.explain(model, tokens=8192)
+    assert explained.blocks["model.layers.0.self_attn"] == "q_proj, k_proj and v_proj as one function"
+    assert sum("inside model.layers.0.self_attn, " in str(layer) for layer in explained) == 3
     model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda *_: None)
     reason = "q_proj, k_proj and v_proj run alone: k_proj has hooks"
     assert dk.explain(model, tokens=8192).blocks["model.layers.0.self_attn"] == reason

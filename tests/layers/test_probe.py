@@ -227,8 +227,8 @@ def test_a_probe_that_stops_says_so_and_explain_too(build, seconds, reason, monk
     monkeypatch.setattr(room, "SECONDS", seconds)
     model = build()
     assert probe(model).stopped == reason
-    last = str(dk.explain(dk.apply_dora(model, dk.DoraConfig(r=2)), tokens=3)).splitlines()[-1]
-    assert last == f"only the first step will tell layers that are not called: {reason}"
+    lines = str(dk.explain(dk.apply_dora(model, dk.DoraConfig(r=2)), tokens=3)).splitlines()
+    assert f"only the first step will tell layers that are not called: {reason}" in lines[-2:]
 
 
 def test_explain_has_no_such_line_where_all_is_seen():

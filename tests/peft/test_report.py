@@ -59,7 +59,9 @@ def test_every_layer_has_its_line():
     for name, reason in LEFT.items():
         assert reason in report.skipped[prefix + name]
     lines = str(report).splitlines()
-    assert len(lines) == len(names)
+    assert len(lines) == len(names) + 1
+    assert lines[-1] == f"{len(names)} layers: {len(fused)} fused, {len(LEFT)} left to PEFT"
+    assert repr(report) == f"<PatchReport of {lines[-1]}>"
     assert f"{prefix}linear: fused" in lines
     assert f"{prefix}embedding: fused" in lines
 

@@ -1,6 +1,7 @@
 """`patched_peft`: whatever builds, extends or loads a PEFT model inside gets fused layers, and nothing stays behind."""
 
 import gc
+import warnings
 import weakref
 
 import peft
@@ -155,3 +156,25 @@ def test_training_inside_trains_the_magnitude():
         model = peft_model()
         gradients = step(model)
     assert all(value.any() for name, value in gradients.items() if "magnitude" in name)
+
+
+@pytest.mark.parametrize("mode, warned", [("train", True), ("eval", False)])
+def test_leaving_a_model_in_training_mode_is_said(mode, warned):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with patched_peft():
+            model = peft_model(dtype=torch.float32)  # the scope keeps none alive
+            getattr(model, mode)()
+    (path,) = {warning.filename for warning in said if "still in training mode" in str(warning.message)} or {None}
+    assert path == (__file__ if warned else None)
+
+
+def test_what_patch_peft_patched_stays_and_is_not_warned_of():
+    model = peft_model(dtype=torch.float32)
+    patch_peft(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with patched_peft():
+            model.add_adapter("second", dora_config())
+            model.train()
+    assert fused_layers(model)
