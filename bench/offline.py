@@ -27,7 +27,8 @@ import triton
 
 from dora_kernels.ops.kernels import interpreted
 
-from .counting.cases import Case, all_cases, quick_cases, roof_cases
+from .counting.case_lists import all_cases, quick_cases, roof_cases
+from .counting.cases import Case
 from .counting.compiled import Figures, broken_limits, compile_launch, is_aligned
 from .counting.gpus import ROOFS
 from .counting.launches import CAPABILITIES, Launch, SizedLaunch, launches, sized_launches

@@ -118,7 +118,7 @@ def test_every_kernel_is_launched():
         kernels |= {node.name for node in functions if node.name.endswith("_kernel")}
     assert kernels
     program = (
-        "from bench.counting.cases import quick_cases\n"
+        "from bench.counting.case_lists import quick_cases\n"
         "from bench.counting.launches import launches\n"
         "print(*{launch.kernel for launch in launches(quick_cases(), (9, 0))})"
     )
