@@ -70,10 +70,10 @@ def test_the_kernels_are_their_twins(shape, dtypes, space):
 
 
 @every_space
-@pytest.mark.parametrize("rank", [7, 40])
-def test_in_chunks(rank, space):
-    """Enough tokens that several programs share a feature."""
-    compare_both(*passes(300, 9, rank, BF16, FP32, bias=True), space, "silu")
+@pytest.mark.parametrize(("features", "rank"), [(9, 7), (9, 40), (16, 40), (16, 70)])
+def test_in_chunks(features, rank, space):
+    """Enough tokens that several programs share a feature; ranks that one block holds, and others."""
+    compare_both(*passes(300, features, rank, BF16, FP32, bias=True), space, "silu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
