@@ -39,8 +39,12 @@ class DoraEmbeddingFunction(torch.autograd.Function):
         with dispatch.on_device_of(weight), dispatch.without_autocast(weight.device):
             if given is None:
                 given = ops.weight_norm(weight.T, lora_A, lora_B, magnitude, call.scaling)[0]
-            base, h = F.embedding(ids, weight), _rows_of_A(ops, call, lora_A, ids, weight.dtype)
-            y = ops.rescale_fwd(base, h, lora_B, given.scale, None, call.scaling, in_place=True, rounding=call.rounding)
+            base, h, factor_B = F.embedding(ids, weight), _rows_of_A(lora_A, ids, weight.dtype), lora_B
+            if h.shape[1] > lora_B.shape[1]:
+                factor_B = lora_B.repeat(1, 2)
+            y = ops.rescale_fwd(
+                base, h, factor_B, given.scale, None, call.scaling, in_place=True, rounding=call.rounding
+            )
         ctx.call, ctx.magnitude_dtype = call, magnitude.dtype
         ctx.save_for_backward(lora_A, lora_B, weight, ids, *given)
         return y
@@ -54,19 +58,26 @@ class DoraEmbeddingFunction(torch.autograd.Function):
         norm_scale, ops = NormScale(*norm_scale), dispatch.implementation(call.impl)
         needs_A, needs_B, needs_magnitude = ctx.needs_input_grad[:3]
         with dispatch.on_device_of(grad_y), dispatch.without_autocast(grad_y.device):
-            h = _rows_of_A(ops, call, lora_A, ids, grad_y.dtype) if needs_B or needs_magnitude else None
+            h, factor_B, rank = None, lora_B, lora_B.shape[1]
+            if needs_B or needs_magnitude:
+                h = _rows_of_A(lora_A, ids, grad_y.dtype)
+                if h.shape[1] > rank:
+                    factor_B = lora_B.repeat(1, 2)
             grad_magnitude, grad_B, _, _ = ops.rescale_bwd(
-                grad_y, F.embedding(ids, weight) if needs_magnitude else None, h, lora_B, norm_scale, call.scaling,
+                grad_y, F.embedding(ids, weight) if needs_magnitude else None, h, factor_B, norm_scale, call.scaling,
                 saved_is="base",
                 magnitude_dtype=ctx.magnitude_dtype if needs_magnitude else None,
                 B_dtype=lora_B.dtype if needs_B else None, bias_dtype=None, needs_base=False, rounding=call.rounding,
             )  # fmt: skip
+            if grad_B is not None and factor_B is not lora_B:
+                grad_B = grad_B[:, :rank] + grad_B[:, rank:]
             grad_A = None
             if needs_A:
-                scaled = ops.scaled_cast(
-                    lora_B, grad_y.dtype, scale=norm_scale.scale, scaling=call.scaling, rounding=call.rounding
-                )
-                grad_h = mm_fp32(grad_y, scaled).to(lora_A.dtype)
+                scaled = in_pieces(call.scaling * norm_scale.scale[:, None] * lora_B, grad_y.dtype)
+                grad_h = mm_fp32(grad_y, scaled)
+                if grad_h.shape[1] > rank:
+                    grad_h = grad_h[:, :rank] + grad_h[:, rank:]
+                grad_h = grad_h.to(lora_A.dtype)
                 padding = -1 if call.padding_idx is None else call.padding_idx
                 grad_A = torch.ops.aten.embedding_dense_backward(
                     grad_h, ids, weight.shape[0], padding, call.scale_grad_by_freq
@@ -133,7 +144,17 @@ def plan(device: torch.device, impl: str = "auto") -> dispatch.Plan:
     return dispatch.Plan("token", impl, f"token space: only the ids of the batch are composed; {reason}")
 
 
-def _rows_of_A(ops, call, lora_A, ids, dtype):
-    """h = A[:, ids]ᵀ [M, R] in `dtype`."""
-    h = lora_A.index_select(1, ids).T
-    return h.contiguous() if h.dtype == dtype else ops.scaled_cast(h, dtype, rounding=call.rounding)
+def _rows_of_A(lora_A: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """h = A[:, ids]ᵀ [M, R] in `dtype`, or [M, 2 R] `in_pieces`."""
+    return in_pieces(lora_A.index_select(1, ids).T, dtype)
+
+
+def in_pieces(factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A factor [.., R] in `dtype`; a wider one as [.., 2 R], rounded beside what that leaves of it, rounded again.
+
+    PEFT multiplies an embedding's fp32 factors in fp32, whatever the table's dtype: their sum is exact to 16 bits.
+    """
+    rounded = factor.to(dtype)
+    if factor.dtype.itemsize <= dtype.itemsize:
+        return rounded.contiguous()
+    return torch.cat([rounded, (factor - rounded).to(dtype)], dim=-1)

@@ -6,7 +6,7 @@ import torch
 from dora_kernels.ops.dora_embedding import dora_embedding
 from tests.support.embedding import exact, make_embedding, make_problem, peft_model, solve, solve_peft
 from tests.support.oracle import errors
-from tests.tolerances import ORACLE_FP32, ORACLE_FP64, SINGLE_CASE
+from tests.tolerances import IN_PIECES, ORACLE_FP32, ORACLE_FP64, SINGLE_CASE
 
 IMPLS = pytest.mark.parametrize("impl", ["triton", "reference"])
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -19,6 +19,15 @@ def test_against_fp64(impl, dtype):
     problem = make_problem(embedding, adapter_dtype=torch.promote_types(dtype, torch.float32))
     found = errors(solve(embedding, problem, impl=impl, salt=3), exact(embedding, problem))
     assert max(found.values()) <= SINGLE_CASE[dtype], found
+
+
+@IMPLS
+def test_fp32_factors_over_16_bits_are_not_rounded_to_them(impl):
+    """As in PEFT, whose products are fp32 there; each factor goes in as two pieces of the table's dtype."""
+    embedding = make_embedding(dtype=torch.bfloat16)
+    problem = make_problem(embedding, adapter_dtype=torch.float32)
+    found = errors(solve(embedding, problem, impl=impl), exact(embedding, problem))
+    assert max(found[name] for name in ("dA", "dB", "dm")) <= IN_PIECES, found
 
 
 SETTINGS = {"plain": {}, "padding": {"padding_idx": -2}, "by_frequency": {"scale_grad_by_freq": True}}
