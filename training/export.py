@@ -90,6 +90,7 @@ def run(flags: Flags) -> None:
         return requantize(flags)
     output, sources = Path(flags.output_dir), Sources(Path(flags.adapter), flags.base_model or None)
     check_output(output)
+    check_no_experts(sources, flags.to)
     if sources.is_plain_lora:
         raise ValueError(f"`--adapter` {sources.adapter} is plain LoRA already: use it as it is, or --to merged")
     model = sources.load()
@@ -105,11 +106,20 @@ def run(flags: Flags) -> None:
     print(f"plain LoRA adapter: {output}")
 
 
+def check_no_experts(sources: Sources, to: str) -> None:
+    """Raise ValueError for an adapter of fused experts, which only a merge keeps whole."""
+    if stacks := sources.fields.get("target_parameters"):
+        raise ValueError(
+            f"`--to` {to} has no form for the adapters of fused experts ({', '.join(stacks)}): --to merged"
+        )
+
+
 def requantize(flags: Flags) -> None:
     """Write the merged checkpoint in the format of its quantised base, and print what that costs."""
     output = Path(flags.output_dir)
     sources = Sources(Path(flags.adapter), flags.base_model or None, may_be_quantised=True)
     check_output(output)
+    check_no_experts(sources, flags.to)
     with new_folder(output) as folder:
         errors = quantised_checkpoint.write(sources.base_model, sources.adapter, flags.to, folder)
     print(f"what {flags.to} costs, as a share of each layer's update:\n{errors}")

@@ -57,10 +57,11 @@ def _write(merged: PreTrainedModel, sources: Sources, output: Path) -> None:
 
 def run(flags: Flags) -> None:
     """Merge, and print the rounding errors."""
-    errors = merge(Sources(Path(flags.adapter), flags.base_model or None), Path(flags.output_dir))
+    sources = Sources(Path(flags.adapter), flags.base_model or None)
+    errors = merge(sources, Path(flags.output_dir))
     if errors.norms:
         print(f"what rounding to the base model's dtype costs, as a share of each layer's update:\n{errors}")
-    else:
+    elif sources.is_plain_lora:
         print("plain LoRA, merged by PEFT")
     print(f"merged checkpoint: {flags.output_dir}")
 

@@ -104,8 +104,8 @@ def _misfit(model: nn.Module, stored: dict[str, tuple[int, ...]]) -> str | None:
     for key, shape in stored.items():
         path = _path(key)
         if _is_lora(key):
-            weight = getattr(modules.get(path), "weight", None)
-            if weight is None or (".lora_A." in key and shape[-1] not in weight.shape):
+            weights = _adaptable(modules.get(path))
+            if not any(".lora_A." not in key or shape[-1] in weight.shape for weight in weights):
                 return f"{path} for {key}"
         elif path not in tensors:
             return path
@@ -114,6 +114,14 @@ def _misfit(model: nn.Module, stored: dict[str, tuple[int, ...]]) -> str | None:
             if not (of_vocabulary and tuple(tensors[path].shape[1:]) == shape[1:]):
                 return f"{path} of shape {list(shape)}"
     return None
+
+
+def _adaptable(module: nn.Module | None) -> list[torch.Tensor]:
+    """A layer's weight, or the stacks of a module of experts."""
+    weight = getattr(module, "weight", None)
+    if module is None or weight is not None:
+        return [] if weight is None else [weight]
+    return [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 3]
 
 
 def _vocabulary(model: PreTrainedModel, stored: dict[str, tuple[int, ...]]) -> int | None:

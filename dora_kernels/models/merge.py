@@ -93,9 +93,12 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
                 unmerged["layers"][path] = layer
             replace_module(model, path, plain)
         for path in dict.fromkeys(name.rpartition(".")[0] for name in stacks):
-            kept = merge_experts(model.get_submodule(path), keep_base)
+            kept, rounding = merge_experts(model.get_submodule(path), keep_base)
             if keep_base:
                 unmerged["experts"][path] = kept
+            for name, error in rounding.items():
+                errors[f"{path}.{name}"] = error
+                logger.info("%s.%s: rounding the merged weight costs %.2g of the update's norm", path, name, error)
     except BaseException:
         if keep_base:
             for path, layer in unmerged["layers"].items():

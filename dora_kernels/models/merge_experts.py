@@ -25,29 +25,43 @@ class KeptExperts:
         adapt_experts(experts, adapters)
 
 
-def merge_experts(experts: nn.Module, keep_base: bool) -> KeptExperts | None:
-    """Writes W' over each adapted stack of the module and takes the adapters off; what was there, if it is kept."""
+def merge_experts(experts: nn.Module, keep_base: bool) -> tuple[KeptExperts | None, dict[str, float]]:
+    """Writes W' over each adapted stack of the module and takes the adapters off.
+
+    Returns what was there, if it is kept, and by the stack's name what rounding costs, as a share of the update.
+    """
     kept = KeptExperts(experts) if keep_base else None
+    errors = {}
     try:
-        for adapter in experts.dora.values():
-            _merge_stack(adapter, spend=not keep_base)
+        for name, adapter in experts.dora.items():
+            errors[name] = _merge_stack(adapter, spend=not keep_base)
     except BaseException:
         if kept is not None:
             kept.put_back(experts)
         raise
     release_experts(experts)
-    return kept
+    return kept, errors
 
 
 @torch.no_grad()
-def _merge_stack(adapter: DoraExperts, spend: bool) -> None:
-    """`spend` makes the adapter of a merged expert one that changes nothing: a merge that stops half way can go on."""
+def _merge_stack(adapter: DoraExperts, spend: bool) -> float:
+    """‖rounded W' − W'‖ / ‖W' − W‖ of all experts, 0 without an update.
+
+    `spend` makes the adapter of a merged expert one that changes nothing: a merge that stops half way can go on.
+    """
     stack = adapter.stack
+    wide = torch.promote_types(stack.dtype, torch.float32)
+    sums = torch.zeros(2, dtype=torch.float64, device=stack.device)
     for expert in range(len(stack)):
-        stack[expert].copy_(adapter.merged_expert(expert))
+        exact, rounded = adapter.merged_expert(expert, wide), adapter.merged_expert(expert)
+        for at, other in enumerate((rounded, stack[expert])):
+            sums[at] += (exact - other).square().sum(dtype=torch.float64)
+        stack[expert].copy_(rounded)
         if spend:
             adapter.lora_B[expert].zero_()
             adapter.magnitude[expert].copy_(adapter.expert_norm(expert).norm)
+    error, update = sums.sqrt().tolist()
+    return error / update if update > 0 else 0.0
 
 
 def merged_stack(adapter: DoraExperts, dtype: torch.dtype | None) -> torch.Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from .gpus import MIN_CAPABILITY
+
 
 def expert_rows(ends: torch.Tensor) -> Iterator[tuple[int, slice]]:
     """The experts that have tokens, and their rows. Waits for the GPU, as the numbers must be here."""
@@ -33,7 +35,12 @@ def grouped_mm(x: torch.Tensor, stack: torch.Tensor, ends: torch.Tensor) -> torc
 
 def _is_grouped(x: torch.Tensor, stack: torch.Tensor) -> bool:
     """Whether PyTorch's product takes them: bf16, and rows or columns that start at multiples of 16 bytes."""
-    return x.dtype == stack.dtype == torch.bfloat16 and x.shape[0] > 0 and _is_aligned(x) and _is_aligned(stack)
+    if x.is_cuda:
+        has_product = torch.cuda.get_device_capability(x.device) >= MIN_CAPABILITY
+    else:
+        has_product = x.device.type == "cpu"
+    is_16_bit = x.dtype == stack.dtype == torch.bfloat16
+    return has_product and is_16_bit and x.shape[0] > 0 and _is_aligned(x) and _is_aligned(stack)
 
 
 def _is_aligned(matrices: torch.Tensor) -> bool:

@@ -1,14 +1,12 @@
 """Adapters of fused experts in two processes on a CPU, against one: `tests.support.distributed_experts`."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.support.distributed_experts import adapted_mixtral
 from tests.support.shard_training import STEPS, train
+from tests.support.two_processes import torchrun
 from tests.tolerances import SAME_FP32
 
 
@@ -22,8 +20,7 @@ def one():
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    words = [sys.executable, "-m", "tests.support.distributed_experts", str(folder)]
-    launched = subprocess.run(words, capture_output=True, text=True, timeout=600)
+    launched = torchrun("tests.support.distributed_experts", folder)
     assert launched.returncode == 0, launched.stdout + launched.stderr
     return load_file(folder / "losses.safetensors")
 

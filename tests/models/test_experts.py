@@ -173,6 +173,18 @@ def test_checkpointing_changes_no_gradient(reentrant):
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+def test_reentrant_checkpointing_of_an_input_without_a_gradient():
+    gradients = []
+    for checkpointed in (False, True):
+        model = adapted("Qwen3-MoE", torch.float32).train()
+        embedded = model.get_input_embeddings()(BATCH).detach()
+        if checkpointed:
+            checkpoint_activations(model, use_reentrant=True)
+        model(inputs_embeds=embedded, labels=BATCH).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
 def test_frozen_adapters_keep_each_experts_norm(monkeypatch):
     model = adapted("gpt-oss", torch.float32)
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """Merging fused experts: the plain model again, in place, one expert at a time, and back to the last bit."""
 
+import logging
+
 import pytest
 import torch
 
@@ -21,6 +23,24 @@ def test_a_merged_model_is_plain_and_computes_the_same(name):
     assert not adapted_experts(merged) and merged.state_dict().keys() == tiny_experts(name).state_dict().keys()
     assert all(m.config is merged.config for m in merged.modules() if hasattr(m, "is_transposed"))
     assert (merged(BATCH).logits - expected).abs().max() <= MERGED_LOGITS[FP32] * expected.abs().max()
+
+
+def test_what_rounding_costs_is_logged_and_said_where_it_is_more_than_the_update(caplog):
+    model = adapted("Mixtral", torch.bfloat16)
+    stacks = list(adapted_experts(model))
+    with caplog.at_level(logging.INFO):
+        dk.merge_dora(model)
+    costs = {record.args[0] + "." + record.args[1]: record.args[2] for record in caplog.records}
+    assert costs.keys() == set(stacks) and all(1e-3 < cost < 1e-1 for cost in costs.values())
+    model = adapted("Mixtral", torch.bfloat16)
+    for adapter in adapted_experts(model).values():
+        with torch.no_grad():
+            adapter.lora_B.zero_()
+            adapter.magnitude.copy_(adapter.weight_norm().norm * (1 + 1e-4))
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        dk.merge_dora(model)
+    assert "costs more than the whole update in 4 of 4 layers" in caplog.text
 
 
 def test_unmerging_is_bit_exact():
@@ -50,7 +70,7 @@ def interrupted(monkeypatch, after):
 def test_a_merge_that_stopped_half_way_goes_on(monkeypatch):
     model = adapted("Mixtral", FP32)
     expected = model(BATCH).logits
-    interrupted(monkeypatch, after=11)
+    interrupted(monkeypatch, after=21)
     with pytest.raises(MemoryError):
         dk.merge_dora(model)
     for _ in range(2):
@@ -63,7 +83,7 @@ def test_a_merge_that_stopped_half_way_goes_on(monkeypatch):
 def test_with_the_base_kept_it_is_put_back(monkeypatch):
     model = adapted("Mixtral", FP32)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    interrupted(monkeypatch, after=11)
+    interrupted(monkeypatch, after=21)
     with pytest.raises(MemoryError):
         dk.merge_dora(model, keep_base=True)
     after = dict(model.named_parameters())

@@ -35,9 +35,9 @@ def test_every_gradient_is_exact(counts, impl):
 @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_types_and_layouts(dtype, bias, transposed, impl):
+def test_types_and_layouts(dtype, bias, transposed, impl, device):
     adapter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    stack = make_stack((4, 0, 7, 1), 24, 32, 8, dtype, adapter_dtype, bias, transposed)
+    stack = make_stack((4, 0, 7, 1), 24, 32, 8, dtype, adapter_dtype, bias, transposed, device)
     found = solve(stack, impl=impl)
     assert [found[name].dtype for name in NAMES] == [dtype, dtype, *[adapter_dtype] * 3]
     measured = errors(found, exact(stack))
@@ -46,10 +46,10 @@ def test_types_and_layouts(dtype, bias, transposed, impl):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rank", [1, 16, 24, 40])
-def test_the_kernels_are_the_reference(rank, dtype, monkeypatch):
+def test_the_kernels_are_the_reference(rank, dtype, device, monkeypatch):
     """An expert's tokens in several tiles, the last one not full, in one that is, and in none."""
     monkeypatch.setattr(expert_sums, "TILE", 32)
-    stack = make_stack((70, 0, 32, 7), 24, 16, rank, dtype, torch.float32)
+    stack = make_stack((70, 0, 32, 7), 24, 16, rank, dtype, torch.float32, device=device)
     found = errors(solve(stack, impl="triton"), solve(stack, impl="reference"))
     assert max(found.values()) <= TWIN[dtype], found
 

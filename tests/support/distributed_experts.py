@@ -1,6 +1,7 @@
-"""Two processes that train adapters of fused experts, under DDP and under FSDP2 around decoder layers:
-`python -m tests.support.distributed_experts FOLDER` leaves the losses of each."""
+"""What each of two processes does that train adapters of fused experts, under DDP and FSDP2 around decoder layers:
+`torchrun --nproc_per_node 2 -m tests.support.distributed_experts FOLDER` leaves the losses of each."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,7 +16,6 @@ import dora_kernels as dk
 from dora_kernels.layers.experts import adapted_experts
 from tests.support.shard_training import train
 from tests.support.tiny_experts import tiny_experts
-from tests.support.two_processes import in_two_processes
 
 CONFIG = dk.DoraConfig(
     r=3, lora_alpha=6, target_modules=[], target_parameters=["experts.gate_up_proj", "experts.down_proj"]
@@ -51,4 +51,7 @@ def work(folder):
 
 
 if __name__ == "__main__":
-    in_two_processes(lambda: work(Path(sys.argv[1])))
+    work(Path(sys.argv[1]))
+    dist.barrier()
+    # Past the interpreter's shutdown, in which a thread of gloo's that frees a tensor aborts it.
+    os._exit(0)

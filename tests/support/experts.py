@@ -26,18 +26,18 @@ class Stack:
     @property
     def ends(self):
         counts = [(self.experts == expert).sum() for expert in range(len(self.weight))]
-        return torch.tensor(counts).cumsum(0).to(torch.int32)
+        return torch.tensor(counts, device=self.x.device).cumsum(0).to(torch.int32)
 
     def leaves(self, convert=lambda tensor: tensor):
         return [convert(t.detach()).requires_grad_() for t in (self.x, self.lora_A, self.lora_B, self.magnitude)]
 
 
-def make_stack(counts, N, K, R, dtype=torch.float32, adapter_dtype=None, bias=False, transposed=False):
+def make_stack(counts, N, K, R, dtype=torch.float32, adapter_dtype=None, bias=False, transposed=False, device="cpu"):
     """`counts` are the numbers of tokens of the experts. ‖s B A‖ is a third of ‖W‖, m within 10 % of ‖W‖."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device)
 
     E, S, adapter_dtype = len(counts), sum(counts), adapter_dtype or dtype
     weight = (normal(E, N, K) * 0.05).to(dtype)
@@ -51,7 +51,7 @@ def make_stack(counts, N, K, R, dtype=torch.float32, adapter_dtype=None, bias=Fa
         lora_B=lora_B.to(adapter_dtype),
         magnitude=magnitude.to(adapter_dtype),
         bias=normal(E, N).to(dtype) if bias else None,
-        experts=torch.repeat_interleave(torch.arange(E), torch.tensor(counts)),
+        experts=torch.repeat_interleave(torch.arange(E), torch.tensor(counts)).to(device),
         grad_y=normal(S, N).to(dtype),
     )
 

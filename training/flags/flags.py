@@ -98,6 +98,11 @@ class Flags(Hardware, Adapter, Training, Data, Run):
         for name, package in needed:
             if getattr(self, name) and find_spec(package) is None:
                 raise ValueError(f"`--{name}` needs {package}: pip install {package.replace('_', '-')}")
+        if self.lora_target_parameters and self.by_peft:
+            raise ValueError(
+                "`--lora_target_parameters` is for the engine's DoRA: PEFT, which --use_peft, --no_use_dora and other "
+                "tasks than sft take, has none for experts"
+            )
         check_trackers(self.trackers)
 
     @property
@@ -127,6 +132,7 @@ class Flags(Hardware, Adapter, Training, Data, Run):
             lora_alpha=self.lora_alpha,
             lora_dropout=self.lora_dropout,
             target_modules=self.target_modules,
+            target_parameters=module_names(self.lora_target_parameters) if self.lora_target_parameters else None,
             exclude_modules=self.excluded,
             modules_to_save=self.saved,
             use_rslora=self.use_rslora,
@@ -212,7 +218,11 @@ def check_trackers(names: list[str]) -> None:
 
 def _with_flag_names(text: str) -> str:
     """An error of the engine's config with the flags' names."""
-    for field_, flag_ in {"r": "lora_r", "target_modules": "lora_target_modules"}.items():
+    for field_, flag_ in {
+        "r": "lora_r",
+        "target_modules": "lora_target_modules",
+        "target_parameters": "lora_target_parameters",
+    }.items():
         text = text.replace(f"`{field_}`", f"`--{flag_}`")
     same = "lora_alpha|lora_dropout|impl|exclude_modules|modules_to_save|rank_pattern|alpha_pattern"
     return re.sub(rf"`({same})`", r"`--\1`", text)

@@ -122,6 +122,9 @@ class Adapter:
         "comma-separated module names; default: all attention and MLP linears",
         *("target_modules", "lora_target"),
     )
+    lora_target_parameters: str = flag(
+        "", "comma-separated fused parameters, the stacks of experts: mlp.experts.down_proj", "target_parameters"
+    )
     exclude_modules: str = flag("", "comma-separated module names that get no adapter")
     modules_to_save: str = flag(
         "", "comma-separated modules to train in full and save with the adapter", "lora_modules_to_save"

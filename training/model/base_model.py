@@ -10,6 +10,7 @@ from transformers import (
 )
 
 import dora_kernels as dk
+from dora_kernels.models.expert_targets import check_parameters
 from dora_kernels.models.targets import find_targets
 
 
@@ -82,6 +83,7 @@ def check_targets(path: str, config: dk.DoraConfig, trust_remote_code: bool = Fa
     options = {"trust_remote_code": trust_remote_code}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **options), **options)
+    check_parameters(model, config)
     head = model.get_output_embeddings()
     for name, module in find_targets(model, config).items():
         if module is head and (reason := why_not_on_head(by_peft, config.lora_dropout)):
