@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[1]
 IS_CLONE = (ROOT / "setup.py").is_file()
 RESULTS = Path(__file__).parent / "results"
 """The committed results, which the wheel carries too."""
+LOCAL = Path("out") / "bench"
+"""Where what is measured here goes, unless a flag says otherwise; git ignores it."""
 
 
 def training(module: str) -> ModuleType:

@@ -7,10 +7,11 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
+from .installation import LOCAL, RESULTS
 from .kernels import kernels_table
 from .plots import plot_layers, plot_losses, plot_roofline
-from .rows.compare import base_seconds, group_table, lora_seconds, seconds, title
-from .rows.records import RESULTS, groups, read_rows
+from .rows.compare import base_seconds, group_table, is_noise, lora_seconds, seconds, title
+from .rows.records import groups, read_rows
 from .rows.tables import ratio, table
 from .step import curves_table
 
@@ -20,15 +21,17 @@ OURS = ("ours fp32, auto", "ours fp32, auto, compiled")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="*", type=Path, help="result files (default: all in bench/results)")
+    parser.add_argument("files", nargs="*", type=Path, help="result files (default: all that are committed)")
+    parser.add_argument("--local", action="store_true", help="what was measured here, in out/bench")
     parser.add_argument("--full", action="store_true", help="every case's whole table, not only the summary")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw the plots into this folder")
 
 
 def main(args: argparse.Namespace) -> int:
-    files = args.files or sorted(RESULTS.glob("*.jsonl"))
+    folder = LOCAL if args.local else RESULTS
+    files = args.files or sorted(folder.glob("*.jsonl"))
     if not files:
-        print(f"there are no results in {RESULTS}")
+        print(f"there are no results in {folder}")
         return 2
     found = groups(read_rows(files))
     for machine in dict.fromkeys(map(machine_of, found)):
@@ -89,7 +92,7 @@ def summary(some: list[dict[str, dict]]) -> str:
             (
                 title(first(group)["case"]),
                 name,
-                f"{ours * 1e3:.2f}" if ours else "-",
+                f"{ours * 1e3:.2f}{' (noise)' if is_noise(group.get(name)) else ''}" if ours else "-",
                 ratio(ours, base),
                 ratio(ours, lora),
                 ratio(ours, fastest_dora),

@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import dora_kernels as dk
 
 from .contestants.layer import DTYPES, patch
-from .installation import training
+from .installation import LOCAL, training
 from .measuring.timing import attempt
 from .rows import records as stored
-from .rows.records import RESULTS, Records, stamp
+from .rows.records import Records, stamp
 from .rows.tables import table
 
 demo, batches, loop = map(training, ("demo", "minimal.batches", "minimal.loop"))
@@ -60,14 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of every contestant for each")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=demo.THREADS, help="threads of a CPU run")
-    parser.add_argument("--output", type=Path, help="results file (default: bench/results/step-<kind>.jsonl)")
+    parser.add_argument("--output", type=Path, help="results file (default: out/bench/step-<kind>.jsonl)")
     parser.add_argument("--commit", help="commit of this tree, where it is a copy without history")
 
 
 def main(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     where = stamp(torch.device(args.device), args.commit)
-    records = Records(args.output or RESULTS / f"step-{where['kind'].lower()}.jsonl", where)
+    records = Records(args.output or LOCAL / f"step-{where['kind'].lower()}.jsonl", where)
     cases = [
         {
             "model": "training/demo/base",

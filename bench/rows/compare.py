@@ -6,6 +6,7 @@ from ..measuring.profiler import profiled_seconds
 from .tables import mebibytes, milliseconds, ratio, table
 
 HEADER = ("contestant", "forward ms", "backward ms", "total ms", "± %", "min ms", "peak MiB")
+NOISE = 10.0  # percent
 FUSED_GLU = "frozen base, fused GLU"
 """A contestant: silu(gate) ⊙ up is one pass each way."""
 
@@ -13,6 +14,18 @@ FUSED_GLU = "frozen base, fused GLU"
 def seconds(row: dict | None, part: str = "total") -> float | None:
     """The median time of one part, or None where there is none."""
     return row["seconds"][part]["median"] if row and row.get("seconds", {}).get(part) else None
+
+
+def spread_of(row: dict | None) -> float | None:
+    """Half the distance between the quartiles, in percent of the median; None where it was not measured."""
+    total = seconds(row)
+    times = row["seconds"]["total"] if total else {}
+    return 50 * (times["high"] - times["low"]) / total if "high" in times else None
+
+
+def is_noise(row: dict | None) -> bool:
+    """Whether a time spreads by more than `NOISE`, so that its ratios say little."""
+    return (spread_of(row) or 0) > NOISE
 
 
 def base_seconds(group: dict[str, dict], part: str = "total") -> float | None:
@@ -51,7 +64,7 @@ def group_table(group: dict[str, dict], tokens: int = 0, mark: str = "") -> str:
             cells = [
                 *(milliseconds(seconds(row, part)) for part in ("forward", "backward")),
                 milliseconds(total),
-                f"{50 * (times['high'] - times['low']) / total:.0f}" if "high" in times else "-",
+                f"{spread:.0f}{' noise' if is_noise(row) else ''}" if (spread := spread_of(row)) is not None else "-",
                 milliseconds(times.get("minimum")),
                 mebibytes(row.get("peak_bytes")),
                 *(ratio(total, reference) for reference in references.values()),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..installation import IS_CLONE, RESULTS, ROOT
+from ..installation import IS_CLONE, LOCAL, ROOT
 
 # What measuring itself writes: it changes no figure.
 WRITTEN = ("bench/results", "tests/SCORECARD.md")
@@ -86,9 +86,9 @@ def groups(rows: Iterable[dict]) -> list[dict[str, dict]]:
 
 
 def default_path(stamp: dict) -> Path:
-    """bench/results/<device>.jsonl"""
+    """out/bench/<device>.jsonl"""
     name = "".join(c if c.isalnum() else "-" for c in stamp["device"].lower()).strip("-")
-    return RESULTS / f"{stamp['kind'].lower()}-{name}.jsonl"
+    return LOCAL / f"{stamp['kind'].lower()}-{name}.jsonl"
 
 
 def _identity(row: dict) -> str:

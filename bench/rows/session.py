@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="tiny", help="what is measured (default: tiny, for a try)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     parser.add_argument("--threads", type=int, help="threads of a CPU run (default: PyTorch's own choice)")
-    parser.add_argument("--output", type=Path, help="results file (default: bench/results/<device>.jsonl)")
+    parser.add_argument("--output", type=Path, help="results file (default: out/bench/<device>.jsonl)")
     parser.add_argument("--commit", help="commit of this tree, where it is a copy without history")
     parser.add_argument("--minutes", type=float, help="start no case that would end after this long, as the last did")
     parser.add_argument("--repetitions", type=int, help="timed repetitions per contestant (default: the preset's)")

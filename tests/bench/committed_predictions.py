@@ -12,7 +12,7 @@ import pytest
 
 from bench import predict
 from bench.counting.gpus import ROOFS
-from bench.rows.records import RESULTS
+from bench.installation import RESULTS
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = RESULTS / "predict-h200.txt"

@@ -95,7 +95,8 @@ def test_no_case_is_started_after_the_deadline(tmp_path, capsys):
 
 def test_report_shows_every_row_and_draws(tiny, tmp_path, capsys, monkeypatch):
     rows = {split: rows[:16] for split, rows in read_splits(demo.DATA).items()}
-    monkeypatch.setattr(step, "read_splits", lambda path: rows)  # held-out losses take most of a short run's time
+    # Held-out losses take most of a short run's time.
+    monkeypatch.setattr(step.batches, "read_splits", lambda path: rows)
     assert main(["step", "--steps", "2", "--batch", "2", "--output", str(tmp_path / "s.jsonl"), "--device", "cpu"]) == 0
     capsys.readouterr()
     assert main(["report", str(tiny), str(tmp_path / "s.jsonl"), "--full", "--plots", str(tmp_path / "plots")]) == 0

@@ -11,9 +11,9 @@ from bench.contestants import model as model_field
 from bench.counting.gpus import ROOFS, by_bytes_and_flops
 from bench.counting.roofs import longest
 from bench.counting.traffic import Operation
+from bench.installation import RESULTS
 from bench.measuring.shapes import Run
 from bench.rows.compare import group_table
-from bench.rows.records import RESULTS
 
 ROOT = Path(__file__).parents[2]
 COMMITTED = RESULTS / "predict-h200.txt"

@@ -9,7 +9,10 @@ import torch
 from bench import kernels, report
 from bench.__main__ import main
 from bench.counting.gpus import ROOFS, by_bytes_and_flops
+from bench.installation import LOCAL
 from bench.measuring.shapes import layer_shapes
+from bench.rows.compare import group_table
+from bench.rows.records import default_path
 
 STAMP = {
     "kind": "GPU", "device": "made up for a test", "threads": None, "driver": "0", "torch": "0", "triton": "0",
@@ -143,3 +146,27 @@ def test_older_files_show_the_fastest_form():
 def test_axolotls_dora_is_a_peer_and_a_patched_one_is_not():
     ours = {"ours fp32, auto": 6.0, "PEFT DoRA fp32, patched": 1.0}
     assert summarised(PEERS | ours | {"Axolotl DoRA fp32": 2.0, "Axolotl DoRA bf16": 12.0})[5:7] == ["3.00", "0.50"]
+
+
+def spread(percent):
+    """A row whose quartiles stand so far from its median of a second."""
+    return {"seconds": {"total": {"median": 1.0, "low": 1 - percent / 100, "high": 1 + percent / 100}}, "failed": None}
+
+
+@pytest.mark.parametrize("percent, noise", [(9, False), (14, True)])
+def test_a_row_that_spreads_by_more_than_a_tenth_is_noise(percent, noise):
+    row = {"command": "layer", "case": {"tokens": 8}, "stamp": STAMP} | spread(percent)
+    assert (f"| {percent} noise |" in " ".join(group_table({"ours fp32, auto": row}).split())) == noise
+    assert ("(noise)" in report.summary([{"ours fp32, auto": row}])) == noise
+
+
+def test_what_is_measured_here_is_reported_where_it_is_asked_for(results, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "--local"]) == 2 and "there are no results in out/bench" in capsys.readouterr().out
+    LOCAL.mkdir(parents=True)
+    (LOCAL / "here.jsonl").write_text(results.read_text())
+    assert main(["report", "--local"]) == 0
+    assert "layer q,o_proj" in capsys.readouterr().out
+    assert default_path({"kind": "CPU", "device": "A CPU"}) == LOCAL / "cpu-a-cpu.jsonl"
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "committed")
+    assert main(["report"]) == 2 and "no results in" in capsys.readouterr().out
