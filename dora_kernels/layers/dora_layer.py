@@ -37,6 +37,9 @@ class DoraLayer(Freezable):
 
     in_features: int
     out_features: int
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    magnitude: nn.Parameter
 
     def add_adapter(
         self,
