@@ -13,8 +13,8 @@ from transformers import Mamba2Config, WavLMConfig, WavLMModel
 from transformers.models.llama import modeling_llama
 
 import dora_kernels as dk
+from dora_kernels.layers import adapting
 from dora_kernels.layers.support import why_not, why_not_called
-from dora_kernels.models import apply
 from dora_kernels.peft import eligibility
 from tests.support.tiny_models import llama
 
@@ -135,7 +135,7 @@ def test_what_only_a_kept_layer_may_and_may_not():
 
 
 def test_each_layer_is_asked_once():
-    with patch.object(apply, "why_not", wraps=why_not) as asked:
+    with patch.object(adapting, "why_not", wraps=why_not) as asked:
         dk.apply_dora(llama(), dk.DoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
     assert asked.call_count == 4
     model = peft.get_peft_model(llama(), peft.LoraConfig(use_dora=True, r=2, target_modules=["q_proj", "up_proj"]))
