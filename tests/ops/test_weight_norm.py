@@ -1,5 +1,6 @@
 """Norms whose squares leave fp32's range, in parts that several programs add."""
 
+import pytest
 import torch
 
 from dora_kernels.ops import kernels
@@ -27,3 +28,16 @@ def test_a_norm_beyond_the_range_of_squares_in_splits():
     lora_A, lora_B, magnitude = torch.randn(3, 1100), torch.zeros(len(PARTS), 3), torch.ones(len(PARTS))
     (norm, _), _ = kernels.weight_norm(weight, lora_A, lora_B, magnitude, 1.0)
     assert torch.allclose(norm.double(), weight.double().norm(dim=1), rtol=TWIN[torch.float32], atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [40, 70])
+def test_ranks_that_take_several_blocks(rank, dtype):
+    """Beside several blocks of input features: each adds to the sum."""
+    generator = torch.Generator().manual_seed(0)
+    weight, lora_A, lora_B = (torch.randn(*size, generator=generator) for size in ((9, 304), (rank, 304), (9, rank)))
+    weight = weight.to(dtype)
+    (norm, _), _ = kernels.weight_norm(weight, lora_A, lora_B, torch.ones(9), 0.5)
+    expected = (weight.double() + 0.5 * lora_B.double() @ lora_A.double()).norm(dim=1)
+    # The bar on bf16 pieces: 2⁻¹⁶ of the product's norm.
+    assert torch.allclose(norm.double(), expected, rtol=2**-16, atol=0)
