@@ -33,7 +33,7 @@ def check_base(model: nn.Module, layers: dict[str, DoraLinear], base: str | None
         )
     if base == REQUANTIZED:
         for path in quantized:
-            if reason := why_not_requantized(layers[path].base_weight):
+            if reason := why_not_requantized(layers[path]):
                 raise ValueError(f"{path} cannot be merged in its own format: it {reason}")
         return None
     if base == "dequantized":

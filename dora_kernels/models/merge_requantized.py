@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..layers.linear import DoraLinear
-from ..ops.base_weights import Fp8Weight, Nf4Weight, Weight
+from ..ops.base_weights import Fp8Weight, Nf4Weight
 from ..ops.dispatch import dense_weight
 from ..ops.requantize import requantized
 
@@ -15,13 +15,18 @@ DROWNED = 0.5
 """The share of an update's norm beyond which a loss is warned of: then more of it may be lost than kept."""
 
 
-def why_not_requantized(weight: Weight) -> str | None:
-    """Why a layer with this weight cannot be merged in its own format, as what follows "it …"; None if it can."""
-    if isinstance(weight, (Fp8Weight, Nf4Weight)):
+def why_not_requantized(layer: DoraLinear) -> str | None:
+    """Why the layer cannot be merged in its weight's own format, as what follows "it …"; None if it can."""
+    weight = layer.base_weight
+    if isinstance(weight, Nf4Weight) or (isinstance(weight, Fp8Weight) and _is_fp8_linear(layer.base_layer)):
         return None
-    if isinstance(weight, torch.Tensor):
-        return "has a dense weight"
-    return f"is {weight.note}: FP8 and NF4 layers run with other codes, the others' libraries keep a copy of theirs"
+    return (
+        f"is a {type(layer.base_layer).__name__}: NF4 and FP8Linear run with other codes, other libraries keep copies"
+    )
+
+
+def _is_fp8_linear(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "FP8Linear"
 
 
 @torch.no_grad()

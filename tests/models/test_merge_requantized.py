@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import dora_kernels as dk
 from dora_kernels.ops.base_weights import keep_packing
 from tests.models.test_qdora import folder, load, logits_of, randomise  # noqa: F401
+from tests.ops.test_fp8_compressed import linear as compressed_fp8
 from tests.support import fp8, nf4
 from tests.support.int4 import linear_compressed
 from tests.support.oracle import relative_error
@@ -116,9 +117,10 @@ def test_a_4_bit_model_is_saved_and_loaded_by_transformers(folder, tmp_path):  #
     assert relative_error(logits_of(merged), expected) < relative_error(fresh, expected)
 
 
-def test_int4_is_refused_by_name():
-    model = dk.apply_dora(nn.Sequential(linear_compressed(8, 32, 16)[0]), dk.DoraConfig(r=4))
+@pytest.mark.parametrize("make", [lambda: linear_compressed(8, 32, 16), lambda: compressed_fp8("channel")])
+def test_compressed_tensors_is_refused_by_name(make):
+    model = dk.apply_dora(nn.Sequential(make()[0]), dk.DoraConfig(r=4))
     layer = model[0]
-    with pytest.raises(ValueError, match="0 cannot be merged in its own format: it is int4"):
+    with pytest.raises(ValueError, match="0 cannot be merged in its own format: it is a Linear"):
         dk.merge_dora(model, base="requantized")
     assert model[0] is layer

@@ -119,7 +119,8 @@ def bias_of(module: nn.Module) -> nn.Parameter | None:
 
 def _format_of(module: nn.Module) -> Format | None:
     weight = getattr(module, "weight", None)
-    if type(weight) is nn.Parameter and weight.is_floating_point() and not fp8.recognises(module):
+    is_dense = type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
+    if is_dense and not fp8.recognises(module):
         return None
     return next((each for each in FORMATS if each.recognises(module)), None)
 

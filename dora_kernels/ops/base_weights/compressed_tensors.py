@@ -1,18 +1,43 @@
-"""compressed-tensors' layers: packed integers of 4 bits. Other formats of the library are refused by name."""
+"""compressed-tensors' layers: packed integers of 4 bits, and FP8. Other formats of the library are refused by name."""
 
 import torch
 from torch import nn
 
+from .fp8 import Fp8Weight
 from .int4 import Int4Layout, Int4Weight, checked
 
 LAYOUT = Int4Layout(rows_are_outputs=True)
 
 
 def recognises(module: nn.Module) -> bool:
-    return isinstance(getattr(module, "weight_packed", None), torch.Tensor)
+    return isinstance(getattr(module, "weight_packed", None), torch.Tensor) or _is_fp8(module)
 
 
-def read(module: nn.Module, nf4_parity: bool) -> Int4Weight:
+def _is_fp8(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    is_fp8 = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.element_size() == 1
+    return is_fp8 and isinstance(getattr(module, "weight_scale", None), torch.Tensor)
+
+
+def read(module: nn.Module, nf4_parity: bool) -> Int4Weight | Fp8Weight:
+    return _read_fp8(module) if _is_fp8(module) else _read_int4(module)
+
+
+def _read_fp8(module: nn.Module) -> Fp8Weight:
+    """One scale for all, one for each output feature, or one for each block of `block_structure`."""
+    codes, scales = module.weight.detach(), module.weight_scale.detach()
+    if reason := _why_unknown_fp8(module):
+        raise ValueError(f"this compressed-tensors weight {reason}")
+    shape, dtype = tuple(codes.shape), scales.dtype
+    scales = scales.float().view(1, 1) if scales.numel() == 1 else scales.float()
+    parts = {(1, 1): shape, (shape[0], 1): (1, shape[1])}
+    block = parts.get(tuple(scales.shape), getattr(module, "fp8_block", None) or _block_of(module))
+    if block is None or tuple(scales.shape) != tuple(-(-size // part) for size, part in zip(shape, block)):
+        raise ValueError(f"this compressed-tensors weight has scales {list(scales.shape)}, which are not known here")
+    return Fp8Weight(codes, scales, tuple(block), dtype)
+
+
+def _read_int4(module: nn.Module) -> Int4Weight:
     packed, scales = module.weight_packed.detach(), getattr(module, "weight_scale", None)
     shape = torch.Size((module.out_features, module.in_features))
     if reason := _why_unknown(module, shape):
@@ -27,6 +52,8 @@ def read(module: nn.Module, nf4_parity: bool) -> Int4Weight:
 
 def keep_packed(module: nn.Module) -> None:
     """Hides the layer from the library, whose hook would decompress it for good in the model's first forward."""
+    if _is_fp8(module) and (block := _block_of(module)):
+        module.fp8_block = tuple(block)
     vars(module).pop("quantization_scheme", None)
 
 
@@ -34,6 +61,28 @@ def wrapped_forward(module: nn.Module) -> bool:
     """Whether the forward that was put on the layer is the library's, which computes as the layer's class does."""
     function = getattr(vars(module).get("forward"), "__func__", None)
     return recognises(module) and _library_of(function) == "compressed_tensors"
+
+
+def _block_of(module: nn.Module) -> tuple[int, int] | None:
+    weights = getattr(getattr(module, "quantization_scheme", None), "weights", None)
+    return getattr(weights, "block_structure", None)
+
+
+def _why_unknown_fp8(module: nn.Module) -> str | None:
+    """What is not known here about the layer's FP8, as what follows "the weight"."""
+    if module.weight.dtype != torch.float8_e4m3fn:
+        return f"is in {module.weight.dtype}: of its floats of 8 bits e4m3 is known here"
+    if module.weight_scale.device != module.weight.device:
+        return f"is on {module.weight.device} and its scales on {module.weight_scale.device}"
+    if getattr(module, "weight_zero_point", None) is not None:
+        return "is FP8 with `weight_zero_point`"
+    scheme = getattr(module, "quantization_scheme", None)
+    if scheme is None:  # adapted before: it was known then
+        return None
+    format_name = getattr(scheme.format, "value", scheme.format)
+    if format_name not in (None, "float-quantized", "naive-quantized"):
+        return f"is in the format {format_name}: float-quantized is known here"
+    return None
 
 
 def _library_of(function) -> str:
