@@ -22,6 +22,7 @@ FILES = {
     "tests/ops/test_gpu.py": "the kernels at Llama's sizes against fp64, bit for bit, in graphs and compiled",
     "tests/ops/test_gpu_paths.py": "odd sizes, layouts, dropout, 4 bits, fp64, a model that learns",
     "tests/ops/test_blocks.py": "addresses beyond 2³¹ elements",
+    "tests/ops/test_dora_experts.py": "stacks of experts against fp64, at every routing",
     "tests/ops/test_rounding.py": "dithering: unbiased, the same each time",
     "tests/support/test_buffers.py": "the guard bands that the others rest on",
     "tests/support/test_conftest.py": "compiled kernels, poisoned memory, seeds",

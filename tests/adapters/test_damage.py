@@ -110,7 +110,7 @@ DAMAGE = {
     "pissa": (edit_config(init_lora_weights="pissa_niter_4"), ValueError, "pissa_niter_4' changed the base weights"),
     "layers_to_transform": (edit_config(layers_to_transform=[0]), ValueError, r"layers_to_transform=\[0\] leaves out"),
     "trainable tokens": (edit_config(trainable_token_indices=[1]), ValueError, "trainable_token_indices"),
-    "target_parameters": (edit_config(target_parameters=["w"]), ValueError, "target_parameters"),
+    "target_parameters": (edit_config(target_parameters=["w"]), ValueError, r"Target parameters \['w'\] not found"),
     "layer_replication": (edit_config(layer_replication=[[0, 1]]), ValueError, "layer_replication"),
     "lora_bias": (edit_config(lora_bias=True), ValueError, "lora_bias=True"),
     "weight tying": (edit_config(ensure_weight_tying=True), ValueError, "ensure_weight_tying=True"),
@@ -123,7 +123,7 @@ DAMAGE = {
     "targets a number": (edit_config(target_modules=7), ValueError, "list of module names"),
     "targets not a regex": (edit_config(target_modules="(q"), ValueError, "not a regular expression"),
     "targets absent": (edit_config(target_modules=["nope"]), ValueError, "not found in the base model"),
-    "targets unsupported": (edit_config(target_modules=["embed_tokens"]), ValueError, "Embedding"),
+    "targets unsupported": (edit_config(target_modules=["input_layernorm"]), ValueError, "LlamaRMSNorm"),
     "another rank": (
         edit_config(r=4),
         ValueError,

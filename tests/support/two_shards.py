@@ -18,11 +18,11 @@ from dora_kernels.layers.frozen import Freezable
 from tests.support.shard_training import sharded
 from tests.support.training_runs import arguments
 from tests.support.two_processes import before_step, in_two_processes
-from training import flags
 from training.__main__ import main
 from training.finetune import config
 from training.finetune import run as finetune
 from training.finetune.trainer import DoraTrainer
+from training.flags import flags
 from training.model import base_model as base
 
 FLAGS = {"batch_size": 1, "gradient_accumulation_steps": 3, "max_steps": 4}
