@@ -19,7 +19,9 @@ from bench.counting.cases import Case, BF16, FP32, call
 from bench.counting.launches import launches, target_of
 from dora_kernels.ops import dispatch
 
-CAPABILITY, SIZES = (9, 0), (5, 48, 72, 16)
+# A rank of the day's kind: where 8 does not divide it, a layer's columns of h start at addresses that 16 does not
+# divide, which tensors without addresses do not show.
+CAPABILITY, SIZES = (9, 0), (8, 48, 72, 16)
 CASES = [Case(BF16, FP32, "token", *SIZES), Case(BF16, FP32, "weight", *SIZES, mlp="silu")]
 CASES += [Case(BF16, FP32, "auto", *SIZES, siblings=(48, 16, 16))]
 
