@@ -10,15 +10,16 @@ class Gpu(NamedTuple):
 
     multiprocessors: int
     has_wgmma: bool  # four warps multiply from shared memory: registers then hold larger products
+    norm_holds_rank: bool  # a norm's 128 rows of B at rank 64 fit the registers beside W; elsewhere they spilled
 
 
 GPUS = {
-    (8, 0): Gpu(108, False),
-    (8, 6): Gpu(84, False),
-    (8, 9): Gpu(128, False),
-    (9, 0): Gpu(132, True),
-    (10, 0): Gpu(148, False),
-    (12, 0): Gpu(170, False),
+    (8, 0): Gpu(108, False, False),
+    (8, 6): Gpu(84, False, False),
+    (8, 9): Gpu(128, False, False),
+    (9, 0): Gpu(132, True, True),
+    (10, 0): Gpu(148, False, True),
+    (12, 0): Gpu(170, False, False),
 }
 """By compute capability, from the vendor's data sheets. Frozen: the order of a sum never depends on what is asked."""
 

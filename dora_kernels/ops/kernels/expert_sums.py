@@ -9,7 +9,7 @@ import triton.language as tl
 from ..types import NormScale
 from .blocks import Matrix, addresses
 from .expert_tiles import most_tiles, rows_of_tile, tiles_of_expert
-from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, dot_of, signed32
+from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, dot_of, either, signed32
 from .rounding import round_to
 from .weight_norm import TINY_FP32, TINY_FP64
 
@@ -162,8 +162,8 @@ def launch_sums(
     num_warps = 8 if grad.element_size() == 4 or N % 16 else 4
     unused = ends  # stands for pointers that the kernel never follows
     _expert_sums_kernel[(triton.cdiv(N, block_n), tiles, triton.cdiv(R, dot.block_r))](
-        grad, _or(saved, unused), _or(h, unused), _or(scale, unused), ends,
-        _or(correlation, unused), _or(product, unused), _or(grad_base, unused),
+        grad, either(saved, unused), either(h, unused), either(scale, unused), ends,
+        either(correlation, unused), either(product, unused), either(grad_base, unused),
         N, R, E, signed32(salt),
         *grad.stride(), *((0, 0) if saved is None else saved.stride()),
         needs, dithered, dot, block_m, block_n, triton.next_power_of_2(E), TILE,
@@ -191,14 +191,10 @@ def launch_finish(
     norm, scale = (None, None) if norm_scale is None else norm_scale
     block_n, block_r, unused = 32, dot_of(R, acc, acc=acc).block_r, ends
     _expert_sums_finish_kernel[(triton.cdiv(N, block_n), E)](
-        _or(partials.correlation, unused), _or(partials.product, unused), _or(lora_B, unused), _or(norm, unused),
-        _or(scale, unused), ends, _or(grad_magnitude, unused), _or(out, unused),
+        either(partials.correlation, unused), either(partials.product, unused), either(lora_B, unused),
+        either(norm, unused), either(scale, unused), ends, either(grad_magnitude, unused), either(out, unused),
         scaling, N, R, E, *((0, 0) if out is None else out.stride()[1:]),
         TRITON_DTYPES[acc], norm_scale is not None, lora_B is not None and grad_magnitude is not None,
         grad_magnitude is not None, out is not None, block_n, block_r, triton.next_power_of_2(E), TILE,
         num_warps=4, **ALL_REGISTERS,
     )  # fmt: skip
-
-
-def _or(tensor, unused):
-    return unused if tensor is None else tensor

@@ -62,6 +62,11 @@ def contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
+def either(tensor: torch.Tensor | None, unused: torch.Tensor) -> torch.Tensor:
+    """The tensor, or the stand-in for a pointer that a kernel does not read."""
+    return unused if tensor is None else tensor
+
+
 def signed32(salt: int) -> int:
     """The salt's low 32 bits as a signed number, so that every salt has one Triton type and one compiled kernel."""
     return (salt & 0xFFFFFFFF) - ((salt & 0x80000000) << 1)

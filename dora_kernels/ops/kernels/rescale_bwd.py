@@ -9,7 +9,7 @@ import triton.language as tl
 from ..chunked import mm_fp32
 from ..types import NormScale, Rounding
 from .blocks import Matrix, addresses
-from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, signed32
+from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, either, signed32
 from .rounding import round_to
 from .weight_norm import TINY_FP32, TINY_FP64
 
@@ -209,8 +209,8 @@ def rescale_bwd(
     unused = scale  # stands for pointers the kernel never follows
     if any(needs):
         _rescale_bwd_kernel[(triton.cdiv(N, config.block_n), config.chunks)](
-            grad_y, _or(saved, unused), _or(base_bias, unused), _or(h, unused), scale,
-            _or(correlation, unused), _or(product, unused), _or(bias, unused), _or(grad_base, unused),
+            grad_y, either(saved, unused), either(base_bias, unused), either(h, unused), scale,
+            either(correlation, unused), either(product, unused), either(bias, unused), either(grad_base, unused),
             scale_shift, M, N, R, triton.cdiv(triton.cdiv(M, config.block_m), config.chunks) * config.block_m,
             signed32(rounding.salt),
             *grad_y.stride(), *((0, 0) if saved is None else saved.stride()), 0 if h is None else h.stride(0),
@@ -223,14 +223,10 @@ def rescale_bwd(
     if needs_sums:
         block_n = 32
         _rescale_bwd_finish_kernel[(triton.cdiv(N, block_n),)](
-            _or(correlation, unused), _or(product, unused), _or(bias, unused), lora_B, norm, scale,
-            _or(grad_magnitude, unused), _or(grad_B, unused), _or(grad_bias, unused),
+            either(correlation, unused), either(product, unused), either(bias, unused), lora_B, norm, scale,
+            either(grad_magnitude, unused), either(grad_B, unused), either(grad_bias, unused),
             scaling, N, R, config.chunks, product.shape[0] if needs_product else 0,
             TRITON_DTYPES[dtype], from_base, needs_magnitude, needs_B, needs_bias, False, block_n, dot.block_r,
             num_warps=4, **ALL_REGISTERS,
         )  # fmt: skip
     return grad_magnitude, grad_B, grad_bias, grad_base
-
-
-def _or(tensor, unused):
-    return unused if tensor is None else tensor

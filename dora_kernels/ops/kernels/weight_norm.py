@@ -235,8 +235,10 @@ def launch_weight_norm(
     (N, K), R, (norm, scale) = weight.shape, lora_A.shape[0], norm_scale
     w, weight_format = weight_arguments(weight)
     packed = isinstance(weight, Packed)
-    dot = adapted_dot(weight, lora_A, lora_B, norm.dtype, one_block_up_to=32 if packed or K % 16 else 64)
-    config = weight_norm_config(N, K, dot, gpu_of(weight), packed, weight_format.straddles)
+    gpu = gpu_of(weight)
+    largest = 64 if gpu.norm_holds_rank and not packed and K % 16 == 0 else 32
+    dot = adapted_dot(weight, lora_A, lora_B, norm.dtype, one_block_up_to=largest)
+    config = weight_norm_config(N, K, dot, gpu, packed, weight_format.straddles)
     splits = config.splits
     partial = torch.empty(3 * splits, N, dtype=norm.dtype, device=weight.device) if splits > 1 else None
     k_per_split = triton.cdiv(triton.cdiv(K, config.block_k), splits) * config.block_k
