@@ -11,15 +11,18 @@ from .modules import dora_layers, listed
 
 def warn_after_first_step(model: nn.Module) -> None:
     """Looks once, when an optimizer is about to step that has the model's magnitudes, and warns then."""
-    reference = weakref.ref(model)
+    reference, looked = weakref.ref(model), False
 
     def look(optimizer: Optimizer, args, kwargs) -> None:
+        nonlocal looked
         model = reference()
+        if looked or model is None:
+            return
         steps = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        layers = {} if model is None else dora_layers(model)
-        layers = {path: layer for path, layer in layers.items() if id(layer.magnitude) in steps}
-        if layers or model is None:
-            handle.remove()
+        layers = {path: layer for path, layer in dora_layers(model).items() if id(layer.magnitude) in steps}
+        if layers:
+            # Not removed here: torch is iterating over all such hooks, and raises where another one follows.
+            looked = True
             _warn_of_idle(layers)
 
     handle = register_optimizer_step_pre_hook(look)

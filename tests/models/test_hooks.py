@@ -64,6 +64,15 @@ def test_a_step_in_which_all_train_says_nothing():
         step(model, optimizer_of(model))
 
 
+def test_two_adapted_models_are_watched_beside_each_other():
+    models = [adapted(), adapted()]
+    for model in models:
+        pass_by(model.model.layers[1].self_attn.q_proj)
+    for model in models:
+        with pytest.warns(UserWarning, match="1 of 4 DoRA layers got no gradient"):
+            step(model, optimizer_of(model))
+
+
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["saved_tensor_hooks", "reentrant"])
 def test_checkpointing_reaches_a_vision_tower(use_reentrant):
