@@ -9,6 +9,7 @@ require("torch>=2.11", "transformers>=5.17")
 
 from .adapters.save_load import load_adapter, save_adapter
 from .config import DoraConfig
+from .layers.accumulating import accumulating
 from .layers.conv import DoraConv
 from .layers.embedding import DoraEmbedding
 from .layers.explain import explain
@@ -28,6 +29,7 @@ __all__ = [
     "DoraLinear",
     "PatchReport",
     "__version__",
+    "accumulating",
     "apply_dora",
     "dora_linear",
     "explain",

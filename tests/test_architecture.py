@@ -17,7 +17,7 @@ FLOORS = [
 # The same inside `ops/`, whose modules build on each other.
 OPS_FLOORS = [
     {"__init__", "base_weights", "chunked", "convolution", "gpus", "output", "types"},
-    {"grouped"},
+    {"accumulation", "grouped"},
     {"checks", "kernels", "problem", "recomputation", "reference"},
     {"overhead"},
     {"dispatch", "forms", "members"},
@@ -27,9 +27,9 @@ OPS_FLOORS = [
 # Device functions and launch data of the kernels need no reference.
 TWINS = [
     "activations", "base_weight", "cast", "expert_norm", "expert_rescale_bwd", "expert_rescale_fwd", "expert_wgrad",
-    "glu_bwd", "glu_fwd", "merge", "rescale_bwd", "rescale_fwd", "rounding", "weight_norm",
+    "glu_bwd", "glu_fwd", "kept_norm", "merge", "rescale_bwd", "rescale_fwd", "rounding", "weight_norm",
 ]  # fmt: skip
-NO_TWIN = {"__init__", "blocks", "expert_sums", "expert_tiles", "launch", "lora_dot"}
+NO_TWIN = {"__init__", "blocks", "expert_sums", "expert_tiles", "int4", "launch", "lora_dot"}
 
 
 def parse(path):

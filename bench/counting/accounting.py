@@ -60,6 +60,18 @@ def _weight_norm_finish(a) -> Traffic:
     return Traffic(loaded, loaded, 2 * a.N * size(a.norm_ptr))
 
 
+def _compare_factors(a) -> Traffic:
+    """Where nothing changed."""
+    factors = a.R * a.K * size(a.a_ptr) + a.N * a.R * size(a.b_ptr) + a.N * size(a.m_ptr)
+    return Traffic(2 * factors, 2 * factors, a.grid[0] * size(a.changed_ptr))
+
+
+def _kept_norm(a) -> Traffic:
+    """Where nothing changed: no program reads W."""
+    answers, vectors = a.changed_ptr.numel() * size(a.changed_ptr), 2 * a.N * size(a.norm_ptr)
+    return Traffic(a.grid[0] * answers + vectors, answers + vectors, vectors)
+
+
 def _merge_scale(a) -> Traffic:
     blocks_k = triton.cdiv(a.K, a.CONFIG.block_k)
     columns = max(1, blocks_k)
@@ -133,6 +145,8 @@ ACCOUNTS: dict[str, Callable[[SimpleNamespace], Traffic]] = {
     "_weight_norm_kernel": _weight_norm,
     "_weight_norm_finish_kernel": _weight_norm_finish,
     "_merge_scale_kernel": _merge_scale,
+    "_compare_factors_kernel": _compare_factors,
+    "_kept_norm_kernel": _kept_norm,
     "_decode_kernel": _decode,
     "_expert_norm_kernel": expert_norm,
     "_expert_rescale_fwd_kernel": expert_rescale_fwd,

@@ -32,6 +32,7 @@ def quick_cases() -> Iterable[Case]:
         yield from _mlps(dtypes, (16, 24, 33, 96) if FP32 in dtypes else (24,))
         yield from _experts(dtypes, (16, 24, 40) if FP32 in dtypes else (24,))
     yield from _int4(DTYPES[:1], (8, 128))
+    yield from _accumulating()
 
 
 def all_cases() -> Iterable[Case]:
@@ -109,6 +110,17 @@ def _int4(dtype_pairs, ranks) -> Iterable[Case]:
             # The zeros of the last output features share a word with none; groups divide input features.
             yield Case(*dtypes, _spaces(dtypes[0])[-1], ranks[0], 1001, 3 * group if group else 333, 77, int4=int4)
             yield Case(*dtypes, "token", ranks[0], dropout_mode="lora", int4=int4)
+
+
+def _accumulating() -> Iterable[Case]:
+    """Each type, ranks of one and of several blocks, inputs in parts, odd sizes, and decoded weights."""
+    for dtypes in DTYPES:
+        for rank in (16, 64):
+            yield Case(*dtypes, "token", rank, accumulating=True)
+        yield Case(*dtypes, "token", 16, 1024, 4096, accumulating=True)
+        yield Case(*dtypes, "token", 24, 1001, 333, 77, accumulating=True)
+    for packed in ({"nf4": "nested"}, {"int4": "symmetric"}):
+        yield Case(BF16, FP32, "weight", 16, accumulating=True, **packed)
 
 
 def _options(dtype_pairs, ranks) -> Iterable[Case]:

@@ -1,6 +1,7 @@
 """Calls of `dora_linear`, `dora_mlp`, `dora_siblings` and `dora_experts` that make every launch: over types, ranks,
 shapes, formats and options."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from dora_kernels.ops.dora_experts import dora_experts
 from dora_kernels.ops.dora_mlp import dora_mlp
 from dora_kernels.ops.dora_siblings import dora_siblings
 from dora_kernels.ops.members import Member
+from dora_kernels.ops.output import OutputUse
 from dora_kernels.ops.types import Rounding
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -55,6 +57,7 @@ class Case(NamedTuple):
     int4: str | None = None  # a name of `INT4`
     experts: int = 0  # of a stack; the shape is one expert's, and the tokens are those of all
     siblings: tuple[int, ...] = ()  # output features of each of several layers of one input
+    accumulating: bool = False  # the second of two micro-steps is there too
 
     @property
     def dtypes(self) -> str:
@@ -85,14 +88,17 @@ def call(case: Case) -> None:
     if case.trains == "frozen scale":
         acc = FP64 if case.dtype == FP64 else FP32
         frozen_scale = (torch.empty(N, dtype=acc), torch.empty(N, dtype=acc))
-    y = dora_linear(
-        make("x", M, K, dtype=case.dtype), _weight(case) or make("weight", N, K, dtype=case.dtype),
-        make("lora_A", R, K), make("lora_B", N, R), make("magnitude", N),
+    x, weight = make("x", M, K, dtype=case.dtype), _weight(case) or make("weight", N, K, dtype=case.dtype)
+    layer = partial(
+        dora_linear, x, weight, make("lora_A", R, K), make("lora_B", N, R), make("magnitude", N),
         bias=make("bias", N, dtype=case.dtype) if case.bias else None,
         scaling=2.0, space=case.space, impl="triton", rounding=case.rounding, frozen_scale=frozen_scale,
         training=case.dropout_mode is not None, dropout_mode=case.dropout_mode or "lora",
-        lora_dropout=0.1 if case.dropout_mode else 0.0,
+        lora_dropout=0.1 if case.dropout_mode else 0.0, output_use=OutputUse(keeps_norm=case.accumulating),
     )  # fmt: skip
+    y = layer()
+    if case.accumulating:
+        y = layer()
     if training:
         grad = {
             "contiguous": lambda: torch.empty_like(y),

@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch
+from .accumulation import keep_norm, kept_norm
 from .base_weights import Weight, of_params4bit
 from .checks import check_arguments, dtype_of_call, refuse_tracing
 from .forms import (
@@ -61,7 +62,10 @@ class DoraLinearFunction(torch.autograd.Function):
         form = token_forward if call.space == "token" else weight_forward
         with dispatch.on_device_of(x), dispatch.without_autocast(x.device):
             y, saved = form(dispatch.implementation(call.impl), call, inputs, needs)
-        remember_norm(call.output_use, (lora_A, lora_B, magnitude), call.scaling, saved.norm_scale)
+        factors = lora_A, lora_B, magnitude
+        remember_norm(call.output_use, factors, call.scaling, saved.norm_scale)
+        if given is None and call.trains:
+            keep_norm(call.output_use, factors, call.scaling, saved.norm_scale)
         ctx.call = call
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:6]]
         # A quantised weight is no tensor: its library's memory, which nothing here writes.
@@ -163,7 +167,18 @@ def dora_linear(
     x_flat = x.to(dtype).reshape(tokens, x.shape[-1])
     given = None if frozen_scale is None else NormScale(*frozen_scale)
     if trains:
-        given = remembered_norm(output_use, (lora_A, lora_B, magnitude), float(scaling))
+        given = known_norm(plan.impl, output_use, weight, (lora_A, lora_B, magnitude), float(scaling))
     call = Call(plan.space, plan.impl, float(scaling), Rounding(rounding, int(salt)), dropout, trains, output_use)
     y = DoraLinearFunction.apply(x_flat, x_dropped, lora_A, lora_B, magnitude, bias, weight, given, call)
     return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def known_norm(
+    impl: str, use: OutputUse | None, weight: Weight, factors: tuple[torch.Tensor, ...], scaling: float
+) -> NormScale | None:
+    """n and g that an earlier call left: the forward that is being recomputed, or one of `accumulating`."""
+    known = remembered_norm(use, factors, scaling)
+    if known is not None or use is None or not use.keeps_norm:
+        return known
+    with dispatch.on_device_of(factors[0]), dispatch.without_autocast(factors[0].device):
+        return kept_norm(dispatch.implementation(impl), use, weight, factors, scaling)

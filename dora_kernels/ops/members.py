@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from .accumulation import keep_norm, kept_norm
 from .base_weights import Weight, dense, readable
 from .chunked import mm_fp32
 from .output import OutputUse
@@ -105,7 +106,7 @@ def norms_and_A(ops: ModuleType, members: list[Member], dtype: torch.dtype) -> t
         into, same = _part(norm_scale, rows), member.lora_A.dtype == dtype
         if same:
             A[ranks].copy_(member.lora_A)
-        if _remembered(member, into):
+        if _is_known(ops, member, into):
             if not same:
                 A[ranks].copy_(ops.scaled_cast(member.lora_A, dtype, rounding=member.rounding))
             continue
@@ -113,7 +114,7 @@ def norms_and_A(ops: ModuleType, members: list[Member], dtype: torch.dtype) -> t
             readable(member.weight), *member.factors, member.scaling, A_dtype=None if same else dtype,
             rounding=member.rounding, into=into, A_into=None if same else A[ranks],
         )  # fmt: skip
-        remember_norm(member.use, member.factors, member.scaling, into)
+        _leave(member, into)
     return norm_scale, A
 
 
@@ -136,13 +137,13 @@ def merged(
     given, norms = norm_scale is not None, _empty_norms(members) if norm_scale is None else norm_scale
     for member, own in zip(members, rows):
         into = _part(norms, own)
-        known = given or _remembered(member, into)
+        known = given or _is_known(ops, member, into)
         ops.merge(
             readable(member.weight), *member.factors, member.scaling, dtype=dtype, rounding=member.rounding,
             norm_scale=into if known else None, out=weight[own], into=into,
         )  # fmt: skip
         if not known:
-            remember_norm(member.use, member.factors, member.scaling, into)
+            _leave(member, into)
     return weight, norms
 
 
@@ -211,13 +212,20 @@ def _part(norm_scale: NormScale, rows: slice) -> NormScale:
     return NormScale(norm_scale.norm[rows], norm_scale.scale[rows])
 
 
-def _remembered(member: Member, into: NormScale) -> bool:
-    """Whether a checkpointed forward left n and g, which `into` takes."""
+def _is_known(ops: ModuleType, member: Member, into: NormScale) -> bool:
+    """Whether an earlier call left n and g, which `into` takes: see `recomputation` and `accumulation`."""
     known = remembered_norm(member.use, member.factors, member.scaling)
     if known is not None:
         into.norm.copy_(known.norm)
         into.scale.copy_(known.scale)
-    return known is not None
+        return True
+    return kept_norm(ops, member.use, member.weight, member.factors, member.scaling, into) is not None
+
+
+def _leave(member: Member, found: NormScale) -> None:
+    """Leaves n and g to later calls."""
+    remember_norm(member.use, member.factors, member.scaling, found)
+    keep_norm(member.use, member.factors, member.scaling, found)
 
 
 def why_not_together(members: list[Member], device: torch.device) -> str | None:

@@ -14,9 +14,12 @@ class OutputUse:
 
     is_written: bool = False  # by the model, in place: from then on it gets a copy
     last_norm: object = None  # of the last checkpointed forward, see `recomputation`
+    keeps_norm: bool = False  # inside `accumulating`
+    kept_norm: object = None  # there, see `accumulation`
 
     def __getstate__(self) -> dict:
-        return {"is_written": self.is_written, "last_norm": None}
+        # A copy or a pickle is in no scope, and in no checkpointed region.
+        return {"is_written": self.is_written, "last_norm": None, "keeps_norm": False, "kept_norm": None}
 
 
 class WriteCounter:

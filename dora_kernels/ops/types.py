@@ -22,6 +22,19 @@ class NormScale(NamedTuple):
     scale: torch.Tensor
 
 
+class KeptNorm(NamedTuple):
+    """n and g of a layer, and the content of the factors that they are of, in memory of their own."""
+
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    magnitude: torch.Tensor
+    norm_scale: NormScale
+
+    @property
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.lora_A, self.lora_B, self.magnitude
+
+
 class GluFactors(NamedTuple):
     """The adapters of a gated MLP's gate and up, of one rank and one scaling."""
 

@@ -14,6 +14,7 @@ from .expert_rescale_fwd import expert_rescale_fwd
 from .expert_wgrad import expert_wgrad
 from .glu_bwd import glu_bwd
 from .glu_fwd import glu_fwd
+from .kept_norm import kept_norm
 from .launch import interpreted
 from .merge import merge
 from .rescale_bwd import rescale_bwd
@@ -29,6 +30,7 @@ __all__ = [
     "glu_bwd",
     "glu_fwd",
     "interpreted",
+    "kept_norm",
     "merge",
     "rescale_bwd",
     "rescale_fwd",

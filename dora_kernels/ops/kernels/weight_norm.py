@@ -9,7 +9,7 @@ import triton.language as tl
 from ..base_weights import Packed
 from ..gpus import Gpu, gpu_of
 from ..types import NEAREST, NormScale, Rounding
-from .base_weight import WeightMemory, adapted_block, adapted_dot, weight_arguments
+from .base_weight import Format, WeightMemory, adapted_block, adapted_dot, weight_arguments
 from .blocks import Matrix, addresses
 from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, signed32
 from .lora_dot import Dot, rank_block
@@ -218,6 +218,21 @@ def _weight_norm_finish_kernel(
     tl.store(scale_ptr + offs_n, scale, mask=mask_n)
 
 
+def norm_launch(
+    weight: torch.Tensor | Packed, weight_format: Format, lora_A: torch.Tensor, lora_B: torch.Tensor, acc: torch.dtype
+) -> tuple[Dot, WeightNormConfig]:
+    """How n is summed, in `acc`."""
+    (N, K), gpu, packed = weight.shape, gpu_of(weight), isinstance(weight, Packed)
+    largest = 64 if gpu.norm_holds_rank and not packed and K % 16 == 0 else 32
+    dot = adapted_dot(weight, lora_A, lora_B, acc, one_block_up_to=largest)
+    return dot, weight_norm_config(N, K, dot, gpu, packed, weight_format.straddles)
+
+
+def split_width(in_features: int, config: WeightNormConfig) -> int:
+    """Input features that a program squares."""
+    return triton.cdiv(triton.cdiv(in_features, config.block_k), config.splits) * config.block_k
+
+
 def launch_weight_norm(
     weight: torch.Tensor | Packed,
     lora_A: torch.Tensor,
@@ -234,18 +249,13 @@ def launch_weight_norm(
     """
     (N, K), R, (norm, scale) = weight.shape, lora_A.shape[0], norm_scale
     w, weight_format = weight_arguments(weight)
-    packed = isinstance(weight, Packed)
-    gpu = gpu_of(weight)
-    largest = 64 if gpu.norm_holds_rank and not packed and K % 16 == 0 else 32
-    dot = adapted_dot(weight, lora_A, lora_B, norm.dtype, one_block_up_to=largest)
-    config = weight_norm_config(N, K, dot, gpu, packed, weight_format.straddles)
+    dot, config = norm_launch(weight, weight_format, lora_A, lora_B, norm.dtype)
     splits = config.splits
     partial = torch.empty(3 * splits, N, dtype=norm.dtype, device=weight.device) if splits > 1 else None
-    k_per_split = triton.cdiv(triton.cdiv(K, config.block_k), splits) * config.block_k
     _weight_norm_kernel[(triton.cdiv(N, config.block_n), splits)](
         *w, lora_A, lora_B, magnitude, norm, scale,
         norm if partial is None else partial, lora_A if cast_A is None else cast_A,
-        scaling, N, K, R, k_per_split, signed32(rounding.salt),
+        scaling, N, K, R, split_width(K, config), signed32(rounding.salt),
         None if cast_A is None else rounding.mode,
         weight_format, dot, config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,

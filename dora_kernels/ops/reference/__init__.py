@@ -12,6 +12,7 @@ from .expert_rescale_fwd import expert_rescale_fwd
 from .expert_wgrad import expert_wgrad
 from .glu_bwd import glu_bwd
 from .glu_fwd import glu_fwd
+from .kept_norm import kept_norm
 from .merge import merge
 from .rescale_bwd import rescale_bwd
 from .rescale_fwd import rescale_fwd
@@ -25,6 +26,7 @@ __all__ = [
     "expert_wgrad",
     "glu_bwd",
     "glu_fwd",
+    "kept_norm",
     "merge",
     "rescale_bwd",
     "rescale_fwd",

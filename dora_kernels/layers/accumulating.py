@@ -1,0 +1,62 @@
+"""Gradient accumulation: n and g are computed once for an optimizer step, not once for each of its micro-steps."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+from . import Model
+from .frozen import Freezable
+
+
+@contextmanager
+def accumulating(model: Model) -> Iterator[Model]:
+    """Inside the scope every linear DoRA layer of `model`, ours or patched, keeps n and g from one training call to the
+    next, for as long as A, B and m hold the same bits. Leaving it forgets them.
+
+    Each call compares A, B and m with a copy of them on their own device, whichever way they were changed, and computes
+    n and g anew where a bit differs: results are those without the scope, bit for bit, except in weight space in
+    Triton, where W' may add B A's fp32 products in another order. It costs a copy of A, B and m, and pays with two or
+    more micro-steps to an optimizer step. W is not compared: it is frozen, and loading into it raises inside the scope.
+
+    Embeddings, convolutions, experts, compiled graphs and calls under `torch.no_grad()` in eval mode compute n at each
+    call, inside the scope too.
+
+    Raises:
+        ValueError: no such layer in the model. RuntimeError: the scope is open for it already; or, inside, frozen
+            weights are loaded.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Freezable) and hasattr(module, "output_use")]
+    if not layers:
+        raise ValueError(
+            "accumulating found no DoRA layer of this engine: call apply_dora first, or patch_peft on a PEFT model"
+        )
+    uses = [layer.output_use for layer in layers]
+    if any(use.keeps_norm for use in uses):
+        raise RuntimeError("accumulating is open for these layers already: it does not nest")
+    with ExitStack() as stack:
+        for layer, use in zip(layers, uses):
+            for holder in (layer, *_bases(layer)):
+                stack.callback(holder.register_load_state_dict_pre_hook(_refuse_frozen_weights).remove)
+            stack.callback(_forget, use)
+            use.keeps_norm = True
+        yield model
+
+
+def _bases(layer: nn.Module) -> list[nn.Module]:
+    base = getattr(layer, "base_layer", None)
+    return [] if base is None else list(base.modules())
+
+
+def _forget(use) -> None:
+    use.keeps_norm, use.kept_norm = False, None
+
+
+def _refuse_frozen_weights(module, state_dict, prefix, *_) -> None:
+    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    given = [prefix + name for name, tensor in own if not tensor.requires_grad and prefix + name in state_dict]
+    if given:
+        raise RuntimeError(
+            f"cannot load {given[0]} inside accumulating: the norms kept there would be of the old weight; leave the "
+            "scope first"
+        )

@@ -1,0 +1,42 @@
+"""n and g as they were kept, where A, B and m are bit for bit those that they are of."""
+
+import torch
+
+from ..base_weights import Packed
+from ..types import KeptNorm, NormScale
+from .weight_norm import weight_norm
+
+
+def kept_norm(
+    weight: torch.Tensor | Packed,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    scaling: float,
+    kept: KeptNorm,
+    *,
+    into: NormScale | None = None,
+) -> NormScale:
+    """n and g of W [N, K], A [R, K], B [N, R], m [N], to the bits of `weight_norm`; `kept` is of these factors from
+    then on. Where A, B or m changed, they are computed anew. `into` takes the results.
+    """
+    factors = lora_A, lora_B, magnitude
+    # A device is not waited for: there, n is computed in any case.
+    if weight.device.type == "cpu" and all(map(_same_bits, kept.factors, factors)):
+        found = NormScale(*(part.clone() for part in kept.norm_scale)) if into is None else into
+        if into is not None:
+            _copy(kept.norm_scale, into)
+        return found
+    found, _ = weight_norm(weight, *factors, scaling, into=into)
+    _copy(factors, kept.factors)
+    _copy(found, kept.norm_scale)
+    return found
+
+
+def _same_bits(kept: torch.Tensor, factor: torch.Tensor) -> bool:
+    return torch.equal(kept.view(torch.uint8), factor.detach().contiguous().view(torch.uint8))
+
+
+def _copy(sources, targets) -> None:
+    for source, target in zip(sources, targets):
+        target.copy_(source.detach())
