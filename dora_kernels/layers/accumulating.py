@@ -1,9 +1,7 @@
 """Gradient accumulation: n and g are computed once for an optimizer step, not once for each of its micro-steps."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-
-from torch import nn
+from contextlib import contextmanager
 
 from . import Model
 from .frozen import Freezable
@@ -19,8 +17,8 @@ def accumulating(model: Model) -> Iterator[Model]:
     Triton, where W' may add B A's fp32 products in another order. It costs a copy of A, B and m, and pays with two or
     more micro-steps to an optimizer step. W is not compared: it is frozen, and loading into it raises inside the scope.
 
-    Embeddings, convolutions, experts, compiled graphs and calls under `torch.no_grad()` in eval mode compute n at each
-    call, inside the scope too.
+    Embeddings, convolutions, experts, compiled graphs, and layers that run alone and without gradients in eval mode
+    compute n at each call, inside the scope too.
 
     Raises:
         ValueError: no such layer in the model. RuntimeError: the scope is open for it already; or, inside, frozen
@@ -34,29 +32,10 @@ def accumulating(model: Model) -> Iterator[Model]:
     uses = [layer.output_use for layer in layers]
     if any(use.keeps_norm for use in uses):
         raise RuntimeError("accumulating is open for these layers already: it does not nest")
-    with ExitStack() as stack:
-        for layer, use in zip(layers, uses):
-            for holder in (layer, *_bases(layer)):
-                stack.callback(holder.register_load_state_dict_pre_hook(_refuse_frozen_weights).remove)
-            stack.callback(_forget, use)
+    try:
+        for use in uses:
             use.keeps_norm = True
         yield model
-
-
-def _bases(layer: nn.Module) -> list[nn.Module]:
-    base = getattr(layer, "base_layer", None)
-    return [] if base is None else list(base.modules())
-
-
-def _forget(use) -> None:
-    use.keeps_norm, use.kept_norm = False, None
-
-
-def _refuse_frozen_weights(module, state_dict, prefix, *_) -> None:
-    own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-    given = [prefix + name for name, tensor in own if not tensor.requires_grad and prefix + name in state_dict]
-    if given:
-        raise RuntimeError(
-            f"cannot load {given[0]} inside accumulating: the norms kept there would be of the old weight; leave the "
-            "scope first"
-        )
+    finally:
+        for use in uses:
+            use.keeps_norm, use.kept_norm = False, None

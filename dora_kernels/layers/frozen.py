@@ -3,7 +3,7 @@
 `Freezable` holds a layer's cached norm and raises if the layer is trained, loaded or moved meanwhile.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -36,9 +36,10 @@ class Freezable(nn.Module):
             self.refuse_if_frozen("train")
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         self.refuse_if_frozen("load weights")
-        super()._load_from_state_dict(*args, **kwargs)
+        self.refuse_base_if_accumulating(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, function, *args, **kwargs) -> "Freezable":
         # Some models call `.to` in each forward: one that changes nothing is let through.
@@ -57,6 +58,18 @@ class Freezable(nn.Module):
         """Raises RuntimeError inside `frozen_adapters`, as `act` would make the norm stale."""
         if self.frozen_scale is not None:
             raise RuntimeError(f"cannot {act} inside frozen_adapters: its norms would go stale; leave the scope first")
+
+    def refuse_base_if_accumulating(self, state_dict: Mapping[str, torch.Tensor], prefix: str) -> None:
+        """Raises RuntimeError inside `accumulating`, where a weight is to be loaded to which its norms are not held."""
+        if not getattr(getattr(self, "output_use", None), "keeps_norm", False):
+            return
+        own = (*self.named_parameters(), *self.named_buffers())
+        given = [prefix + name for name, tensor in own if not tensor.requires_grad and prefix + name in state_dict]
+        if given:
+            raise RuntimeError(
+                f"cannot load {given[0]} inside accumulating: the norms kept there would be of the old weight; leave "
+                "the scope first"
+            )
 
 
 @contextmanager

@@ -37,7 +37,8 @@ def keep_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scaling: f
     """Keeps what a call computed for the next one, inside the scope."""
     if not _keeps(use):
         return
-    with torch.no_grad():
+    # Outside inference mode, which else forbids a later call to write into what is kept here.
+    with torch.inference_mode(False), torch.no_grad():
         copies = [factor.detach().clone(memory_format=torch.contiguous_format) for factor in factors]
         use.kept_norm = scaling, KeptNorm(*copies, NormScale(*(part.detach().clone() for part in found)))
 

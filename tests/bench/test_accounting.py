@@ -9,7 +9,7 @@ import dora_kernels as dk
 from bench.counting import accounting
 from dora_kernels.ops import dispatch, kernels
 from dora_kernels.ops.base_weights import weight_of
-from dora_kernels.ops.types import GluFactors
+from dora_kernels.ops.types import GluFactors, KeptNorm
 from tests.bench.test_offline import ROOT
 from tests.support.experts import make_stack
 from tests.support.experts import solve as solve_experts
@@ -44,6 +44,22 @@ def test_a_layer(shape, dtypes, space, bias):
     with count_bytes() as launches:
         solve(problem, space=space, impl="triton")
     assert len(held_to_the_interpreter(launches)) >= 3
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_kept_norm_reads_no_weight(shape, dtypes):
+    """While A, B and m hold the same bits: these, their copies, n and g, and each program's 256 answers."""
+    _, N, K, R = shape
+    weight = torch.randn(N, K).to(dtypes[0])
+    factors = [torch.randn(*size).to(dtypes[1]) for size in ((R, K), (N, R), (N,))]
+    norm_scale, _ = kernels.weight_norm(weight, *factors, 0.5)
+    kept = KeptNorm(*(factor.clone() for factor in factors), norm_scale)
+    with count_bytes() as launches:
+        kernels.kept_norm(weight, *factors, 0.5, kept)
+    assert held_to_the_interpreter(launches) == {"_compare_factors_kernel", "_kept_norm_kernel"}
+    known = sum(2 * part.nbytes for part in (*factors, norm_scale.norm))
+    assert sum(launch.loaded for launch in launches) == known + 4 * 256 * launches[-1].grid[0]
 
 
 @pytest.mark.parametrize("mode", ["lora", "peft"])

@@ -3,10 +3,8 @@
 import pytest
 import torch
 
-from bench.counting import accounting
 from dora_kernels.ops import kernels, reference
 from dora_kernels.ops.types import KeptNorm, NormScale
-from tests.support.loads_and_stores import count_bytes
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 # N, K, R, W's dtype and the factors'; the first's inputs are squared in several parts.
@@ -82,19 +80,3 @@ def test_norms_beyond_the_range_of_squares_in_parts():
     factors[0][0, 0] += 1
     expected, _ = kernels.weight_norm(weight, *factors, 0.5)
     assert all(map(torch.equal, kernels.kept_norm(weight, *factors, 0.5, kept), expected))
-
-
-@every_problem
-def test_the_weight_is_not_read_while_nothing_changes(problem):
-    weight, factors = make(problem)
-    kept = marked(kernels, weight, factors)
-    with count_bytes() as launches:
-        kernels.kept_norm(weight, *factors, 0.5, kept)
-    for launch in launches:
-        account = accounting.of_launch(launch.kernel, launch.grid, launch.args)
-        assert (account.loaded, account.stored) == (launch.loaded, launch.stored), launch.kernel.fn.__name__
-    assert [launch.kernel.fn.__name__ for launch in launches] == ["_compare_factors_kernel", "_kept_norm_kernel"]
-    assert (
-        sum(launch.loaded for launch in launches)
-        == sum(2 * part.nbytes for part in (*factors, kept.norm_scale.norm)) + 1024 * launches[-1].grid[0]
-    )

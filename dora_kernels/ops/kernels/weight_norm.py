@@ -11,7 +11,7 @@ from ..gpus import Gpu, gpu_of
 from ..types import NEAREST, NormScale, Rounding
 from .base_weight import Format, WeightMemory, adapted_block, adapted_dot, weight_arguments
 from .blocks import Matrix, addresses
-from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, signed32
+from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, either, signed32
 from .lora_dot import Dot, rank_block
 from .rounding import round_to
 
@@ -253,8 +253,7 @@ def launch_weight_norm(
     splits = config.splits
     partial = torch.empty(3 * splits, N, dtype=norm.dtype, device=weight.device) if splits > 1 else None
     _weight_norm_kernel[(triton.cdiv(N, config.block_n), splits)](
-        *w, lora_A, lora_B, magnitude, norm, scale,
-        norm if partial is None else partial, lora_A if cast_A is None else cast_A,
+        *w, lora_A, lora_B, magnitude, norm, scale, either(partial, norm), either(cast_A, lora_A),
         scaling, N, K, R, split_width(K, config), signed32(rounding.salt),
         None if cast_A is None else rounding.mode,
         weight_format, dot, config,

@@ -23,9 +23,8 @@ def kept_norm(
     factors = lora_A, lora_B, magnitude
     # A device is not waited for: there, n is computed in any case.
     if weight.device.type == "cpu" and all(map(_same_bits, kept.factors, factors)):
-        found = NormScale(*(part.clone() for part in kept.norm_scale)) if into is None else into
-        if into is not None:
-            _copy(kept.norm_scale, into)
+        found = NormScale(*map(torch.empty_like, kept.norm_scale)) if into is None else into
+        _copy(kept.norm_scale, found)
         return found
     found, _ = weight_norm(weight, *factors, scaling, into=into)
     _copy(factors, kept.factors)
