@@ -22,6 +22,7 @@ from .ops.dora_linear import dora_linear
 from .peft import PatchReport, patch_peft, patched_peft, unpatch_peft
 
 __all__ = [
+    "AccumulatingCallback",
     "DoraConfig",
     "DoraConv",
     "DoraEmbedding",
@@ -45,13 +46,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from .peft.callback import DoraKernelsCallback
+    from .peft.callback import AccumulatingCallback, DoraKernelsCallback
 else:
 
     def __getattr__(name: str):
-        # Its base class loads transformers' trainer, which takes seconds; who has a trainer has paid them.
-        if name == "DoraKernelsCallback":
-            from .peft.callback import DoraKernelsCallback
+        # Their base class loads transformers' trainer, which takes seconds; who has a trainer has paid them.
+        if name in ("AccumulatingCallback", "DoraKernelsCallback"):
+            from .peft import callback
 
-            return DoraKernelsCallback
+            return getattr(callback, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

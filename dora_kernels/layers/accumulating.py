@@ -3,8 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..ops.output import OutputUse
 from . import Model
 from .frozen import Freezable
+
+
+def norm_uses(model: Model) -> list[OutputUse]:
+    """The memories of the layers of `model` that can keep n and g."""
+    layers = (module for module in model.modules() if isinstance(module, Freezable))
+    return [layer.output_use for layer in layers if hasattr(layer, "output_use")]
 
 
 @contextmanager
@@ -24,12 +31,11 @@ def accumulating(model: Model) -> Iterator[Model]:
         ValueError: no such layer in the model. RuntimeError: the scope is open for it already; or, inside, frozen
             weights are loaded.
     """
-    layers = [module for module in model.modules() if isinstance(module, Freezable) and hasattr(module, "output_use")]
-    if not layers:
+    uses = norm_uses(model)
+    if not uses:
         raise ValueError(
             "accumulating found no DoRA layer of this engine: call apply_dora first, or patch_peft on a PEFT model"
         )
-    uses = [layer.output_use for layer in layers]
     if any(use.keeps_norm for use in uses):
         raise RuntimeError("accumulating is open for these layers already: it does not nest")
     try:

@@ -1,29 +1,56 @@
-"""`DoraKernelsCallback`: patches the PEFT model that a transformers or TRL trainer trains.
+"""What a transformers or TRL trainer calls: `DoraKernelsCallback` patches its PEFT model, `AccumulatingCallback` keeps
+norms over the micro-steps of an optimizer step.
 
 Apart from the rest: importing transformers' trainer takes seconds.
 """
 
 import logging
+from contextlib import ExitStack
 
 from transformers import TrainerCallback
 
 from ..config import check_blocks
+from ..layers.accumulating import accumulating, norm_uses
 from .patch import PatchReport, checked_options, patch_peft
 
 logger = logging.getLogger(__name__)
 
 
-class DoraKernelsCallback(TrainerCallback):
+class AccumulatingCallback(TrainerCallback):
+    """Opens `accumulating` for every optimizer step of several micro-steps, unless it is open.
+
+    The scope ends with its step: a run that is resumed between two steps computes what an unbroken one does.
+    """
+
+    def __init__(self):
+        self._scope = ExitStack()
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
+        self._scope.close()  # an error may have ended the step before
+        uses = norm_uses(model) if args.gradient_accumulation_steps > 1 else []
+        if uses and not any(use.keeps_norm for use in uses):
+            self._scope.enter_context(accumulating(model))
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self._scope.close()
+
+    on_train_begin = on_train_end = on_step_end
+
+
+class DoraKernelsCallback(AccumulatingCallback):
     """`Trainer(..., callbacks=[DoraKernelsCallback()])`: `patch_peft` when training begins.
 
     By then the model is on its device, and `SFTTrainer(..., peft_config=...)` has built it. It stays patched after
     training: `unpatch_peft(trainer.model)` gives it back. `report` is what `patch_peft` returned.
+
+    Norms are kept over the micro-steps of an optimizer step, as by `AccumulatingCallback`.
 
     Args:
         options: `space`, `impl`, `rounding`, `nf4_parity` and `blocks`, as for `patch_peft`.
     """
 
     def __init__(self, **options: str | bool):
+        super().__init__()
         layer_options = dict(options)
         check_blocks("blocks", layer_options.pop("blocks", "auto"))
         checked_options(**layer_options)
@@ -31,6 +58,7 @@ class DoraKernelsCallback(TrainerCallback):
         self.report: PatchReport | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        super().on_train_begin()
         check_liger(args)
         self.report = patch_peft(model, **self.options)
         logger.info("%s", self.report)

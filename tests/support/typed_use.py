@@ -42,6 +42,7 @@ assert_type(dk.unpatch_peft(net), Net)
 with dk.patched_peft(space="token"):
     pass
 assert_type(dk.DoraKernelsCallback(impl="auto").report, dk.PatchReport | None)
+assert_type(dk.AccumulatingCallback(), dk.AccumulatingCallback)
 
 layer = dk.DoraLinear.from_linear(nn.Linear(8, 8), r=4, lora_alpha=8, use_rslora=True)
 assert_type(layer, dk.DoraLinear)

@@ -10,9 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dora_kernels as dk
+from dora_kernels.layers.accumulating import norm_uses
 from tests.tolerances import SAME_FP32
 from training.checkpoints.checkpoint import list_checkpoints
 from training.data.order import IGNORED
+from training.minimal import loop
+from training.minimal.evaluate import summed_loss
 from training.minimal.loop import LoopSettings, parameter_groups, train
 
 SETTINGS = LoopSettings(
@@ -119,6 +122,18 @@ def test_accumulation_equals_one_large_batch(tmp_path):
     _, small = run(tmp_path / "small", settings, model=tiny_model(lora_dropout=0.0))
     assert [row["tokens"] for row in large] == [row["tokens"] for row in small]
     assert [row["loss"] for row in small] == pytest.approx([row["loss"] for row in large], rel=SAME_FP32)
+
+
+def test_norms_are_kept_over_the_micro_steps(tmp_path, monkeypatch):
+    kept = []
+
+    def watched(model, batch):
+        kept.append({use.kept_norm is not None for use in norm_uses(model)})
+        return summed_loss(model, batch)
+
+    monkeypatch.setattr(loop, "summed_loss", watched)
+    run(tmp_path, LoopSettings(batch_size=2, gradient_accumulation_steps=3, max_steps=2))
+    assert kept == [{False}, {True}, {True}] * 2
 
 
 def test_loss_is_per_target_token(tmp_path):

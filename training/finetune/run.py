@@ -10,6 +10,8 @@ import datasets
 from safetensors import SafetensorError
 from transformers import EarlyStoppingCallback, ProgressCallback
 
+from dora_kernels.peft.callback import AccumulatingCallback
+
 from ..checkpoints.checkpoint import newest_checkpoint, step_of
 from ..checkpoints.lock import check_folder, sole_run
 from ..checkpoints.metrics import METRICS, keep_until
@@ -170,7 +172,7 @@ class Run:
             train_dataset=rows.train.select_columns(rows.trained),
             eval_dataset=self._evaluated_rows(),
             processing_class=self.tokenizer,
-            callbacks=[WriteMetrics(self.output_dir / METRICS), StopOnRequest(self.request)],
+            callbacks=[AccumulatingCallback(), WriteMetrics(self.output_dir / METRICS), StopOnRequest(self.request)],
             **own,
         )
         if self.evaluations.period and flags.early_stopping:

@@ -6,6 +6,7 @@ folder.
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_scheduler
 
+import dora_kernels as dk
 from dora_kernels.adapters.atomic import sync
+from dora_kernels.layers.accumulating import norm_uses
 
 from ..checkpoints.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from ..checkpoints.metrics import append_row, keep_until
@@ -116,11 +119,12 @@ def train(
         # One denominator for all micro-batches: a mean of means would give short answers more weight.
         tokens = sum(target_tokens(batch) for batch in batches)
         loss = 0.0
-        for batch in batches:
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            part = summed_loss(model, batch) / tokens
-            part.backward()
-            loss += part.item()
+        with dk.accumulating(model) if len(batches) > 1 and norm_uses(model) else nullcontext():
+            for batch in batches:
+                batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+                part = summed_loss(model, batch) / tokens
+                part.backward()
+                loss += part.item()
         step = index + 1
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss of step {step} is {loss}; a lower --learning_rate may help")
