@@ -10,7 +10,7 @@ from .installation import spelled
 COMMANDS = {
     "kernels": "time each kernel against its floor: bytes and FLOPs counted, roofs measured in the same run",
     "layer": "time one DoRA linear layer against the frozen base, PEFT's LoRA and PEFT's DoRA",
-    "block": "time a gated MLP alone: ours as one function and layer by layer, the frozen base and PEFT's",
+    "block": "time a gated MLP, and q, k and v, alone: ours together and layer by layer, the frozen base and PEFT's",
     "model": "time a training step of a whole model with random weights",
     "all": "kernels, layer, block and model of one preset, within a number of minutes",
     "roofs": "measure what a GPU reaches: copies, L2, products of each format, the shortest launch",

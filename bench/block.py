@@ -1,5 +1,6 @@
-"""Times a gated MLP alone, forward and backward: ours as one function and layer by layer, against the frozen base, also
-with a fused GLU, PEFT's LoRA and PEFT's DoRA.
+"""Times a gated MLP alone, and an attention's q, k and v, forward and backward.
+
+Ours, together and layer by layer, stand against the frozen base, also with a fused GLU, PEFT's LoRA and PEFT's DoRA.
 
 Every contestant has the same parameters and is held to fp64 first, for the very shape that is timed; one that fails is
 printed as failed. Time and memory are those of `layer`. Saved is what autograd keeps from the forward to the backward,
@@ -39,13 +40,14 @@ def run(session: Session) -> None:
     preset, device = session.preset, session.device
     print("\n".join(left_out(device)))
     dtype = DTYPES[preset.dtype]
-    for case, *sizes in preset.blocks():
+    for case, shape, *sizes in preset.blocks():
         if session.skips(COMMAND, case):
             continue
 
-        def measured(sizes=sizes):
-            problem = make_problem(*sizes, dtype, device)
-            return measure(problem, contestants(dtype, device, compiled=preset.compiled), session.repetitions)
+        def measured(shape=shape, sizes=sizes):
+            problem = make_problem(shape, *sizes, dtype, device)
+            field = contestants(shape.name, dtype, device, compiled=preset.compiled)
+            return measure(problem, field, session.repetitions)
 
         if results := session.measure(COMMAND, case, measured):
             print(group_table(results), flush=True)

@@ -30,7 +30,7 @@ from .counting.layer_counts import count, saved_by
 from .counting.model_counts import predict_step, seconds_by_roof
 from .counting.roofs import longest
 from .counting.traffic import Operation
-from .measuring.shapes import MODELS, BlockShape, Preset, Run, Shape, layer_shapes, mlp_shape
+from .measuring.shapes import MODELS, BlockShape, Preset, Run, Shape, block_shape, layer_shapes
 from .measuring.timing import attempt
 from .offline import check_compilable
 from .rows.compare import group_table, title
@@ -193,8 +193,11 @@ def predict(
 ) -> dict[str, dict]:
     """By contestant, in the form of a measured result, with the launches of each part as "launches" and the seconds
     under each roof as "roofs". Of a block, how many launches there are and what they save stands as "block"."""
-    is_block, cuda = isinstance(shape, BlockShape), torch.device("cuda")
-    field = block_field.counted(dtype) if is_block else layer_field.contestants(dtype, cuda, reference=False)
+    is_block = isinstance(shape, BlockShape)
+    if is_block:
+        field = block_field.counted(shape.name, dtype)
+    else:
+        field = layer_field.contestants(dtype, torch.device("cuda"), reference=False)
     # A patched layer refuses tensors without data, and runs what ours runs; Axolotl's kernel has no account here.
     field = {name: c for name, c in field.items() if not name.endswith("patched") and not name.startswith("Axolotl")}
     results = {}
@@ -248,8 +251,7 @@ def predict_case(command: str, case: dict, roofs: Roofs, limit: Limit = longest)
     if command == model.COMMAND:
         return predict_model(Run(**{name: case[name] for name in Run._fields}), dtype, roofs, limit)
     if command == block.COMMAND:
-        shape = mlp_shape(case["hidden"], case["intermediate"])
-        return predict(shape, case["tokens"], case["rank"], dtype, roofs, limit)
+        return predict(block_shape(case), case["tokens"], case["rank"], dtype, roofs, limit)
     shape = Shape(case["layer"], case["out"], case["in"], case["bias"])
     of = kernels.predict if command == kernels.COMMAND else predict
     return of(shape, case["tokens"], case["rank"], dtype, roofs, limit)

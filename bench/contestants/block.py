@@ -1,5 +1,5 @@
-"""A block of adapted linear layers, a gated MLP, in every form that competes: the frozen base, also with a fused GLU,
-PEFT's LoRA and DoRA, ours layer by layer and as one function.
+"""A block of adapted linear layers, a gated MLP or what an attention's input goes to, in every form that competes: the
+frozen base, also with a fused GLU, PEFT's LoRA and DoRA, ours layer by layer and together.
 
 All hold the same parameters, rounded so that each of them can represent them, and share the frozen weights.
 """
@@ -11,6 +11,7 @@ import peft
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from dora_kernels.blocks.fuse import fuse_blocks
 
@@ -20,15 +21,28 @@ from . import layer
 from .fused_glu import FusedGluMlp, why_no_fused_glu
 from .layer import ALPHA_OVER_RANK, DTYPE_NAMES, Contestant, Entry, Problem, patch
 
-MLP = "model.layers.0.mlp"
+PATHS = {"mlp": "model.layers.0.mlp", "qkv": "model.layers.0.self_attn"}
+
+
+class Projections(LlamaAttention):
+    """An attention that ends with the layers of its input."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
 
 
 class BlockProblem(NamedTuple):
-    """A block's parameters, its input and the gradient that comes back."""
+    """A block's parameters, its input and the gradients that come back, one for each output."""
 
+    name: str  # of `shapes.BLOCKS`
     x: torch.Tensor  # [M, K]
     layers: dict[str, Problem]  # by name; without tokens of their own
-    grad_y: torch.Tensor  # [M, N]
+    grad_y: torch.Tensor | tuple[torch.Tensor, ...]  # [M, N]
+
+    @property
+    def path(self) -> str:
+        """Of the block in `_model`."""
+        return PATHS[self.name]
 
     @property
     def rank(self) -> int:
@@ -46,24 +60,28 @@ def make_problem(shape: BlockShape, tokens: int, rank: int, dtype: torch.dtype, 
         part.name: layer.make_problem(part, 0, rank, dtype, device, seed)
         for seed, part in enumerate(shape.layers, start=1)
     }
-    x, grad_y = normal(tokens, shape.in_features), normal(tokens, shape.out_features)
-    return BlockProblem(x.requires_grad_(), layers, grad_y)
+    x, *grads = (normal(tokens, features) for features in (shape.in_features, *shape.outputs))
+    return BlockProblem(shape.name, x.requires_grad_(), layers, grads[0] if len(grads) == 1 else tuple(grads))
 
 
 def empty_problem(shape: BlockShape, tokens: int, rank: int, dtype: torch.dtype, device: str) -> BlockProblem:
     """One without values, for counting."""
     layers = {part.name: layer.empty_problem(part, 0, rank, dtype, device) for part in shape.layers}
-    x = torch.empty(tokens, shape.in_features, dtype=dtype, device=device, requires_grad=True)
-    return BlockProblem(x, layers, torch.empty(tokens, shape.out_features, dtype=dtype, device=device))
+    x, *grads = (
+        torch.empty(tokens, features, dtype=dtype, device=device) for features in (shape.in_features, *shape.outputs)
+    )
+    return BlockProblem(shape.name, x.requires_grad_(), layers, grads[0] if len(grads) == 1 else tuple(grads))
 
 
-def contestants(dtype: torch.dtype, device: torch.device, *, compiled: bool = False) -> dict[str, Contestant]:
+def contestants(
+    block: str, dtype: torch.dtype, device: torch.device, *, compiled: bool = False
+) -> dict[str, Contestant]:
     """By name, in the order of the tables; what the names say is as in `layer`."""
     half, own = dtype != torch.float32, DTYPE_NAMES[dtype]
     settings = [("fp32, autocast", torch.float32, dtype), (own, dtype, None)]
     settings = settings if half else [("fp32", torch.float32, None)]
     found = {"frozen base": Contestant("base", _base)}
-    if why_no_fused_glu(device) is None:
+    if block == "mlp" and why_no_fused_glu(device) is None:
         found[FUSED_GLU] = Contestant("base", _fused_base)
     for kind, method in (("lora", "LoRA"), ("dora", "DoRA")):
         for name, adapter, autocast in settings:
@@ -79,11 +97,11 @@ def contestants(dtype: torch.dtype, device: torch.device, *, compiled: bool = Fa
     return layer.compiled_contestants(found) if compiled else found
 
 
-def counted(dtype: torch.dtype) -> dict[str, Contestant]:
+def counted(block: str, dtype: torch.dtype) -> dict[str, Contestant]:
     """Those of a GPU that can be counted, all libraries taken for installed."""
-    found = contestants(dtype, torch.device("cuda"))
-    base = {"frozen base": found["frozen base"], FUSED_GLU: Contestant("base", _fused_base)}
-    return base | found
+    found = contestants(block, dtype, torch.device("cuda"))
+    fused = {FUSED_GLU: Contestant("base", _fused_base)} if block == "mlp" else {}
+    return {"frozen base": found["frozen base"]} | fused | found
 
 
 def left_out(device: torch.device) -> list[str]:
@@ -93,25 +111,36 @@ def left_out(device: torch.device) -> list[str]:
 
 
 def _model(problem: BlockProblem, linear: Callable[[Problem], nn.Module]) -> nn.Module:
-    """A model whose MLP has these layers. The rest of it has no values, and is there for those who look for an MLP."""
-    gate = problem.layers["gate_proj"].weight
+    """A model whose block has these layers. The rest of it has no values, and is there for those who look for a
+    block."""
+    features = {name: part.weight.shape[0] for name, part in problem.layers.items()}
+    hidden = problem.x.shape[-1]
     config = LlamaConfig(
-        vocab_size=8, hidden_size=gate.shape[1], intermediate_size=gate.shape[0], num_hidden_layers=1,
-        num_attention_heads=1, num_key_value_heads=1,
+        vocab_size=8, hidden_size=hidden, intermediate_size=features.get("gate_proj", 8), num_hidden_layers=1,
+        num_attention_heads=hidden // features.get("k_proj", hidden), num_key_value_heads=1,
     )  # fmt: skip
     with torch.device("meta"):
         model = LlamaForCausalLM(config).requires_grad_(False)
     for name, part in problem.layers.items():
-        model.set_submodule(f"{MLP}.{name}", linear(part))
+        model.set_submodule(f"{problem.path}.{name}", linear(part))
     return model
 
 
+def _block_of(model: nn.Module, problem: BlockProblem) -> nn.Module:
+    """The block, which runs its layers alone."""
+    block = model.get_submodule(problem.path)
+    if problem.name == "qkv":
+        del block.o_proj
+        block.__class__ = Projections
+    return block
+
+
 def _base(problem: BlockProblem) -> Entry:
-    return Entry(_model(problem, layer.linear_of).get_submodule(MLP), {})
+    return Entry(_block_of(_model(problem, layer.linear_of), problem), {})
 
 
 def _fused_base(problem: BlockProblem) -> Entry:
-    return Entry(FusedGluMlp(_model(problem, layer.linear_of).get_submodule(MLP)), {})
+    return Entry(FusedGluMlp(_block_of(_model(problem, layer.linear_of), problem)), {})
 
 
 def _ours(space: str, impl: str, fused: bool = True) -> Callable[[BlockProblem], Entry]:
@@ -119,9 +148,9 @@ def _ours(space: str, impl: str, fused: bool = True) -> Callable[[BlockProblem],
         model = _model(problem, lambda part: layer.dora_linear_of(part, torch.float32, space, impl))
         if fused:
             reasons = fuse_blocks(model)
-            if reasons.get(MLP, "it was not looked at") is not None:
-                raise RuntimeError(f"the MLP is no block: {reasons.get(MLP)}")
-        return _filled(model.get_submodule(MLP).train(), problem, torch.float32)
+            if reasons.get(problem.path, "it was not looked at") is not None:
+                raise RuntimeError(f"{problem.name} is no block: {reasons.get(problem.path)}")
+        return _filled(_block_of(model, problem).train(), problem, torch.float32)
 
     return build
 
@@ -136,18 +165,18 @@ def _peft(adapter_dtype, autocast, *, dora: bool, patched: bool = False) -> Call
         )
         base = _model(problem, layer.linear_of)
         model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
-        entry = _filled(base.get_submodule(MLP).train(), problem, adapter_dtype)
+        entry = _filled(base.get_submodule(problem.path).train(), problem, adapter_dtype)
         if patched:
             patch(model)
-        return entry._replace(autocast=autocast)
+        return entry._replace(module=_block_of(base, problem), autocast=autocast)
 
     return build
 
 
-def _filled(mlp: nn.Module, problem: BlockProblem, dtype: torch.dtype) -> Entry:
-    """The MLP with the problem's factors, by the names of their gradients and their layers."""
+def _filled(block: nn.Module, problem: BlockProblem, dtype: torch.dtype) -> Entry:
+    """The block with the problem's factors, by the names of their gradients and their layers."""
     trained = {}
     for name, part in problem.layers.items():
-        factors = layer.filled(layer.factors_of(mlp.get_submodule(name)), part, dtype)
+        factors = layer.filled(layer.factors_of(block.get_submodule(name)), part, dtype)
         trained |= {f"{factor} of {name}": parameter for factor, parameter in factors.items()}
-    return Entry(mlp, trained)
+    return Entry(block, trained)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import peft
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 import dora_kernels as dk
 
@@ -45,27 +46,30 @@ class Entry(NamedTuple):
     trained: dict[str, nn.Parameter]
     autocast: torch.dtype | None = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if self.autocast is None:
             return self.module(x)
         with torch.autocast(x.device.type, self.autocast):
             return self.module(x)
 
     def solve(self, problem: Problem) -> dict[str, torch.Tensor]:
-        """The output "y" and every gradient by name."""
+        """The output "y", several side by side, and every gradient by name."""
         y = self.forward(problem.x)
-        names, leaves = ["dx", *self.trained], [problem.x, *self.trained.values()]
-        grads = torch.autograd.grad(y, leaves, problem.grad_y.to(y.dtype))
-        return dict(zip(["y", *names], (y.detach(), *grads)))
+        whole = torch.cat(tree_leaves(y), -1).detach()
+        return dict(zip(["y", "dx", *self.trained], (whole, *self.backward(y, problem))))
+
+    def backward(self, y: torch.Tensor | tuple[torch.Tensor, ...], problem: Problem) -> tuple[torch.Tensor, ...]:
+        """The gradients of x and of the trained parameters."""
+        leaves = [problem.x, *self.trained.values()]
+        return torch.autograd.grad(y, leaves, tree_map(lambda y, grad: grad.to(y.dtype), y, problem.grad_y))
 
     def phases(self, problem: Problem) -> Callable[[], Iterator[str]]:
         """For `timing.interleaved`."""
-        leaves = [problem.x, *self.trained.values()]
 
         def run():
             y = self.forward(problem.x)
             yield "forward"
-            grads = torch.autograd.grad(y, leaves, problem.grad_y.to(y.dtype))
+            grads = self.backward(y, problem)
             yield "backward"
             return y, grads
 

@@ -22,7 +22,7 @@ import triton
 from ..counting.cases import BF16, FP16, FP32, INT4, Case
 from ..counting.launches import launches, target_of
 from ..installation import PACKAGE, ROOT
-from ..measuring.shapes import BREAK_EVEN, MODELS, PRESETS, Preset, layer_shapes
+from ..measuring.shapes import BLOCKS, BREAK_EVEN, PRESETS, Preset, block_sizes
 from ..offline import parse_capability
 from .folder import cache_of
 from .step import Done
@@ -83,15 +83,14 @@ def cases(preset: str) -> Iterator[Case]:
 
 
 def _blocks(of: Preset) -> Iterator[Case]:
-    mlps = {(*block.layers[0][1:3], m, r, space) for _, block, m, r in of.blocks() for space in ("token", "weight")}
+    found = {(block, m, r, space) for _, block, m, r in of.blocks() for space in ("token", "weight")}
     for run in of.runs:
-        sizes, m = MODELS[run.model], run.batch * run.sequence
-        mlps.add((sizes.intermediate_size, sizes.hidden_size, m, run.rank, "auto"))
-        q, kv, *_ = layer_shapes(run.model)
-        features = (q.out_features, kv.out_features, kv.out_features)
-        yield Case(BF16, FP32, "auto", run.rank, q.out_features, q.in_features, m, bias=q.bias, siblings=features)
-    for out_features, in_features, m, r, space in sorted(mlps):
-        yield Case(BF16, FP32, space, r, out_features, in_features, m, mlp="silu")
+        for name, sizes in block_sizes(run.model).items():
+            found.add((BLOCKS[name](**sizes), run.batch * run.sequence, run.rank, "auto"))
+    for block, m, r, space in sorted(found):
+        first = block.layers[0]
+        kind = {"mlp": "silu"} if block.name == "mlp" else {"siblings": block.outputs, "bias": first.bias}
+        yield Case(BF16, FP32, space, r, first.out_features, first.in_features, m, **kind)
 
 
 def main() -> int:

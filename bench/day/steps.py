@@ -61,7 +61,7 @@ STEPS = (
     Step("kernels", "each kernel against its roofs", 3, _cases, 8, session_step(in_order(kernels))),
     Step("layer", "one layer against the frozen base and every mode of PEFT", 4, _cases, 12,
          session_step(in_order(layer))),
-    Step("block", "a gated MLP alone, as one function and layer by layer", 1.5,
+    Step("block", "a gated MLP, and q, k and v, alone: together and layer by layer", 1.5,
          lambda day: len(list(PRESETS[day.preset].blocks())), 20, session_step(in_order(block))),
     Step("model", "a training step of the whole model against every mode of PEFT", 6,
          lambda day: len(PRESETS[day.preset].runs), 120, session_step(model.run), 120),

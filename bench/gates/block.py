@@ -1,7 +1,8 @@
-"""No number without correctness: a gated MLP's output and gradients against fp64, for the shape that is timed."""
+"""No number without correctness: a block's output and gradients against fp64, for the shape that is timed."""
 
 import torch
 from torch.nn.functional import silu
+from torch.utils._pytree import tree_leaves
 
 from ..contestants.block import BlockProblem
 from .layer import BAR, UNIT_ROUNDOFF, exact_linear, worse_than
@@ -19,10 +20,13 @@ def truth(kind: str, problem: BlockProblem) -> dict[str, torch.Tensor]:
         leaves.update({f"{factor} of {name}": leaf for factor, leaf in factors.items()})
         return y
 
-    y = linear("down_proj", silu(linear("gate_proj", x)) * linear("up_proj", x))
+    if problem.name == "mlp":
+        outputs = (linear("down_proj", silu(linear("gate_proj", x)) * linear("up_proj", x)),)
+    else:
+        outputs = tuple(linear(name, x) for name in problem.layers)
     named = {"dx": x} | leaves
-    grads = torch.autograd.grad(y, list(named.values()), problem.grad_y.double())
-    return dict(zip(["y", *named], (y.detach(), *grads)))
+    grads = torch.autograd.grad(outputs, list(named.values()), [grad.double() for grad in tree_leaves(problem.grad_y)])
+    return dict(zip(["y", *named], (torch.cat(outputs, -1).detach(), *grads)))
 
 
 def broken(errors: dict[str, float], dtype: torch.dtype) -> str | None:

@@ -51,14 +51,40 @@ class BlockShape(NamedTuple):
         return self.layers[0].in_features
 
     @property
-    def out_features(self) -> int:
-        return self.layers[-1].out_features
+    def outputs(self) -> tuple[int, ...]:
+        """The features of each output."""
+        last = self.layers[-1:] if self.name == "mlp" else self.layers
+        return tuple(layer.out_features for layer in last)
 
 
 def mlp_shape(hidden: int, intermediate: int) -> BlockShape:
     """A gated MLP."""
     wide = (Shape(name, intermediate, hidden) for name in ("gate_proj", "up_proj"))
     return BlockShape("mlp", (*wide, Shape("down_proj", hidden, intermediate)))
+
+
+def qkv_shape(hidden: int, kv: int, bias: bool) -> BlockShape:
+    """The layers of an attention that share its input; `kv` are the output features of k and of v."""
+    sizes = {"q_proj": hidden, "k_proj": kv, "v_proj": kv}
+    return BlockShape("qkv", tuple(Shape(name, size, hidden, bias) for name, size in sizes.items()))
+
+
+BLOCKS = {"mlp": mlp_shape, "qkv": qkv_shape}
+
+
+def block_sizes(model: str) -> dict[str, dict[str, int | bool]]:
+    """By block, the arguments of its shape."""
+    m = MODELS[model]
+    kv_features = m.hidden_size // m.num_attention_heads * m.num_key_value_heads
+    return {
+        "mlp": {"hidden": m.hidden_size, "intermediate": m.intermediate_size},
+        "qkv": {"hidden": m.hidden_size, "kv": kv_features, "bias": m.attention_bias},
+    }
+
+
+def block_shape(case: dict) -> BlockShape:
+    """Of a case as results name it."""
+    return BLOCKS[case["block"]](**{name: case[name] for name in block_sizes(case["model"])[case["block"]]})
 
 
 class ExpertShape(NamedTuple):
@@ -130,9 +156,9 @@ class Preset(NamedTuple):
     def blocks(self) -> Iterator[tuple[dict, BlockShape, int, int]]:
         """What `block` measures: the case as results name it, the shape, tokens and rank."""
         for model, tokens, rank in itertools.product(self.models, self.tokens, self.ranks):
-            sizes = {"hidden": MODELS[model].hidden_size, "intermediate": MODELS[model].intermediate_size}
-            case = {"model": model, "block": "mlp", **sizes, "tokens": tokens, "rank": rank, "dtype": self.dtype}
-            yield case | {"compiled": self.compiled}, mlp_shape(**sizes), tokens, rank
+            for name, sizes in block_sizes(model).items():
+                case = {"model": model, "block": name, **sizes, "tokens": tokens, "rank": rank, "dtype": self.dtype}
+                yield case | {"compiled": self.compiled}, BLOCKS[name](**sizes), tokens, rank
 
 
 PRESETS = {

@@ -63,7 +63,7 @@ PRESET, BF16, CAPABILITY = PRESETS["rehearsal"], torch.bfloat16, (9, 0)
 
 def parts():
     for _, shape, tokens, rank in PRESET.blocks():
-        for name, contestant in block.counted(BF16).items():
+        for name, contestant in block.counted(shape.name, BF16).items():
             if name.startswith("ours"):
                 yield name, count(contestant, shape, tokens, rank, BF16, CAPABILITY)[0]
     for run in PRESET.runs:
