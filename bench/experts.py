@@ -1,15 +1,18 @@
 """PREDICTS one layer's fused experts, forward and backward, for a GPU that is not here: ours, the frozen base's, PEFT's
 expert LoRA.
 
-Bytes, FLOPs, launches and peak memory are counted, every expert taken to have tokens. All kernels are limited by bytes
-and FLOPs alone; the seconds are a model, and so are all ratios.
+Bytes, FLOPs, launches and peak memory are counted, the tokens taken to be spread evenly over the experts. All kernels
+are limited by bytes and FLOPs alone; the seconds are a model, and so are all ratios.
 """
 
 import argparse
 import itertools
 from collections import Counter
+from unittest import mock
 
 import torch
+
+from dora_kernels.ops import dora_experts
 
 from .contestants.experts import contestants
 from .counting.gpus import ROOFS, Roofs, by_bytes_and_flops
@@ -59,7 +62,15 @@ def predict(shape: ExpertShape, tokens: int, rank: int, roofs: Roofs) -> dict[st
 def count(build, shape: ExpertShape, tokens: int, roofs: Roofs) -> dict:
     """Of one contestant."""
     module = build()
-    with counting(roofs.capability) as counter:
+    share = tokens * shape.chosen // shape.experts
+
+    def evenly(ends):
+        # Fake tensors hold no numbers.
+        yield from (
+            (expert, slice(expert * share, (expert + 1) * share)) for expert in range(len(ends) if share else 0)
+        )
+
+    with counting(roofs.capability) as counter, mock.patch.object(dora_experts, "expert_rows", evenly):
         fake_module(module)
         x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, requires_grad=True)
         chosen = torch.empty(tokens, shape.chosen, dtype=torch.int64)

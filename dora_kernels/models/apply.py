@@ -188,6 +188,7 @@ def _dora_experts(path: str, experts: nn.Module, name: str, config: DoraConfig) 
         r=r,
         lora_alpha=lora_alpha,
         use_rslora=config.use_rslora,
+        space=config.space,
         impl=config.impl,
         rounding=config.rounding,
         salt=salt,

@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..config import DoraConfig
-from ..layers.experts import STACKS, why_not_experts
+from ..layers.experts import STACKS, experts_per_token, why_not_experts
 from .modules import listed
 from .targets import rank_and_alpha
 
@@ -38,13 +38,11 @@ def check_parameters(model: nn.Module, config: DoraConfig) -> dict[str, tuple[nn
             if expert_rank_and_alpha(config, f"{path}.{name}", experts)[0] < 1:
                 raise ValueError(
                     '`r` should be at least the number of experts of a token with `expert_rank="active"`: '
-                    f"{path}.{name} has r={config.r}, and its model's config num_experts_per_tok={_chosen(experts)}; "
-                    "raise `r`, or name the rank in `rank_pattern`"
+                    f"{path}.{name} has r={config.r} and num_experts_per_tok={experts_per_token(experts)}; raise `r`, "
+                    "or name the rank in `rank_pattern`"
                 )
     if config.lora_dropout > 0:
         raise ValueError("`lora_dropout` should be 0 with `target_parameters`: stacks of experts have no dropout")
-    if config.space == "weight":
-        raise ValueError('`space` should be "auto" or "token" with `target_parameters`: experts have no other form')
     return found
 
 
@@ -56,14 +54,8 @@ def expert_rank_and_alpha(config: DoraConfig, name: str, experts: nn.Module) -> 
     """
     if config.expert_rank == "full":
         return rank_and_alpha(config, name)
-    chosen = _chosen(experts)
+    chosen = experts_per_token(experts)
     return rank_and_alpha(config, name, config.r // chosen if chosen else 0)
-
-
-def _chosen(experts: nn.Module) -> int | None:
-    """The number of experts that a token goes to, where the model's config says so."""
-    chosen = getattr(experts.config, "num_experts_per_tok", None)
-    return chosen if isinstance(chosen, int) else None
 
 
 def how_to_adapt(model: nn.Module) -> str:
