@@ -1,13 +1,13 @@
-"""Runs `kernels`, `layer`, `block` and `model` of one preset in a row, within some minutes, into one results file.
+"""Runs `kernels`, `layer`, `block`, `experts` and `model` of one preset in a row, into one results file.
 
     python -m bench all --preset h200 --minutes 9
 
-What the time does not reach is left to the same command, run again.
+What `--minutes` do not reach is left to the same command, run again.
 """
 
 import argparse
 
-from . import block, kernels, layer, model
+from . import block, experts, kernels, layer, model
 from .rows.session import Session
 from .rows.session import add_arguments as add_session_arguments
 
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     session = Session(args)
-    for command in (kernels, layer, block, model):
+    for command in (kernels, layer, block, experts, model):
         print(f"\n== {command.COMMAND}", flush=True)
         command.run(session)
     return session.finish()

@@ -1,69 +1,90 @@
-"""PREDICTS one layer's fused experts, forward and backward, for a GPU that is not here: ours, the frozen base's, PEFT's
-expert LoRA.
+"""Times a layer's fused experts alone, forward and backward, against the frozen base and PEFT's expert LoRA.
 
-Bytes, FLOPs, launches and peak memory are counted, every expert taken to have tokens. All kernels are limited by bytes
-and FLOPs alone; the seconds are a model, and so are all ratios.
+PEFT has no DoRA for them. Every contestant has the same parameters and is held to fp64 first, for the very shape that
+is timed; one that fails is printed as failed. Tokens are spread evenly: how many an expert has stands in the row. Time
+and memory are those of `layer`. `predict --tables experts` has the same for a GPU that is not here.
 """
 
 import argparse
-import itertools
 from collections import Counter
+from unittest import mock
 
 import torch
 
-from .contestants.experts import contestants
-from .counting.gpus import ROOFS, Roofs, by_bytes_and_flops
+from dora_kernels.ops import dora_experts, grouped
+
+from . import layer
+from .contestants.experts import contestants, counted, make_problem
+from .contestants.layer import DTYPES
+from .counting.gpus import Roofs, by_bytes_and_flops
 from .counting.model_counts import seconds_by_roof
 from .counting.traffic import counting, fake_module
-from .measuring.shapes import EXPERTS, ExpertShape
+from .gates import experts as experts_gate
+from .measuring.shapes import ExpertShape
 from .measuring.timing import attempt
-from .predict import MARK, NOTES, header
-from .rows.compare import group_table, title
+from .rows.compare import group_table
+from .rows.session import Session
+from .rows.session import add_arguments as add_session_arguments
+
+COMMAND = "experts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--gpu", choices=ROOFS, required=True)
-    parser.add_argument("--model", choices=EXPERTS, default="qwen3-30b-a3b")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 8192], help="each goes to several experts")
-    parser.add_argument("--ranks", type=rank, nargs="+", default=[16], help="multiples of 8")
-
-
-def rank(text: str) -> int:
-    """Those that PyTorch's grouped product takes: the launches of a loop depend on the routing."""
-    if int(text) < 1 or int(text) % 8:
-        raise argparse.ArgumentTypeError(f"must be a multiple of 8, got {text}")
-    return int(text)
+    add_session_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> int:
-    print(header(args.gpu, ROOFS[args.gpu], "nothing was measured"))
-    for tokens, r in itertools.product(args.tokens, args.ranks):
-        shape = EXPERTS[args.model]
-        case = {"model": args.model, **shape._asdict(), "tokens": tokens, "rank": r, "dtype": "bf16"}
-        case["tokens an expert"] = tokens * shape.chosen / shape.experts
-        print(f"\nPREDICTION, experts: {title(case)}")
-        print(group_table(predict(shape, tokens, r, ROOFS[args.gpu]), mark=MARK))
-    print(NOTES[by_bytes_and_flops])
-    return 0
+    session = Session(args)
+    run(session)
+    return session.finish()
 
 
-def predict(shape: ExpertShape, tokens: int, rank: int, roofs: Roofs) -> dict[str, dict]:
-    """By contestant, in the form of a measured result, with how many launches there are as "block"."""
+def run(session: Session) -> None:
+    """Measures every case of the session's preset."""
+    preset, device = session.preset, session.device
+    dtype = DTYPES[preset.dtype]
+    for case, *sizes in preset.experts():
+        if session.skips(COMMAND, case):
+            continue
+
+        def measured(sizes=sizes):
+            problem = make_problem(*sizes, dtype, device)
+            return layer.measure(problem, contestants(dtype, device), session.repetitions, experts_gate)
+
+        if results := session.measure(COMMAND, case, measured):
+            print(group_table(results), flush=True)
+
+
+def predict(shape: ExpertShape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs) -> dict[str, dict]:
+    """By contestant, in the form of a measured result, with how many launches there are as "block". All kernels are
+    limited by bytes and FLOPs alone."""
     results = {}
-    for name, build in contestants(shape, rank, torch.bfloat16).items():
-        row, failure = attempt(lambda build=build: count(build, shape, tokens, roofs), who=name)
+    for name, build in counted(shape, rank, dtype).items():
+        row, failure = attempt(lambda build=build: count(build, shape, tokens, dtype, roofs), who=name)
         results[name] = row if row else {"failed": failure}
     return results
 
 
-def count(build, shape: ExpertShape, tokens: int, roofs: Roofs) -> dict:
-    """Of one contestant."""
+def count(build, shape: ExpertShape, tokens: int, dtype: torch.dtype, roofs: Roofs) -> dict:
+    """Of one contestant, its tokens spread evenly."""
     module = build()
-    with counting(roofs.capability) as counter:
+    share = tokens * shape.chosen // shape.experts
+
+    def evenly(ends):
+        # Fake tensors hold no numbers.
+        yield from (
+            (expert, slice(expert * share, (expert + 1) * share)) for expert in range(len(ends) if share else 0)
+        )
+
+    with (
+        counting(roofs.capability) as counter,
+        mock.patch.object(dora_experts, "expert_rows", evenly),
+        mock.patch.object(grouped, "expert_rows", evenly),
+    ):
         fake_module(module)
-        x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, requires_grad=True)
+        x = torch.empty(tokens, shape.hidden, dtype=dtype, requires_grad=True)
         chosen = torch.empty(tokens, shape.chosen, dtype=torch.int64)
-        weights = torch.empty(tokens, shape.chosen, dtype=torch.bfloat16)
+        weights = torch.empty(tokens, shape.chosen, dtype=dtype)
         grad_y = torch.empty_like(x)
         counter.take()
         before, parts = counter.restart(), {}

@@ -1,10 +1,11 @@
-"""PREDICTS the tables of `kernels`, `layer`, `block` and `model` for a GPU that is not here.
+"""PREDICTS the tables of `kernels`, `layer`, `block`, `model` and `experts` for a GPU that is not here.
 
 A launch of our kernels takes the longest of four roofs, or a fixed time: the bytes that must come from memory, the
 bytes that programs load and store through L2, the issue slots and pipes that its instructions take, and its products
 on the tensor cores. Its instructions are those of the compiled kernel. Kernels of other libraries have the roofs of
-memory and of products alone. Launches follow each other without gaps. No launch finds in L2 what another left there.
-Bytes, FLOPs, launches and peak memory are exact; the seconds are a model, and so are all ratios.
+memory and of products alone, and so have all kernels of experts. Launches follow each other without gaps. No launch
+finds in L2 what another left there. Bytes, FLOPs, launches and peak memory are exact; the seconds are a model, and so
+are all ratios.
 
 `--measured FILE` sets each row of a real run beside its prediction. A model whose frozen weights and peak exceed the
 memory on the data sheet has no time. `bench/results/predict-h200.txt` is what the defaults print for an H200; to change
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from . import block, kernels, layer, model
+from . import block, experts, kernels, layer, model
 from .contestants import block as block_field
 from .contestants import layer as layer_field
 from .contestants import model as model_field
@@ -30,7 +31,17 @@ from .counting.layer_counts import count, saved_by
 from .counting.model_counts import predict_step, seconds_by_roof
 from .counting.roofs import longest
 from .counting.traffic import Operation
-from .measuring.shapes import MODELS, BlockShape, Preset, Run, Shape, block_shape, layer_shapes
+from .measuring.shapes import (
+    EXPERTS,
+    MODELS,
+    BlockShape,
+    ExpertShape,
+    Preset,
+    Run,
+    Shape,
+    block_shape,
+    layer_shapes,
+)
 from .measuring.timing import attempt
 from .offline import check_compilable
 from .rows.compare import group_table, title
@@ -44,12 +55,13 @@ NOTES = {
     longest: f"{MARK} kernels of the base, PEFT and PyTorch are counted by bytes and FLOPs alone, ours by four roofs",
     by_bytes_and_flops: f"{MARK} all kernels are counted by bytes and FLOPs alone",
 }
-TABLES = (kernels.COMMAND, layer.COMMAND, block.COMMAND, model.COMMAND)
+TABLES = (kernels.COMMAND, layer.COMMAND, block.COMMAND, model.COMMAND, experts.COMMAND)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", choices=ROOFS, required=True)
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
+    parser.add_argument("--mixture", choices=EXPERTS, default="qwen3-30b-a3b", help="the model of the experts")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 8192])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 384])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -114,6 +126,8 @@ def sections(args: argparse.Namespace) -> Iterator[str]:
     for command in args.tables:
         if command == model.COMMAND:
             yield from _models(args)
+        elif command == experts.COMMAND:
+            yield from _experts(args)
         else:
             yield from _blocks(args) if command == block.COMMAND else _layers(command, args)
 
@@ -136,6 +150,14 @@ def _blocks(args: argparse.Namespace) -> Iterator[str]:
     for case, shape, tokens, rank in grid.blocks():
         found = predict(shape, tokens, rank, DTYPES[args.dtype], ROOFS[args.gpu], limit_of(args))
         yield "\n".join([f"\nPREDICTION, block: {title(case)}", *_table(found, args)])
+
+
+def _experts(args: argparse.Namespace) -> Iterator[str]:
+    grid = Preset((), tuple(args.tokens), tuple(args.ranks), (), args.dtype, mixtures=(args.mixture,))
+    for case, shape, tokens, rank in grid.experts():
+        found = experts.predict(shape, tokens, rank, DTYPES[args.dtype], ROOFS[args.gpu])
+        table = group_table(found, mark=MARK)
+        yield "\n".join([f"\nPREDICTION, experts: {title(case)}", table, NOTES[by_bytes_and_flops]])
 
 
 def _table(found: dict[str, dict], args: argparse.Namespace) -> Iterator[str]:
@@ -252,6 +274,9 @@ def predict_case(command: str, case: dict, roofs: Roofs, limit: Limit = longest)
         return predict_model(Run(**{name: case[name] for name in Run._fields}), dtype, roofs, limit)
     if command == block.COMMAND:
         return predict(block_shape(case), case["tokens"], case["rank"], dtype, roofs, limit)
+    if command == experts.COMMAND:
+        shape = ExpertShape(**{name: case[name] for name in ExpertShape._fields})
+        return experts.predict(shape, case["tokens"], case["rank"], dtype, roofs)
     shape = Shape(case["layer"], case["out"], case["in"], case["bias"])
     of = kernels.predict if command == kernels.COMMAND else predict
     return of(shape, case["tokens"], case["rank"], dtype, roofs, limit)

@@ -15,7 +15,7 @@ from .rows.records import groups, read_rows
 from .rows.tables import ratio, table
 from .step import curves_table
 
-COMMANDS = ("layer", "block", "model", "step", "kernels")
+COMMANDS = ("layer", "block", "experts", "model", "step", "kernels")
 OURS = ("ours fp32, auto", "ours fp32, auto, compiled")
 """What a user gets who asks for no form."""
 

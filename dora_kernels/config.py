@@ -11,6 +11,7 @@ CHOICES = {
     "space": ("auto", "token", "weight"),
     "impl": ("auto", "triton", "reference"),
     "rounding": ("dithered", "nearest"),
+    "expert_rank": ("full", "active"),
 }
 
 
@@ -26,6 +27,8 @@ class DoraConfig:
             (a string), or "all-linear": every linear layer except the output embeddings (lm_head). Names may be those
             of embeddings and convolutions too. Empty where `target_parameters` alone are adapted.
         target_parameters: names or suffixes of fused 3-D parameters, the stacks of experts ("mlp.experts.down_proj").
+        expert_rank: "full" gives each expert the rank `r`, "active" gives it `r` divided by the number of experts that
+            a token goes to, rounded down. `lora_alpha` is not divided.
         exclude_modules: names or suffixes (a list) or a regular expression (a string) never to adapt.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         rank_pattern, alpha_pattern: `{name, suffix or regular expression: r or lora_alpha}` for layers that differ.
@@ -56,6 +59,7 @@ class DoraConfig:
     nf4_parity: bool = False
     fuse_blocks: str | bool = "auto"
     target_parameters: list[str] | None = None
+    expert_rank: str = "full"
 
     def __post_init__(self):
         _check_rank("`r`", self.r)
@@ -76,6 +80,8 @@ class DoraConfig:
         self.target_parameters = _names("target_parameters", self.target_parameters, regex=False) or None
         if not self.target_modules and not (self.target_parameters and self.target_modules == []):
             raise ValueError('`target_modules` should name at least one module; "all-linear" takes every linear layer')
+        if self.expert_rank != "full" and not self.target_parameters:
+            raise ValueError(f'`expert_rank` should be "full" without `target_parameters`, got {self.expert_rank!r}')
         self.exclude_modules = _names("exclude_modules", self.exclude_modules, regex=True)
         self.modules_to_save = _names("modules_to_save", self.modules_to_save, regex=False)
         self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, _check_rank)

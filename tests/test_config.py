@@ -8,7 +8,7 @@ import pytest
 
 from dora_kernels.config import DoraConfig
 
-OURS_ALONE = {"dropout_mode", "space", "impl", "rounding", "nf4_parity", "fuse_blocks"}
+OURS_ALONE = {"dropout_mode", "space", "impl", "rounding", "nf4_parity", "fuse_blocks", "expert_rank"}
 
 
 def test_every_field_is_pefts_or_the_engines_own():
@@ -53,6 +53,8 @@ def test_every_field_is_pefts_or_the_engines_own():
         ("impl", "cuda", ValueError, "one of auto, triton, reference"),
         ("rounding", "stochastic", ValueError, "one of dithered, nearest"),
         ("space", [], ValueError, "one of auto"),
+        ("expert_rank", "top", ValueError, "one of full, active"),
+        ("expert_rank", "active", ValueError, '"full" without `target_parameters`'),
         ("nf4_parity", "yes", TypeError, "`nf4_parity` should be True or False"),
     ],
     ids=lambda value: str(value)[:24] if not isinstance(value, type) else value.__name__,

@@ -123,7 +123,7 @@ def _call_experts(case: Case) -> None:
     factors = [torch.empty(shape, dtype=case.adapter_dtype, requires_grad=True) for shape in shapes]
     bias = torch.empty(E, N, dtype=case.dtype) if case.bias else None
     ends = torch.empty(E, dtype=torch.int32)
-    options = {"scaling": 2.0, "bias": bias, "impl": "triton", "rounding": case.rounding}
+    options = {"scaling": 2.0, "bias": bias, "space": case.space, "impl": "triton", "rounding": case.rounding}
     y = dora_experts(x, weight, *factors, ends, **options)
     y.backward(torch.empty_like(y))
 

@@ -88,7 +88,7 @@ class Counter(TorchDispatchMode):
                 self._hold(tensor.untyped_storage())
         name = func.overloadpacket.__name__
         if not func.is_view and name not in NO_LAUNCH:
-            read, written = sum(map(_bytes, inputs)), sum(map(_bytes, _written(func, args, outputs)))
+            read, written = sum(map(_bytes, _read(args, kwargs))), sum(map(_bytes, _written(func, args, outputs)))
             work = _flops(func, args, kwargs, out, inputs)
             self.operations.append(Operation(name, read + written, read, *work, self._held))
         return out
@@ -202,6 +202,11 @@ def _gemm_4bit(
     # Not `@`: here nothing takes it apart into what is counted.
     y = torch.mm(x.flatten(0, -2), weight.T).view(*x.shape[:-1], shape[0])
     return y if bias is None else y.add_(bias)
+
+
+def _read(args, kwargs) -> list[torch.Tensor]:
+    """What an operation reads: all but the tensor that is given for the result."""
+    return _tensors((args, {name: value for name, value in (kwargs or {}).items() if name != "out"}))
 
 
 def _written(func, args, outputs: list[torch.Tensor]) -> list[torch.Tensor]:

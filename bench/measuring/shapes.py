@@ -141,6 +141,7 @@ class Preset(NamedTuple):
     compiled: bool = False
     reference: bool = False  # on a GPU, also our reference implementation
     repetitions: int = 20
+    mixtures: tuple[str, ...] = ()  # names of `EXPERTS`
 
     def layers(self) -> Iterator[tuple[dict, Shape, int, int]]:
         """What `kernels` and `layer` measure: the case as results name it, the shape, tokens and rank."""
@@ -160,6 +161,14 @@ class Preset(NamedTuple):
                 case = {"model": model, "block": name, **sizes, "tokens": tokens, "rank": rank, "dtype": self.dtype}
                 yield case | {"compiled": self.compiled}, BLOCKS[name](**sizes), tokens, rank
 
+    def experts(self) -> Iterator[tuple[dict, ExpertShape, int, int]]:
+        """What `experts` measures: the case as results name it, the shape, tokens and rank."""
+        for model, tokens, rank in itertools.product(self.mixtures, self.tokens, self.ranks):
+            shape = EXPERTS[model]
+            case = {"model": model, **shape._asdict(), "tokens": tokens, "rank": rank, "dtype": self.dtype}
+            case["tokens an expert"] = tokens * shape.chosen / shape.experts
+            yield case | {"compiled": self.compiled}, shape, tokens, rank
+
 
 PRESETS = {
     "h200": Preset(
@@ -172,6 +181,7 @@ PRESETS = {
             Run("llama-3-8b", 0, 2, 4096, 384, checkpointing=True),
             Run("llama-3-8b", 0, 1, 4096, 384, checkpointing=True),
         ),
+        mixtures=("qwen3-30b-a3b",),
     ),
     # What `bench day` measures, the first cases first.
     "day": Preset(
@@ -207,6 +217,7 @@ PRESETS = {
             for quantize in ("", "nf4")
         ),
         reference=True,
+        mixtures=("qwen3-30b-a3b", "mixtral-8x7b"),
     ),
     "cpu": Preset(
         ("tinyllama",),
@@ -216,7 +227,7 @@ PRESETS = {
         dtype="fp32",
         shapes=("q,o_proj", "gate,up_proj", "down_proj"),
     ),
-    "tiny": Preset(("tiny",), (8,), (4,), (Run("tiny", 0, 2, 8, 4),), dtype="fp32", repetitions=2),
+    "tiny": Preset(("tiny",), (8,), (4,), (Run("tiny", 0, 2, 8, 4),), dtype="fp32", repetitions=2, mixtures=("tiny",)),
 }
 
 BREAK_EVEN = {"day": ((512, 2048, 4096, 8192), (16, 64, 384)), "rehearsal": ((8, 16), (4,))}

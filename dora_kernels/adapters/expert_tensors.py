@@ -12,9 +12,8 @@ from torch import nn
 
 from ..config import DoraConfig
 from ..layers.experts import DoraExperts, adapted_experts
-from ..models.expert_targets import check_parameters
+from ..models.expert_targets import check_parameters, expert_rank_and_alpha
 from ..models.modules import listed
-from ..models.targets import rank_and_alpha
 
 MAGNITUDE = "lora_magnitude_vector"
 HEADER = {"dora_kernels.expert_magnitude": f"{MAGNITUDE} [experts, out_features] beside expert lora_A and lora_B"}
@@ -25,7 +24,7 @@ def expert_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     """The adapters' values by PEFT's keys, without their prefix. B is a copy, in PEFT's layout."""
     return {
         key: tensor
-        for prefix, adapter in _wrapped(model)
+        for prefix, adapter in wrapped_experts(model)
         for key, tensor in {
             f"{prefix}.lora_A.weight": adapter.lora_A.flatten(0, 1),
             f"{prefix}.lora_B.weight": adapter.lora_B.permute(1, 2, 0).flatten(1),
@@ -37,7 +36,7 @@ def expert_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def copy_experts(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
     """Puts a file's values into the adapters."""
-    for prefix, adapter in _wrapped(model):
+    for prefix, adapter in wrapped_experts(model):
         experts, out_features, r = adapter.lora_B.shape
         adapter.lora_A.copy_(tensors[f"{prefix}.lora_A.weight"].view_as(adapter.lora_A))
         lora_B = tensors[f"{prefix}.lora_B.weight"].reshape(out_features, r, experts)
@@ -52,7 +51,7 @@ def planned_experts(model: nn.Module, config: DoraConfig) -> dict[str, tuple[lis
         for name, prefix in zip(names, _prefixes(path, len(names))):
             experts, *shape = getattr(module, name).shape
             out_features, in_features = reversed(shape) if module.is_transposed else shape
-            r, _ = rank_and_alpha(config, f"{path}.{name}")
+            r, _ = expert_rank_and_alpha(config, f"{path}.{name}", module)
             planned[f"{prefix}.lora_A.weight"] = [experts * r, in_features], torch.float32
             planned[f"{prefix}.lora_B.weight"] = [out_features, r * experts], torch.float32
             planned[f"{prefix}.{MAGNITUDE}"] = [experts, out_features], torch.float32
@@ -69,7 +68,8 @@ def warn_of_experts(model: nn.Module) -> None:
         )
 
 
-def _wrapped(model: nn.Module) -> Iterator[tuple[str, DoraExperts]]:
+def wrapped_experts(model: nn.Module) -> Iterator[tuple[str, DoraExperts]]:
+    """Each adapter with the module that PEFT puts its factors in."""
     modules: dict[str, list[DoraExperts]] = {}
     for name, adapter in adapted_experts(model).items():
         modules.setdefault(name.rpartition(".")[0], []).append(adapter)

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch import nn
 
 from ..config import DoraConfig
+from ..layers.experts import adapted_experts
 from ..layers.linear import DoraLinear
 from ..models.modules import dora_layers, listed
 from ..models.peft_names import misread_by_peft
@@ -66,6 +67,8 @@ def adapter_fields(model: nn.Module) -> dict:
     targets = sorted(layers) if is_all_linear(config.target_modules) else config.target_modules
     linear = [layer for layer in layers.values() if isinstance(layer, DoraLinear)]
     task_type = _task_type(model)
+    # PEFT has no field for a divided rank: its own pattern says each stack's.
+    divided = adapted_experts(model) if config.expert_rank == "active" else {}
     fields = {name: getattr(config, name) for name in HONOURED} | {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -74,7 +77,7 @@ def adapter_fields(model: nn.Module) -> dict:
         "use_dora": True,
         "bias": "none",
         "target_modules": targets,
-        "rank_pattern": config.rank_pattern or {},
+        "rank_pattern": {name: experts.r for name, experts in divided.items()} | (config.rank_pattern or {}),
         "alpha_pattern": config.alpha_pattern or {},
         "fan_in_fan_out": bool(linear) and all(layer.fan_in_fan_out for layer in linear),
     }

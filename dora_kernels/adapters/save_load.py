@@ -21,7 +21,15 @@ from ..models.modules import check_model, check_not_sharded, dora_layers
 from ..models.targets import find_saved, rank_and_alpha
 from .atomic import move_files
 from .base_tensors import check_base, copy_base, resized_embeddings, split_base
-from .expert_tensors import HEADER, MAGNITUDE, copy_experts, expert_tensors, planned_experts, warn_of_experts
+from .expert_tensors import (
+    HEADER,
+    MAGNITUDE,
+    copy_experts,
+    expert_tensors,
+    planned_experts,
+    warn_of_experts,
+    wrapped_experts,
+)
 from .integrity import check_digests, digests, save_with_header
 from .peft_config import (
     CONFIG_NAME,
@@ -48,8 +56,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
         compat: "peft" writes the magnitude's key as PEFT does; transformers' own `load_adapter` silently drops it.
             "transformers" appends ".weight" to it, which transformers, PEFT and `load_adapter` all read.
         scales: also write g = m / n of each layer, fp32 [out_features], as `lora_magnitude_scale`. With it
-            y = g ⊙ (x Wᵀ + s x Aᵀ Bᵀ) + b needs no norm of W. It belongs to this base. Loading passes over it. Fused
-            experts are left out.
+            y = g ⊙ (x Wᵀ + s x Aᵀ Bᵀ) + b needs no norm of W. It belongs to this base. Loading passes over it. A stack
+            of experts has one for each, [experts, out_features].
 
     PEFT cannot load the adapters of fused experts, and a warning says so: A and B are in its layout, m is added.
 
@@ -163,7 +171,8 @@ def _adapter_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def _scales(model: nn.Module) -> dict[str, torch.Tensor]:
     """g = m / n of each layer, by the keys of the file, without their prefix."""
-    return {f"{path}.{SCALE}": layer.weight_norm().scale.float() for path, layer in dora_layers(model).items()}
+    layers = dora_layers(model) | dict(wrapped_experts(model))
+    return {f"{path}.{SCALE}": layer.weight_norm().scale.float() for path, layer in layers.items()}
 
 
 def _without_scales(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

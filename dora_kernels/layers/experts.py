@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..ops import dispatch
 from ..ops.base_weights import sharding_of
-from ..ops.dora_experts import dora_experts
+from ..ops.dora_experts import dora_experts, plan_experts
 from ..ops.grouped import grouped_mm
 from ..ops.output import OutputUse
 from ..ops.types import NormScale, Rounding
@@ -37,7 +37,7 @@ class DoraExperts(Freezable):
         name: the stack's name in it.
         r: rank of each expert, at least 1.
         lora_alpha: the scaling s is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
-        impl, rounding, salt: see `dora_experts`.
+        space, impl, rounding, salt: see `dora_experts`.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class DoraExperts(Freezable):
         r: int,
         lora_alpha: float,
         use_rslora: bool = False,
+        space: str = "auto",
         impl: str = "auto",
         rounding: str = "dithered",
         salt: int = 0,
@@ -56,7 +57,7 @@ class DoraExperts(Freezable):
         # In a tuple: the experts' module holds this one.
         self._owner, self.name = (experts,), name
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
-        self.impl, self.rounding, self.salt, self.output_use = impl, rounding, salt, OutputUse()
+        self.space, self.impl, self.rounding, self.salt, self.output_use = space, impl, rounding, salt, OutputUse()
         E, N, K = self.stack.shape
         dtype = torch.float64 if self.stack.dtype == torch.float64 else torch.float32
         options = {"device": self.stack.device, "dtype": dtype}
@@ -101,11 +102,15 @@ class DoraExperts(Freezable):
             norms = ops.expert_norm(stack[expert, None], *factors, self.scaling)
         return NormScale(norms.norm[0], norms.scale[0])
 
-    @property
-    def reason(self) -> str:
-        """What a call runs, and why."""
-        impl = dispatch.choose_impl(self.stack.device, self.impl)[1]
-        return f"token space: the one form that stacks of experts have; {impl}"
+    def reason(self, tokens: int) -> str:
+        """What a call runs on so many of the model's tokens in the present mode, and why."""
+        stack, bias = stack_and_bias(self.experts, self.name)
+        rows = tokens * (experts_per_token(self.experts) or 1)
+        plan = plan_experts(
+            stack, self.lora_A, self.magnitude, bias, tokens=rows, dtype=stack.dtype, trains=self.training,
+            space=self.space, impl=self.impl,
+        )  # fmt: skip
+        return f"{plan.reason}; {rows / len(stack):g} tokens an expert, if they are spread evenly"
 
     def merged_expert(self, expert: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W' = g ⊙ (W + s B A) [out_features, in_features] of one expert, in fp32, rounded once to `dtype`, or to the
@@ -122,13 +127,19 @@ class DoraExperts(Freezable):
         `dora_experts`. The module that is called gives its own stack and bias: a replica has others."""
         return dora_experts(
             x.to(stack.dtype), stack, self.lora_A, self.lora_B, self.magnitude, ends,
-            scaling=self.scaling, bias=bias, impl=self.impl, rounding=self.rounding, training=self.training,
-            salt=self.salt, frozen_scale=self.frozen_scale, output_use=self.output_use,
+            scaling=self.scaling, bias=bias, space=self.space, impl=self.impl, rounding=self.rounding,
+            training=self.training, salt=self.salt, frozen_scale=self.frozen_scale, output_use=self.output_use,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         experts, out_features, in_features = self.stack.shape
         return f"experts={experts}, {out_features}×{in_features}, r={self.r}, scaling={self.scaling:g}"
+
+
+def experts_per_token(experts: nn.Module) -> int | None:
+    """The number of experts that a token goes to, where the model's config says so."""
+    chosen = getattr(experts.config, "num_experts_per_tok", None)
+    return chosen if isinstance(chosen, int) else None
 
 
 def stack_and_bias(experts: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:

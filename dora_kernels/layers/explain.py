@@ -88,7 +88,9 @@ def explain(model: nn.Module, tokens: int) -> Explanations:
         for name, layer in layers
     )
     explanations.blocks = blocks
-    explanations.stacks = {name: f"({adapter.extra_repr()}): {adapter.reason}" for name, adapter in stacks.items()}
+    explanations.stacks = {
+        name: f"({adapter.extra_repr()}): {adapter.reason(tokens)}" for name, adapter in stacks.items()
+    }
     explanations.experts = frozen_experts(model)
     if not layers or layers[0][1] is not model:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model

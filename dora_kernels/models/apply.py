@@ -21,7 +21,7 @@ from ..layers.experts import DoraExperts, adapt_experts, adapted_experts, frozen
 from ..layers.probe import Probe, probe
 from ..layers.support import why_not_called, why_overwritten
 from ..ops.base_weights import keep_packing
-from .expert_targets import check_parameters, how_to_adapt
+from .expert_targets import check_parameters, expert_rank_and_alpha, how_to_adapt
 from .first_step import warn_after_first_step
 from .hooks import add_hooks
 from .lost_state import batches_seen, warn_when_saved
@@ -180,7 +180,7 @@ def _dora_layer(path: str, module: nn.Module, config: DoraConfig) -> DoraLayer:
 
 
 def _dora_experts(path: str, experts: nn.Module, name: str, config: DoraConfig) -> DoraExperts:
-    r, lora_alpha = rank_and_alpha(config, path)
+    r, lora_alpha = expert_rank_and_alpha(config, path, experts)
     salt = zlib.crc32(path.encode())
     adapter = DoraExperts(
         experts,
@@ -188,6 +188,7 @@ def _dora_experts(path: str, experts: nn.Module, name: str, config: DoraConfig) 
         r=r,
         lora_alpha=lora_alpha,
         use_rslora=config.use_rslora,
+        space=config.space,
         impl=config.impl,
         rounding=config.rounding,
         salt=salt,

@@ -3,8 +3,9 @@
 from torch import nn
 
 from ..config import DoraConfig
-from ..layers.experts import STACKS, why_not_experts
+from ..layers.experts import STACKS, experts_per_token, why_not_experts
 from .modules import listed
+from .targets import rank_and_alpha
 
 
 def check_parameters(model: nn.Module, config: DoraConfig) -> dict[str, tuple[nn.Module, list[str]]]:
@@ -32,11 +33,29 @@ def check_parameters(model: nn.Module, config: DoraConfig) -> dict[str, tuple[nn
         )
     if reasons:
         raise ValueError(f"Target parameters that cannot be adapted: {listed(reasons, '; ')}")
+    for path, (experts, names) in found.items():
+        for name in names:
+            if expert_rank_and_alpha(config, f"{path}.{name}", experts)[0] < 1:
+                raise ValueError(
+                    '`r` should be at least the number of experts of a token with `expert_rank="active"`: '
+                    f"{path}.{name} has r={config.r} and num_experts_per_tok={experts_per_token(experts)}; raise `r`, "
+                    "or name the rank in `rank_pattern`"
+                )
     if config.lora_dropout > 0:
         raise ValueError("`lora_dropout` should be 0 with `target_parameters`: stacks of experts have no dropout")
-    if config.space == "weight":
-        raise ValueError('`space` should be "auto" or "token" with `target_parameters`: experts have no other form')
     return found
+
+
+def expert_rank_and_alpha(config: DoraConfig, name: str, experts: nn.Module) -> tuple[int, float]:
+    """The rank and `lora_alpha` of each expert of the stack called `name` in the module `experts`.
+
+    Dividing the rank over a token's experts is "LoRA Without Regret"'s advice, NeMo AutoModel's `moe_rank_scaling` and
+    Megatron Bridge's `normalize_moe_lora`. A rank in `rank_pattern` is not divided.
+    """
+    if config.expert_rank == "full":
+        return rank_and_alpha(config, name)
+    chosen = experts_per_token(experts)
+    return rank_and_alpha(config, name, config.r // chosen if chosen else 0)
 
 
 def how_to_adapt(model: nn.Module) -> str:

@@ -71,9 +71,10 @@ def unmatched_targets(model: nn.Module, target_modules: list[str] | str) -> list
     return [entry for entry in target_modules if not any(matches([entry], name) for name in names)]
 
 
-def rank_and_alpha(config: DoraConfig, name: str) -> tuple[int, float]:
-    """`r` and `lora_alpha` of the module called `name`."""
-    return _lookup(config.rank_pattern, name, config.r), _lookup(config.alpha_pattern, name, config.lora_alpha)
+def rank_and_alpha(config: DoraConfig, name: str, r: int | None = None) -> tuple[int, float]:
+    """`r` and `lora_alpha` of the module called `name`. An `r` that is given stands for the config's own."""
+    r = _lookup(config.rank_pattern, name, config.r if r is None else r)
+    return r, _lookup(config.alpha_pattern, name, config.lora_alpha)
 
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:

@@ -5,8 +5,10 @@ Of expert e, with the equations and the symbols of `dora_linear`, for its tokens
     forward    y = g_e ⊙ (x W_eᵀ + s x A_eᵀ B_eᵀ) + b_e      g_e = m_e / n_e      n_e = ‖W_e + s B_e A_e‖, detached
     backward   dm_e, dB_e, dA_e: sums over the expert's tokens      dx = dh A_e + dZ W_e
 
-The stack W [E, N, K] is read and never written: nothing of its size is made, forward or backward. E is the number of
-experts, S that of tokens, each counted once for each of its experts.
+The stack W [E, N, K] is read and never written: nothing of its size is made, forward or backward. Token space takes one
+pass over the outputs of all experts. Weight space writes W' of one expert after the other, over the last one's.
+
+E is the number of experts, S that of tokens, each counted once for each of its experts.
 """
 
 from typing import NamedTuple
@@ -15,8 +17,10 @@ import torch
 
 from . import dispatch
 from .base_weights import sharding_of
-from .grouped import grouped_mm
+from .grouped import expert_rows, grouped_mm
 from .output import OutputUse
+from .overhead import experts_overhead
+from .problem import Problem
 from .recomputation import is_selective, remember_norm, remembered_norm
 from .types import NormScale, Rounding
 
@@ -24,6 +28,7 @@ from .types import NormScale, Rounding
 class Call(NamedTuple):
     """The constants of one call."""
 
+    space: str
     impl: str
     scaling: float
     rounding: Rounding
@@ -32,35 +37,41 @@ class Call(NamedTuple):
 
 
 class DoraExpertsFunction(torch.autograd.Function):
-    """y [S, N] and the gradients of x, A, B and m, in token space.
+    """y [S, N] and the gradients of x, A, B and m.
 
-    dm is read off y where that is exact: without a bias, and above fp16. Else z is kept, never both.
+    dm is read off y without its bias. In token space with a bias, and in fp16, that is not exact: there z is kept.
     """
 
     @staticmethod
     def forward(ctx, x, lora_A, lora_B, magnitude, weight, bias, ends, given, call):
-        ops, (E, R, K) = dispatch.implementation(call.impl), lora_A.shape
+        ops = dispatch.implementation(call.impl)
         needs = ctx.needs_input_grad[:4] if call.trains else (False,) * 4
         with dispatch.on_device_of(x), dispatch.without_autocast(x.device):
             norms = given
             if norms is None:
                 norms = ops.expert_norm(weight, lora_A, lora_B, magnitude, call.scaling, ends=ends)
                 remember_norm(call.use, (lora_A, lora_B, magnitude), call.scaling, norms)
-            A = lora_A
-            if A.dtype != x.dtype:
-                A = ops.scaled_cast(A.reshape(E * R, K), x.dtype, rounding=call.rounding).view(E, R, K)
-            base_out, h = grouped_mm(x, weight.mT, ends), grouped_mm(x, A.mT, ends)
-            keeps_base = needs[3] and (bias is not None or x.dtype == torch.float16)
-            y = ops.expert_rescale_fwd(
-                base_out, h, lora_B, norms.scale, bias, call.scaling, ends,
-                in_place=not (keeps_base or is_selective()), rounding=call.rounding,
-            )  # fmt: skip
+            A, h, keeps_base = lora_A, None, False
+            if call.space == "weight":
+                y = output = merged_mm(ops, call, x, weight, lora_A, lora_B, norms, ends, transposed=True)
+                if bias is not None:
+                    y = _with_bias(output, bias, ends, in_place=not needs[3])
+            else:
+                A = _cast(ops, call, lora_A, x.dtype)
+                base_out, h = grouped_mm(x, weight.mT, ends), grouped_mm(x, A.mT, ends)
+                keeps_base = needs[3] and (bias is not None or x.dtype == torch.float16)
+                y = ops.expert_rescale_fwd(
+                    base_out, h, lora_B, norms.scale, bias, call.scaling, ends,
+                    in_place=not (keeps_base or is_selective()), rounding=call.rounding,
+                )  # fmt: skip
+                output = base_out if keeps_base else y
         ctx.call, ctx.dtypes = call, [tensor.dtype for tensor in (x, lora_A, lora_B, magnitude)]
         ctx.is_base = keeps_base
         ctx.save_for_backward(
-            x if needs[1] else None,
+            # In weight space h waits for the backward: dB alone reads it.
+            x if needs[1] or (h is None and needs[2]) else None,
             h if needs[2] or needs[3] else None,
-            (base_out if keeps_base else y) if needs[3] else None,
+            output if needs[3] else None,
             A, lora_B, *norms, weight, ends,
         )  # fmt: skip
         return y
@@ -70,19 +81,21 @@ class DoraExpertsFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("dora_experts cannot differentiate twice: call backward without create_graph=True")
         call, (x, h, product, A, lora_B, norm, scale, weight, ends) = ctx.call, ctx.saved_tensors
-        ops, (E, N, R) = dispatch.implementation(call.impl), lora_B.shape
+        ops, (E, N, R), in_weight_space = dispatch.implementation(call.impl), lora_B.shape, call.space == "weight"
         needs_x, needs_A, needs_B, needs_m = ctx.needs_input_grad[:4]
         # s g ⊙ B is rounded once; in fp16 it may underflow while B is young, so there g comes in through dZ.
-        through_base = grad_y.dtype == torch.float16
+        through_base = grad_y.dtype == torch.float16 and not in_weight_space
         with dispatch.on_device_of(grad_y), dispatch.without_autocast(grad_y.device):
+            if h is None and needs_B:
+                h = grouped_mm(x, _cast(ops, call, A, x.dtype).mT, ends)
             grad_m, grad_B, grad_base = ops.expert_rescale_bwd(
                 grad_y, product, h, lora_B, NormScale(norm, scale), call.scaling, ends,
                 saved_is="base" if ctx.is_base else "output",
                 magnitude_dtype=ctx.dtypes[3] if needs_m else None, B_dtype=ctx.dtypes[2] if needs_B else None,
-                needs_base=needs_x or (needs_A and through_base), rounding=call.rounding,
+                needs_base=(needs_x and not in_weight_space) or (needs_A and through_base), rounding=call.rounding,
             )  # fmt: skip
             grad_x = grad_A = None
-            if needs_x or needs_A:
+            if needs_A or (needs_x and not in_weight_space):
                 B = ops.scaled_cast(
                     lora_B.reshape(E * N, R), grad_y.dtype,
                     scale=None if through_base else scale.view(E * N), scaling=call.scaling, rounding=call.rounding,
@@ -90,10 +103,44 @@ class DoraExpertsFunction(torch.autograd.Function):
                 grad_h = grouped_mm(grad_base if through_base else grad_y, B, ends)
             if needs_A:
                 grad_A = ops.expert_wgrad(grad_h, x, ends, dtype=ctx.dtypes[1])
-            if needs_x:
+            if needs_x and in_weight_space:
+                norms = NormScale(norm, scale)
+                grad_x = merged_mm(ops, call, grad_y, weight, A, lora_B, norms, ends, transposed=False)
+            elif needs_x:
                 # The small product's rounding is small beside the sum's.
                 grad_x = grouped_mm(grad_base, weight, ends).add_(grouped_mm(grad_h, A, ends))
         return grad_x, grad_A, grad_B, grad_m, None, None, None, None, None
+
+
+def merged_mm(ops, call, x, weight, lora_A, lora_B, norms, ends, *, transposed) -> torch.Tensor:
+    """Each row of x [S, …] with its expert's W' [N, K], or with W'ᵀ, in x's dtype.
+
+    One buffer holds the W' of the expert whose turn it is. The rows of each expert must be here: it waits for the GPU.
+    """
+    _, N, K = weight.shape
+    merged, out = x.new_empty(N, K), x.new_empty(len(x), N if transposed else K)
+    for expert, rows in expert_rows(ends):
+        own = call.rounding._replace(salt=call.rounding.salt + expert)
+        ops.merge(
+            weight[expert], lora_A[expert], lora_B[expert], None, call.scaling,
+            dtype=x.dtype, rounding=own, norm_scale=NormScale(norms.norm[expert], norms.scale[expert]), out=merged,
+        )  # fmt: skip
+        torch.mm(x[rows], merged.T if transposed else merged, out=out[rows])
+    return out
+
+
+def _with_bias(output, bias, ends, *, in_place):
+    y = output if in_place else output.clone()
+    for expert, rows in expert_rows(ends):
+        y[rows] += bias[expert].to(y.dtype)
+    return y
+
+
+def _cast(ops, call, lora_A, dtype):
+    """A in the dtype of the tokens."""
+    if lora_A.dtype == dtype:
+        return lora_A
+    return ops.scaled_cast(lora_A.flatten(0, 1), dtype, rounding=call.rounding).view(lora_A.shape)
 
 
 def dora_experts(
@@ -106,6 +153,7 @@ def dora_experts(
     *,
     scaling: float,
     bias: torch.Tensor | None = None,
+    space: str = "auto",
     impl: str = "auto",
     rounding: str = "dithered",
     training: bool = False,
@@ -123,6 +171,7 @@ def dora_experts(
         lora_A: [E, r, in_features]; lora_B: [E, out_features, r]; magnitude: [E, out_features]; fp32 or x's dtype.
         ends: [E] int32; the rows of expert e are ends[e − 1] … ends[e], and ends[E − 1] is S.
         bias: [E, out_features], frozen, added after the magnitude.
+        space: "token", "weight", or "auto", which takes what `plan_experts` predicts to be faster.
         scaling, impl, rounding, training, salt, frozen_scale, output_use: as in `dora_linear`.
 
     Returns:
@@ -137,12 +186,45 @@ def dora_experts(
     trains = trainable and (training or torch.is_grad_enabled())
     if frozen_scale is not None and trains:
         raise ValueError("frozen_scale is for inference: run under torch.no_grad(), or leave it out to train")
-    impl, _ = dispatch.choose_impl(x.device, impl)
+    plan = plan_experts(
+        weight, lora_A, magnitude, bias, tokens=len(x), dtype=x.dtype, trains=trains, impl=impl,
+        space="token" if space == "auto" and _cannot_wait(x) else space,
+    )  # fmt: skip
     given = None if frozen_scale is None else NormScale(*frozen_scale)
     if trains:
         given = remembered_norm(output_use, (lora_A, lora_B, magnitude), float(scaling))
-    call = Call(impl, float(scaling), Rounding(rounding, int(salt)), trains, output_use)
+    call = Call(plan.space, plan.impl, float(scaling), Rounding(rounding, int(salt)), trains, output_use)
     return DoraExpertsFunction.apply(x, lora_A, lora_B, magnitude, weight, bias, ends, given, call)
+
+
+def plan_experts(
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    magnitude: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+    trains: bool,
+    space: str,
+    impl: str,
+) -> dispatch.Plan:
+    """What a stack runs on `tokens` rows, and why.
+
+    Its experts are taken to have equally many. How many each has is known on the GPU alone.
+    """
+    experts, out_features, in_features = weight.shape
+    problem = Problem(
+        tokens, out_features, in_features, lora_A.shape[1], dtype, weight.device,
+        adapter_dtype=lora_A.dtype, has_bias=bias is not None, trains=trains,
+        trains_magnitude=trains and magnitude.requires_grad,
+    )  # fmt: skip
+    return dispatch.choose(problem, space, impl, experts_overhead(experts))
+
+
+def _cannot_wait(x: torch.Tensor) -> bool:
+    """Whether weight space, which waits for the GPU, would break what is being recorded: a graph."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _check(x, weight, lora_A, lora_B, magnitude, ends, bias, rounding) -> None:

@@ -37,6 +37,32 @@ def layer_overhead(space: str, problem: Problem, product: float = 0.0, shortest:
     return forward + (backward if problem.trains else 0)
 
 
+def experts_overhead(experts: int) -> Overhead:
+    """Of a stack of experts whose tokens, all experts' together, are spread evenly."""
+
+    def overhead(space: str, problem: Problem, product: float = 0.0, shortest: int = 0) -> float:
+        tokens, active = problem.tokens, min(experts, problem.tokens)
+        mn, mk, nk = (
+            tokens * problem.out_features, tokens * problem.in_features, problem.out_features * problem.in_features
+        )  # fmt: skip
+
+        def launch(moved: int, products: int = 0) -> float:
+            return max(moved, product * products, shortest)
+
+        h, grad_h, grad_A, norm = launch(mk), launch(mn), launch(mk), launch(active * nk, active * nk)
+        if space == "token":
+            forward = norm + h + launch(2 * mn, mn)
+            backward = launch(3 * mn) + grad_h + grad_A + launch(mk) + launch(3 * mk)
+        else:
+            # Of each expert a merge, and a product that is a launch of its own, where the base has one for all.
+            merged = active * (launch(2 * nk, nk) + shortest)
+            forward = norm + merged + (launch(2 * mn) + active * shortest if problem.has_bias else 0)
+            backward = h + launch(2 * mn) + grad_h + grad_A + merged
+        return forward + (backward if problem.trains else 0)
+
+    return overhead
+
+
 def glu_overhead(space: str, problem: Problem, product: float = 0.0, shortest: int = 0) -> float:
     """Of a gated MLP's gate and up, with `out_features` 2 I, forward and backward.
 

@@ -61,6 +61,26 @@ def test_the_round_trip_is_exact(saved):
         assert torch.equal(loaded(BATCH).logits, model(BATCH).logits)
 
 
+def test_a_divided_rank_comes_back_from_the_file(tmp_path):
+    """PEFT reads it too: the file's `rank_pattern` says it."""
+    options = {"r": 4, "target_modules": ["q_proj"], "expert_rank": "active", "rank_pattern": {"1.self_attn.q_proj": 5}}
+    model = adapted("Mixtral", torch.float32, **options)
+    with pytest.warns(UserWarning, match=PEFT_ALONE):
+        dk.save_adapter(model, tmp_path)
+    plain = dk.load_adapter(tiny_experts("Mixtral", torch.float32), tmp_path)
+    patched = dk.load_adapter(dk.apply_dora(tiny_experts("Mixtral", torch.float32), config(**options)), tmp_path)
+    for loaded in (plain, patched):
+        assert {adapter.lora_A.shape[1] for adapter in adapted_experts(loaded).values()} == {2}
+        assert torch.equal(loaded(BATCH).logits, model(BATCH).logits)
+    fields = json.loads((tmp_path / "adapter_config.json").read_text()) | {"use_dora": False}
+    lora = peft.get_peft_model(tiny_experts("Mixtral", torch.float32), peft.LoraConfig(**fields))
+    ours = {key: list(tensor.shape) for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+    theirs = {key: list(tensor.shape) for key, tensor in peft.get_peft_model_state_dict(lora).items()}
+    assert {key: shape for key, shape in ours.items() if "magnitude" not in key} == theirs
+    with pytest.raises(ValueError, match="adapter of another rank"):
+        dk.load_adapter(adapted("Mixtral", torch.float32, r=4, target_modules=["q_proj"]), tmp_path)
+
+
 def test_the_metadata_says_where_m_is(saved):
     _, folder = saved
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:

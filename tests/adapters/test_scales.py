@@ -1,5 +1,7 @@
 """g = m / n in the adapter's file: right for a server, and passed over by all that load adapters."""
 
+from itertools import product
+
 import peft
 import pytest
 import torch
@@ -8,14 +10,20 @@ from torch import nn
 
 from dora_kernels.adapters.save_load import PREFIX, SCALE, WEIGHTS_NAME, load_adapter, save_adapter
 from dora_kernels.config import DoraConfig
+from dora_kernels.layers.experts import adapted_experts
 from dora_kernels.models.apply import apply_dora
 from dora_kernels.models.modules import dora_layers
 from tests.adapters.test_save_load import randomize
+from tests.models.test_experts import adapted as adapted_mixture
 from tests.support.int4 import linear_compressed
+from tests.support.oracle import relative_error
+from tests.support.tiny_experts import BATCH, tiny_experts
 from tests.support.tiny_models import llama, logits
 from tests.tolerances import ORACLE_FP32
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
+PLACES = (("model.layers.0", "model.layers.1"), (("", "down_proj"), (".base_layer", "gate_up_proj")))
+"""Layers of a mixture; where PEFT's nesting puts each stack of a layer."""
 
 
 def adapted(model=None):
@@ -56,6 +64,29 @@ def test_of_a_zero_row_and_of_a_packed_weight(tmp_path):
     assert found[f"{PREFIX}dense.{SCALE}"][3] == 0
     expected = model["packed"].magnitude.double() / weight.double().norm(dim=1)
     assert (found[f"{PREFIX}packed.{SCALE}"] / expected - 1).abs().max() <= ORACLE_FP32
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
+def test_of_every_expert(tmp_path, name):
+    """y of a token by the file's tensors alone, against the model's merged experts; PEFT is not there."""
+    model = adapted_mixture(name, torch.float64, target_modules=["q_proj"])
+    with pytest.warns(UserWarning, match="PEFT has no DoRA for stacks of experts"):
+        save_adapter(model, tmp_path, scales=True)
+    tensors, found = load_file(tmp_path / WEIGHTS_NAME), scales_of(tmp_path)
+    assert len(found) == 2 + 2 * 2
+    stacks = {f"{path}.mlp.experts{at}": f"{path}.mlp.experts.{stack}" for path, (at, stack) in product(*PLACES)}
+    for path, stack in stacks.items():
+        adapter, prefix = adapted_experts(model)[stack], f"{PREFIX}{path}"
+        experts, out_features, in_features = adapter.stack.shape
+        A = tensors[f"{prefix}.lora_A.weight"].view(experts, 3, in_features)
+        B = tensors[f"{prefix}.lora_B.weight"].view(out_features, 3, experts).permute(2, 0, 1)
+        update = adapter.stack + adapter.scaling * B @ A
+        scale = found[f"{prefix}.{SCALE}"]
+        assert scale.dtype == torch.float32 and scale.shape == (experts, out_features)
+        merged = torch.stack([adapter.merged_expert(expert) for expert in range(experts)])
+        assert relative_error(scale[..., None] * update, merged) <= ORACLE_FP32
+    base = tiny_experts(name)
+    assert torch.equal(load_adapter(base, tmp_path)(BATCH).logits, model(BATCH).logits)
 
 
 def test_peft_loads_the_same_adapter_to_the_bit(tmp_path):

@@ -36,7 +36,7 @@ def sections(*given):
     return predict.sections(parser.parse_args(["--gpu", "h200", *given]))
 
 some = [*sections("--tables", "kernels", "layer", "--tokens", "8192", "--ranks", "16")][::2]
-some += islice(sections("--tables", "model", "--ranks", "16"), 1)
+some += [*islice(sections("--tables", "model", "--ranks", "16"), 1), *sections("--tables", "experts")]
 print(*some, sep="\\n")
 """
 
@@ -50,14 +50,14 @@ def compiling(*command):
 
 
 def test_the_committed_tables_are_what_is_predicted():
-    """Of the 44 cases five: every second layer at one size, and the whole model's first."""
+    """Of the 48 cases nine: every second layer at one size, the whole model's first, and those of experts."""
     head, *committed = COMMITTED.read_text().split("\n\n")
     if predict.versions() not in head:
         pytest.skip(f"other versions than the committed file's may launch something else: {predict.versions()}")
     assert head == predict.header("h200", H200, "nothing was measured"), REWRITE
     committed, found = by_title(committed), by_title(compiling("-c", PROGRAM).split("\n\n"))
-    assert len(found) == 5 and len(committed) == 44
-    assert "PEFT DoRA fp32 failed: would not fit: 162.5 GiB of 141.0 GiB" in list(found.values())[-1]
+    assert len(found) == 9 and len(committed) == 48
+    assert "PEFT DoRA fp32 failed: would not fit: 162.5 GiB of 141.0 GiB" in list(found.values())[4]
     for title, table in found.items():
         # A table is equal as a whole or shown as a whole.
         assert table == committed.get(title), f"{title}; {REWRITE}"

@@ -30,7 +30,7 @@ def rows_of(path):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """The results of the whole suite's smallest preset: kernels, layer, block and model."""
+    """The results of the whole suite's smallest preset: kernels, layer, block, experts and model."""
     path = tmp_path_factory.mktemp("bench") / "tiny.jsonl"
     assert main(["all", *TINY, "--output", str(path)]) == 0
     return path
@@ -51,7 +51,7 @@ def test_peak_memory_on_a_cpu():
 
 def test_every_contestant_is_timed_and_correct(tiny):
     rows = rows_of(tiny)
-    assert {row["command"] for row in rows} == {"kernels", "layer", "block", "model"}
+    assert {row["command"] for row in rows} == {"kernels", "layer", "block", "experts", "model"}
     assert not [row for row in rows if row["failed"]]
     assert all(error < SAME_FP32 for row in rows if row["command"] == "model" for error in row["errors"].values())
     shapes = len(layer_shapes("tiny"))

@@ -87,6 +87,25 @@ def test_training_is_that_of_materialised_experts(name):
     assert max(relative_error(a.detach(), b.detach()) for a, b in pairs) <= AFTER_ADAM_FP64
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_both_forms_train_alike(name):
+    gradients = []
+    for space in ("token", "weight"):
+        model = adapted(name, space=space).train()
+        losses(model).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert max(relative_error(a, b) for a, b in zip(*gradients)) <= ORACLE_FP64_MODEL
+
+
+def test_explain_says_the_form_and_at_how_many_tokens_of_an_expert():
+    model = adapted("Mixtral", torch.float32).train()
+    lines = [dk.explain(model, tokens=tokens).stacks["model.layers.0.mlp.experts.down_proj"] for tokens in (1, 2000)]
+    assert "token space: predicted to take less time" in lines[0] and "; 0.5 tokens an expert" in lines[0]
+    assert "weight space: predicted to take less time" in lines[1] and "; 1000 tokens an expert" in lines[1]
+    forced = dk.explain(adapted("Mixtral", torch.float32, space="token"), tokens=2000).stacks.values()
+    assert all("token space: asked for" in line for line in forced)
+
+
 @pytest.mark.parametrize("stack", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
 def test_beside_a_stack_that_stays_frozen(name, stack):
@@ -196,9 +215,21 @@ def test_frozen_adapters_keep_each_experts_norm(monkeypatch):
                 model.train()
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_rank_may_be_divided_over_the_experts_of_a_token(name):
+    """Both experts that a token goes to have half the rank, the factors and the scaling of a model with that rank."""
+    divided = adapted(name, r=7, lora_alpha=6, expert_rank="active", rank_pattern={"0.mlp.experts.down_proj": 5})
+    model = adapted(name, r=3, lora_alpha=6, rank_pattern={"0.mlp.experts.down_proj": 5})
+    found, expected = adapted_experts(divided), adapted_experts(model)
+    assert {path: adapter.r for path, adapter in found.items()} == {path: a.r for path, a in expected.items()}
+    assert {a.r for a in found.values()} == ({3} if name == "DeepSeek-V3" else {3, 5})
+    assert all(a.lora_A.shape[1] == a.r and a.scaling == 6 / a.r for a in found.values())
+    assert torch.equal(divided(BATCH).logits, model(BATCH).logits)
+
+
 REFUSED = {
     "dropout": ({"lora_dropout": 0.1}, "`lora_dropout` should be 0"),
-    "weight space": ({"space": "weight"}, '`space` should be "auto" or "token"'),
+    "no rank left": ({"r": 1, "expert_rank": "active"}, "`r` should be at least.*r=1.*num_experts_per_tok=2"),
     "no such": ({"target_parameters": ["experts.w1"]}, r"\['experts.w1'\] not found.*layers.0.mlp.experts.down_proj"),
     "no stack": ({"target_parameters": ["q_proj.weight"]}, "only stacks of experts"),
 }

@@ -14,6 +14,7 @@ from triton.runtime.interpreter import InterpretedFunction
 import dora_kernels as dk
 from dora_kernels.layers.explain import explain
 from dora_kernels.ops import dispatch
+from dora_kernels.ops.overhead import experts_overhead
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LLAMA = {"qo_proj": (4096, 4096), "kv_proj": (1024, 4096), "gate_up_proj": (14336, 4096), "down_proj": (4096, 14336)}
@@ -70,6 +71,18 @@ def test_what_only_token_space_can_run(options, why):
 @pytest.mark.parametrize("options", [{"trains_magnitude": False}, {"trains": False, "trains_magnitude": False}])
 def test_fp16_without_a_trained_magnitude_may_use_weight_space(options):
     assert choose(10**6, dtype=torch.float16, **options).space == "weight"
+
+
+@pytest.mark.parametrize(
+    ("experts", "shape", "chosen"),
+    [(8, (28672, 4096), 2), (128, (1536, 2048), 8)],
+    ids=["mixtral", "qwen3-30b-a3b"],
+)
+def test_experts_are_merged_where_each_has_many_tokens(experts, shape, chosen, gpu):
+    overhead = experts_overhead(experts)
+    problems = [dispatch.Problem(tokens * chosen, *shape, 16, torch.bfloat16, CUDA) for tokens in (1, 512, 8192, 65536)]
+    found = [dispatch.choose(problem, overhead=overhead).space for problem in problems]
+    assert found == ["token", "token", "token", "weight"]
 
 
 def spaces(tokens, shape, **options):

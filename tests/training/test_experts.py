@@ -42,14 +42,23 @@ def test_a_run_trains_and_merges_experts(base, data, tmp_path):  # noqa: F811
             export(["--base_model", str(base), "--adapter", str(out), "--output_dir", str(tmp_path / to), "--to", to])
 
 
+def test_a_run_divides_the_rank_over_the_experts_of_a_token(base, data, tmp_path):  # noqa: F811
+    flags = {"lora_target_parameters": STACKS, "lora_r": 6, "expert_rank": "active"}
+    run(data, tmp_path, base_model=base, max_steps=1, eval_step=0, save_step=0, **flags)
+    shapes = {key: list(tensor.shape) for key, tensor in load_file(tmp_path / "adapter_model.safetensors").items()}
+    ranks = {"q_proj": 6, "experts": 4 * 3}
+    assert {name: shapes[key][0] for name in ranks for key in shapes if name in key and "lora_A" in key} == ranks
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ({"lora_target_parameters": "experts.w1"}, "experts.w1"),
         ({"lora_target_parameters": STACKS, "lora_dropout": 0.1}, "lora_dropout"),
         ({"lora_target_parameters": STACKS, "use_peft": True}, "PEFT"),
+        ({"expert_rank": "active"}, "`--expert_rank` should be"),
     ],
-    ids=["no such parameter", "dropout", "PEFT"],
+    ids=["no such parameter", "dropout", "PEFT", "no experts"],
 )
 def test_what_cannot_train_is_refused_before_anything_is_loaded(base, data, tmp_path, flags, message):  # noqa: F811
     with pytest.raises(SystemExit, match=message):

@@ -133,6 +133,7 @@ class Flags(Hardware, Adapter, Training, Data, Run):
             lora_dropout=self.lora_dropout,
             target_modules=self.target_modules,
             target_parameters=module_names(self.lora_target_parameters) if self.lora_target_parameters else None,
+            expert_rank=self.expert_rank,
             exclude_modules=self.excluded,
             modules_to_save=self.saved,
             use_rslora=self.use_rslora,
@@ -224,5 +225,5 @@ def _with_flag_names(text: str) -> str:
         "target_parameters": "lora_target_parameters",
     }.items():
         text = text.replace(f"`{field_}`", f"`--{flag_}`")
-    same = "lora_alpha|lora_dropout|impl|exclude_modules|modules_to_save|rank_pattern|alpha_pattern"
+    same = "lora_alpha|expert_rank|lora_dropout|impl|exclude_modules|modules_to_save|rank_pattern|alpha_pattern"
     return re.sub(rf"`({same})`", r"`--\1`", text)

@@ -125,6 +125,9 @@ class Adapter:
     lora_target_parameters: str = flag(
         "", "comma-separated fused parameters, the stacks of experts: mlp.experts.down_proj", "target_parameters"
     )
+    expert_rank: Literal["full", "active"] = flag(
+        "full", "each expert's rank: lora_r, or lora_r over the number of experts that a token goes to"
+    )
     exclude_modules: str = flag("", "comma-separated module names that get no adapter")
     modules_to_save: str = flag(
         "", "comma-separated modules to train in full and save with the adapter", "lora_modules_to_save"

@@ -34,7 +34,7 @@ DEMO_FLAGS = {*DEMO, "gradient_accumulation_steps", "num_epochs", "max_steps", "
 }
 # What --init_adapter's own adapter_config.json says.
 DECIDED_BY_ADAPTER = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "exclude_modules"} | {
-    *("modules_to_save", "rank_pattern", "alpha_pattern", "lora_target_parameters")
+    *("modules_to_save", "rank_pattern", "alpha_pattern", "lora_target_parameters", "expert_rank")
 }
 # Names of other programs for what is no flag here.
 ELSEWHERE = {
