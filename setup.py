@@ -97,6 +97,7 @@ setup(
             "pytest-xdist>=3.6.1",
             "ruff>=0.17",
             "setuptools>=77.0.3",
+            "tensorboard>=2.20",
         ],
     },
 )

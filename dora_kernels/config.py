@@ -32,7 +32,8 @@ class DoraConfig:
         exclude_modules: names or suffixes (a list) or a regular expression (a string) never to adapt.
         use_rslora: rank-stabilised scaling (arXiv 2312.03732).
         rank_pattern, alpha_pattern: `{name, suffix or regular expression: r or lora_alpha}` for layers that differ.
-        modules_to_save: modules to train in full and to save with the adapter; never adapted.
+        modules_to_save: modules to train in full and to save with the adapter; never adapted. A classifier's head is
+            added to them as in PEFT ("classifier", "score" or "qa_outputs"); an empty list says that it is not.
         dropout_mode: "lora" drops the input of the LoRA branch only (one base GEMM); "peft" is PEFT's meaning (two).
         space, impl, rounding: see `dora_linear`.
         nf4_parity: see `dora_linear`; of no effect on other bases.

@@ -14,6 +14,7 @@ from itertools import takewhile
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from tests.support.doc_blocks import NOT_RUN, PAGES, ROOT, blocks
@@ -227,12 +228,26 @@ def test_the_example_of_preferences_trains(data, tmp_path, monkeypatch, capsys):
     assert any(not before[key].float().equal(after[key].float()) for key in before)
 
 
+def test_the_example_of_sentence_embeddings_trains(data, tmp_path, monkeypatch, capsys):
+    package = pytest.importorskip("sentence_transformers", reason="the example needs sentence-transformers")
+    output = tmp_path / "out"
+    run_example("sentence_embeddings.py", monkeypatch, model=TINY, data=data, steps=2, output=output)
+    assert "14 layers: 14 fused" in capsys.readouterr().out
+    assert "lora_magnitude_vector" in " ".join(load_file(output / "adapter/adapter_model.safetensors"))
+    merged, plain = (package.SentenceTransformer(str(folder)) for folder in (output / "merged", TINY))
+    assert abs(merged.encode("a sentence") - plain.encode("a sentence")).max() > 1e-4
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+
+
+REAL_MODELS = {"experts.py": "Qwen/Qwen3-30B-A3B", "sentence_embeddings.py": "Qwen/Qwen3-Embedding-0.6B"}
+
+
 def test_examples_are_short_and_name_a_real_model():
     files = sorted((ROOT / "examples").glob("*.py"))
-    assert {file.name for file in files} == {*TRAINED, "experts.py", "merge_for_serving.py", "trl_dpo.py"}
+    assert {file.name for file in files} == {*TRAINED, *REAL_MODELS, "merge_for_serving.py", "trl_dpo.py"}
     for file in files:
-        text, real = file.read_text(encoding="utf-8"), "Qwen/Qwen3-30B-A3B" if file.name == "experts.py" else REAL
-        assert text.count("\n") <= 30 and f'default="{real}"' in text
+        text = file.read_text(encoding="utf-8")
+        assert text.count("\n") <= 30 and f'default="{REAL_MODELS.get(file.name, REAL)}"' in text
 
 
 def test_the_example_of_experts_trains_them(data, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 from ..config import DoraConfig
 from ..layers.experts import adapted_experts
 from ..layers.linear import DoraLinear
+from ..models.heads import HEADS, head_task, trains_head
 from ..models.modules import dora_layers, listed
 from ..models.peft_names import misread_by_peft
 from ..models.targets import is_all_linear
@@ -51,12 +53,6 @@ IRRELEVANT = (
     "use_dora",
 )
 # The other initialisations (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) also change the base weights, before the adapter.
-# By task, the heads that PEFT trains in full although the config may not name them.
-HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
@@ -110,8 +106,11 @@ def warn_of_misread(model: nn.Module) -> None:
         )
 
 
-def read_config(directory: Path) -> DoraConfig:
+def read_config(directory: Path, keys: Iterable[str] | None = None) -> DoraConfig:
     """The adapter's configuration, refused where it says anything that this engine would not do.
+
+    Args:
+        keys: those of the file of weights, where it is not yet written.
 
     Raises:
         ValueError: not JSON, not a DoRA adapter, or a feature that is not implemented, by name.
@@ -134,7 +133,7 @@ def read_config(directory: Path) -> DoraConfig:
             f"{path}: init_lora_weights={init!r} changed the base weights before training; convert the adapter with "
             "PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    fields = _completed(fields, directory)
+    fields = _completed(fields, directory, keys)
     known = (*HONOURED, *IRRELEVANT, "bias", "init_lora_weights")
     # Fields of any PEFT version, later ones included, are off when null, false or empty.
     unsupported = {name: value for name, value in fields.items() if name not in known and value}
@@ -150,12 +149,12 @@ def read_config(directory: Path) -> DoraConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _completed(fields: dict, directory: Path) -> dict:
+def _completed(fields: dict, directory: Path, keys: Iterable[str] | None) -> dict:
     """The fields with what only the file of weights says: the layers that `layers_to_transform` left, and heads."""
     heads = HEADS.get(fields.get("task_type"), ())
     if fields.get("layers_to_transform") is None and not heads:
         return fields
-    keys = _stored_keys(directory)
+    keys = _stored_keys(directory) if keys is None else keys
     completed = dict(fields)
     if fields.get("layers_to_transform") is not None:
         layers = sorted(key.partition(".lora_A.")[0].removeprefix(PREFIX) for key in keys if ".lora_A." in key)
@@ -200,12 +199,13 @@ def without_absent_modules(config: DoraConfig, names: list[str]) -> DoraConfig:
 
 
 def _task_type(model: nn.Module) -> str | None:
-    """PEFT's task type where it changes nothing but the wrapper's class; its classification types would also train the
-    classifier in full."""
+    """PEFT's task type where it changes nothing but the wrapper's class, or trains the head that trains here too."""
     name, config = type(model).__name__, getattr(model, "config", None)
     if getattr(model, "main_input_name", "input_ids") != "input_ids":
         # The wrappers of these types pass `input_ids` on: a speech model would get it beside its features.
         return None
+    if (task := head_task(model)) is not None:
+        return task if trains_head(model, model.dora_config) else None
     if getattr(config, "is_encoder_decoder", False):
         return "SEQ_2_SEQ_LM" if name.endswith("ForConditionalGeneration") else None
     return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None

@@ -14,7 +14,7 @@ from ..layers import Model
 from ..layers.adapting import layer_class
 from ..layers.dora_layer import DoraLayer
 from ..layers.experts import adapted_experts
-from ..models.apply import apply_dora, check_targets
+from ..models.apply import adapt, check_targets
 from ..models.lost_state import warn_of_statistics
 from ..models.merge import check_finite
 from ..models.modules import check_model, check_not_sharded, dora_layers
@@ -91,7 +91,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
     with tempfile.TemporaryDirectory(prefix=".adapter-", dir=directory) as temporary:
         staged = Path(temporary)
         write_config(adapter_fields(model), staged)
-        header = {"format": "pt"} | digests(tensors, read_config(staged)) | (HEADER if adapted_experts(model) else {})
+        header = {"format": "pt"} | digests(tensors, read_config(staged, spelled))
+        header |= HEADER if adapted_experts(model) else {}
         save_with_header(spelled, staged / WEIGHTS_NAME, header)
         move_files(staged, directory, (CONFIG_NAME, WEIGHTS_NAME))
 
@@ -138,7 +139,7 @@ def load_adapter(model: Model, directory: str | os.PathLike) -> Model:
     if layers:
         _check_scaling(layers, config)
     else:
-        apply_dora(model, fitting)
+        adapt(model, fitting)
     with torch.no_grad():
         for key, parameter in _adapter_tensors(model).items():
             parameter.copy_(adapter[key])

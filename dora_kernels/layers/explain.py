@@ -7,6 +7,7 @@ from torch import nn
 
 from ..ops import dispatch
 from .experts import adapted_experts, frozen_experts
+from .in_full import lines_in_full, trained_in_full
 from .listing import grouped, total
 from .probe import probe
 
@@ -26,17 +27,20 @@ class Explanation(NamedTuple):
 
 
 class Explanations(tuple[Explanation, ...]):
-    """The layers' explanations in order. `str()` has a line for each, for each block and each stack of experts, and one
-    on `unseen`; equal layers of a stack of modules share a line with a count. The last line is the total.
+    """The layers' explanations in order. `str()` has a line for each, for each block, each stack of experts and each
+    module that trains in full, and one on `unseen`; equal layers of a stack of modules share a line with a count. The
+    last line is the total.
 
     `blocks` holds by path what is one function, or why a module that is like a block is none. `stacks` holds by name
     what the adapter of a fused parameter runs. `experts` holds by path how many parameters of fused experts stay
-    frozen. `unseen` is why the probe of what the model does with its layers stopped, None if it did not.
+    frozen, `in_full` how many of a module train beside the adapters. `unseen` is why the probe of what the model does
+    with its layers stopped, None if it did not.
     """
 
     blocks: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
     stacks: dict[str, str] = {}  # noqa: RUF012 (replaced, never changed)
     experts: dict[str, int] = {}  # noqa: RUF012 (replaced, never changed)
+    in_full: dict[str, int] = {}  # noqa: RUF012 (replaced, never changed)
     unseen: str | None = None
 
     def __str__(self) -> str:
@@ -44,6 +48,7 @@ class Explanations(tuple[Explanation, ...]):
         lines += [f"{path}: {what}" for path, what in self.blocks.items()]
         lines += [f"{name} {what}" for name, what in self.stacks.items()]
         lines += [f"{path}: {size} parameters of fused experts stay frozen" for path, size in self.experts.items()]
+        lines += lines_in_full(self.in_full)
         lines = grouped(lines)
         if self.unseen is not None:
             lines.append(f"only the first step will tell layers that are not called: {self.unseen}")
@@ -91,7 +96,7 @@ def explain(model: nn.Module, tokens: int) -> Explanations:
     explanations.stacks = {
         name: f"({adapter.extra_repr()}): {adapter.reason(tokens)}" for name, adapter in stacks.items()
     }
-    explanations.experts = frozen_experts(model)
+    explanations.experts, explanations.in_full = frozen_experts(model), trained_in_full(model)
     if not layers or layers[0][1] is not model:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # of a PEFT model
         seen = probe(base)

@@ -20,9 +20,10 @@ from ..layers.dora_layer import DoraLayer
 from ..layers.experts import DoraExperts, adapt_experts, adapted_experts, frozen_experts
 from ..layers.probe import Probe, probe
 from ..layers.support import why_not_called, why_overwritten
-from ..ops.base_weights import keep_packing
+from ..ops.base_weights import is_quantized, keep_packing
 from .expert_targets import check_parameters, expert_rank_and_alpha, how_to_adapt
 from .first_step import warn_after_first_step
+from .heads import with_head
 from .hooks import add_hooks
 from .lost_state import batches_seen, warn_when_saved
 from .modules import check_model, check_not_sharded, dora_layers, listed, replace_module
@@ -42,8 +43,8 @@ def apply_dora(model: Model, config: DoraConfig) -> Model:
 
     The adapters are fp32 and start as an exact no-op. `modules_to_save` become trainable as they are, in their own
     dtype as in PEFT (load them in fp32 to train them well); one that shares a weight with another module trains its own
-    copy of it. The config is remembered as `model.dora_config`. `model.save_pretrained` warns from then on: what it
-    writes loads as the base model.
+    copy of it. The head of a classifier is one of them. The config is remembered as `model.dora_config`.
+    `model.save_pretrained` warns from then on: what it writes loads as the base model.
 
     Raises:
         TypeError: not a module, or not a `DoraConfig`.
@@ -51,9 +52,15 @@ def apply_dora(model: Model, config: DoraConfig) -> Model:
             patched already, a PEFT model, on the meta device, or offloaded. The model is then unchanged. "all-linear"
             leaves out, with a warning, layers whose class or model is the reason.
     """
+    config = _checked(config)  # the model's own copy: the caller's may change later
+    check_model(model)
+    return adapt(model, with_head(model, config))
+
+
+def adapt(model: Model, config: DoraConfig) -> Model:
+    """`apply_dora`, with no head that `config` does not name."""
     targets, parameters = check_targets(model, config), check_parameters(model, config)
     saved = find_saved(model, config)
-    config = replace(config)  # the model's own copy: the caller's may change later
     keep_packing(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
@@ -92,9 +99,7 @@ def apply_dora(model: Model, config: DoraConfig) -> Model:
 
 def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
     """The modules that `apply_dora` would replace, by path, after every check it makes."""
-    if not isinstance(config, DoraConfig):
-        raise TypeError(f"config should be a DoraConfig, got {type(config).__name__}")
-    config = replace(config)  # validated again: a field may have been set since
+    config = _checked(config)
     check_model(model)
     check_not_sharded(model.named_parameters())
     if layers := dora_layers(model) | adapted_experts(model):
@@ -136,6 +141,13 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
     return targets
 
 
+def _checked(config: DoraConfig) -> DoraConfig:
+    """A copy, validated again: a field may have been set since."""
+    if not isinstance(config, DoraConfig):
+        raise TypeError(f"config should be a DoraConfig, got {type(config).__name__}")
+    return replace(config)
+
+
 def _why_not_here(model: nn.Module, path: str, r: int, seen: Probe) -> str | None:
     """Why a layer of this class has no adapter, or one that would not act wherever the model computes with the layer's
     weight, or None."""
@@ -151,13 +163,13 @@ def _warn_of_left_out(model: nn.Module, left_out: dict[str, str], config: DoraCo
         reasons = listed({f"{path} {reason}" for path, reason in left_out.items()}, "; ")
         warnings.warn(
             f'"all-linear" leaves out {len(left_out)} layers: {reasons}. Name them in `exclude_modules` to say that',
-            stacklevel=4,
+            stacklevel=5,
         )
     if (experts := frozen_experts(model)) and not config.target_parameters:
         warnings.warn(
             f'"all-linear" adapts no expert: {sum(experts.values())} parameters of fused experts stay frozen '
             f"({listed(experts, most=1)}); {how_to_adapt(model)}",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -204,6 +216,11 @@ def _check_saved(saved: dict[str, nn.Module], targets: list[str], config: DoraCo
     for path, module in saved.items():
         if isinstance(module, containers):
             raise TypeError(f"modules_to_save cannot be applied to {path}: it is a {type(module).__name__}")
+        if any(is_quantized(part) for part in module.modules()):
+            raise ValueError(
+                f"modules_to_save {path} is quantised, and cannot be trained in full: load it unquantised, by the "
+                "modules to skip of its quantisation's config"
+            )
         inside = [target for target in targets if target == path or target.startswith(f"{path}.")]
         if inside:
             raise ValueError(f"modules_to_save {path} holds the target {inside[0]}; name one of them more precisely")
@@ -217,5 +234,5 @@ def _unshared(model: nn.Module, path: str, module: nn.Module) -> nn.Module:
     )
     if all(total[id(parameter)] == inside[id(parameter)] for parameter in module.parameters()):
         return module
-    warnings.warn(f"modules_to_save: {path} shared a weight with another module; it trains its own copy", stacklevel=4)
+    warnings.warn(f"modules_to_save: {path} shared a weight with another module; it trains its own copy", stacklevel=5)
     return copy.deepcopy(module)

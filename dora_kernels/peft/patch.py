@@ -15,6 +15,7 @@ from ..blocks.fuse import fuse_blocks, unfuse_blocks
 from ..blocks.report import block_lines
 from ..config import DoraConfig, check_blocks
 from ..layers import Model
+from ..layers.in_full import lines_in_full, trained_in_full
 from ..layers.listing import grouped, total
 from ..layers.probe import probe
 from ..layers.support import why_overwritten
@@ -30,12 +31,14 @@ class PatchReport:
     """What `patch_peft` did.
 
     `layers` maps a path to the reason why the layer is left to PEFT, None if it is fused. `blocks` maps that of a gated
-    MLP, or of what is nearly one, to why its layers compute alone, None if they are one function. `str()` has a line
-    for each, one with a count for equal layers of a stack of modules, and a total.
+    MLP, or of what is nearly one, to why its layers compute alone, None if they are one function. `in_full` maps that
+    of a module which trains beside the adapters to its number of parameters. `str()` has a line for each, one with a
+    count for equal layers of a stack of modules, and a total.
     """
 
     layers: dict[str, str | None]
     blocks: dict[str, str | None] = field(default_factory=dict)
+    in_full: dict[str, int] = field(default_factory=dict)
 
     @property
     def fused(self) -> list[str]:
@@ -52,7 +55,7 @@ class PatchReport:
             f"{path or 'layer'}: {'fused' if reason is None else f'left to PEFT: {reason}'}"
             for path, reason in self.layers.items()
         ]
-        lines = grouped(lines + block_lines(self.blocks))
+        lines = grouped(lines + block_lines(self.blocks) + lines_in_full(self.in_full))
         if len(self.layers) > 1:
             lines.append(total({"fused": len(self.fused), "left to PEFT": len(self.skipped)}))
         return "\n".join(lines)
@@ -107,6 +110,7 @@ def patch_peft(
     report = PatchReport(
         {path: each.unfusable or each.base or why_not_active(each.layer) for path, each in found.items()},
         fuse_or_unfuse(model, blocks),
+        trained_in_full(model),
     )
     _warn_of_magnitudes(found)
     if not report.fused:

@@ -23,8 +23,9 @@ def test_all_linear_layers_are_patched_and_only_adapters_train(family, dtype):
     assert apply_dora(model, DoraConfig(r=3, lora_alpha=6)) is model
     layers = dora_layers(model)
     assert layers
+    heads = ("lm_head", "classifier")
     assert not any(
-        type(module).__name__ in ("Linear", "Conv1D") for name, module in model.named_modules() if name != "lm_head"
+        type(module).__name__ in ("Linear", "Conv1D") for name, module in model.named_modules() if name not in heads
     )
     for path, layer in layers.items():
         assert layer.weight is weights[f"{path}.weight"]
@@ -32,6 +33,7 @@ def test_all_linear_layers_are_patched_and_only_adapters_train(family, dtype):
         assert not layer.training
         assert {layer.lora_A.dtype, layer.lora_B.dtype, layer.magnitude.dtype} == {torch.float32}
     trained = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B, layer.magnitude)}
+    trained |= {id(p) for p in model.classifier.parameters()} if family == "bert" else set()
     assert {id(p) for p in model.parameters() if p.requires_grad} == trained
     if dtype == torch.float32 or not any(layer.bias is not None for layer in layers.values()):
         assert torch.equal(logits(model), before)

@@ -12,8 +12,9 @@ import dora_kernels as dk
 from dora_kernels.config import DoraConfig
 from dora_kernels.layers.linear import DoraLinear
 from dora_kernels.models.apply import apply_dora
+from tests.support.nf4 import linear_4bit
 from tests.support.sharded import SHARDS
-from tests.support.tiny_models import VOCAB, assert_unchanged, gpt2, llama, snapshot
+from tests.support.tiny_models import VOCAB, assert_unchanged, bert, gpt2, llama, snapshot
 
 
 def with_norm():
@@ -126,6 +127,12 @@ def with_target_inside_saved():
     return llama(), {"target_modules": ["lm_head"], "modules_to_save": ["head"]}
 
 
+def with_a_packed_head():
+    model = bert()
+    model.classifier = linear_4bit(model.classifier.weight)
+    return model, {}
+
+
 def with_nothing():
     return llama(), {"target_modules": ["nope"]}
 
@@ -152,6 +159,7 @@ REFUSALS = {
     with_absent_module_to_save: (ValueError, r"modules_to_save \['classifier'\] not found"),
     with_module_list_to_save: (TypeError, "it is a ModuleList"),
     with_target_inside_saved: (ValueError, "modules_to_save lm_head holds the target lm_head"),
+    with_a_packed_head: (ValueError, "modules_to_save classifier is quantised, and cannot be trained in full"),
     with_nothing: (ValueError, "not found in the base model"),
 }
 

@@ -72,7 +72,7 @@ def _engine_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
 
 def _blocks_of(model: torch.nn.Module) -> str:
     mlps = sum(isinstance(block, FusedMlp) for block in fused_blocks(model).values())
-    return f", {mlps} MLPs as one function each" if mlps else ""
+    return f", {mlps} MLP{'s' * (mlps > 1)} as one function each" if mlps else ""
 
 
 def _peft_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
