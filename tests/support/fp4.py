@@ -20,10 +20,10 @@ def parts(kind, N, K):
     return codes, scales.to(torch.uint8), None, 2.0 ** (scales - 127).float()
 
 
-def values(codes, spread):
-    """W in bf16, by the formats' formula: the number that four bits say, times its group's scale, in fp32."""
+def values(codes, spread, dtype=torch.bfloat16):
+    """W by the formats' formula: the number that four bits say, times its group's scale, in fp32."""
     numbers = torch.tensor(E2M1 + [-number for number in E2M1])[codes]
-    return (numbers * spread.repeat_interleave(codes.shape[1] // spread.shape[1], 1)).bfloat16()
+    return (numbers * spread.repeat_interleave(codes.shape[1] // spread.shape[1], 1)).to(dtype)
 
 
 def bytes_of(codes):
