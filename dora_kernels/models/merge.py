@@ -43,7 +43,8 @@ def merge_dora(
     Raises:
         ValueError: no DoRA layer (merged already, or never patched), one that no plain layer can stand for (a
             convolution with groups), NaN or infinity in an adapter, `base` with dense weights or none with quantised
-            ones, a `dtype` that is none or that `keep_base` or "requantized" cannot keep to, or tied weights in a model whose config cannot describe them untied.
+            ones, a `dtype` that weights cannot have, or beside `keep_base` or "requantized", or tied weights in a model
+            whose config cannot describe them untied.
         RuntimeError: inside `frozen_adapters`. The model is then unchanged.
 
     If memory runs out half way, `keep_base` puts the merged layers back. Without it they stay merged, and the same call
