@@ -48,6 +48,11 @@ def weight_bytes(a, block_n: int, block_k: int) -> tuple[int, int]:
         return elements + 4 * loads, elements + 4 * scales
     if form.int4:
         return _int4(a, block_n, block_k)
+    if form.fp4:
+        # Each program reads the global scale for its blocks of K, of which each is wider than a group.
+        groups, blocks = a.N * (a.K // form.group), triton.cdiv(a.N, block_n) * triton.cdiv(a.K, block_k)
+        factor = 4 if " " in form.fp4 else 0
+        return elements // 2 + groups + blocks * factor, elements // 2 + groups + factor
     if form.nf4_block == 0:
         return elements * size(a.w_ptr), elements * size(a.w_ptr)
     tiles = triton.cdiv(a.N, block_n) * triton.cdiv(a.K, block_k)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .cases import BF16, DTYPES, FP16, FP32, INT4, Case
+from .cases import BF16, DTYPES, FP4, FP8, FP16, FP32, INT4, Case
 
 
 def quick_cases() -> Iterable[Case]:
@@ -32,6 +32,7 @@ def quick_cases() -> Iterable[Case]:
         yield from _mlps(dtypes, (16, 24, 33, 96) if FP32 in dtypes else (24,))
         yield from _experts(dtypes, (16, 24, 40) if FP32 in dtypes else (24,))
     yield from _int4(DTYPES[:1], (8, 128))
+    yield from _fp8_and_fp4((8, 128))
     yield from _accumulating()
 
 
@@ -55,7 +56,7 @@ def all_cases() -> Iterable[Case]:
 
 def roof_cases() -> Iterable[Case]:
     """What the table of roofs shows: 4096 × 4096 at 8192 tokens, three ranks; 1024 output features, whose
-    inputs are split; NF4."""
+    inputs are split; packed weights."""
     for space in ("token", "weight"):
         for rank in (16, 64, 384):
             yield Case(BF16, FP32, space, rank, tokens=8192)
@@ -64,6 +65,8 @@ def roof_cases() -> Iterable[Case]:
     yield Case(BF16, FP32, "weight", 16, 1024, 4096, 8192)
     for rank in (16, 64):
         yield Case(BF16, FP32, "weight", rank, tokens=8192, nf4="nested")
+    for packed in ({"int4": "symmetric"}, {"fp8": "block"}, {"fp4": "NVFP4"}, {"fp4": "MXFP4"}):
+        yield Case(BF16, FP32, "weight", 16, tokens=8192, **packed)
     for space in ("token", "weight"):
         for rank in (16, 64):
             yield Case(BF16, FP32, space, rank, 14336, 4096, 8192, mlp="silu")
@@ -110,6 +113,15 @@ def _int4(dtype_pairs, ranks) -> Iterable[Case]:
             # The zeros of the last output features share a word with none; groups divide input features.
             yield Case(*dtypes, _spaces(dtypes[0])[-1], ranks[0], 1001, 3 * group if group else 333, 77, int4=int4)
             yield Case(*dtypes, "token", ranks[0], dropout_mode="lora", int4=int4)
+
+
+def _fp8_and_fp4(ranks) -> Iterable[Case]:
+    for packed in (*({"fp8": kind} for kind in FP8), *({"fp4": kind} for kind in FP4)):
+        for rank in ranks:
+            yield Case(BF16, FP32, "weight", rank, **packed)
+        # Blocks of FP8 may be cut; groups divide input features.
+        yield Case(BF16, FP32, "weight", ranks[0], 1001, 3 * 32 if "fp4" in packed else 333, 77, **packed)
+        yield Case(BF16, FP32, "token", ranks[0], dropout_mode="lora", **packed)
 
 
 def _accumulating() -> Iterable[Case]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from dora_kernels import dora_linear
-from dora_kernels.ops.base_weights import Int4Weight, Nf4Weight
+from dora_kernels.ops.base_weights import Fp4Weight, Fp8Weight, Int4Weight, Nf4Weight, Packed
 from dora_kernels.ops.base_weights.compressed_tensors import LAYOUT as COMPRESSED_TENSORS
 from dora_kernels.ops.base_weights.gptqmodel import AWQ, GPTQ
 from dora_kernels.ops.dora_experts import dora_experts
@@ -34,6 +34,12 @@ INT4 = {
 """Layout, what the weight has beside codes and scales, and the input features of a group; None: all."""
 
 
+FP8 = {"block": (128, 128), "row": (1, None), "tensor": (None, None)}
+"""Output and input features that share a scale; None: all."""
+FP4 = {"NVFP4": (16, torch.float8_e4m3fn), "MXFP4": (32, torch.uint8)}
+"""Input features of a group, and the dtype of its scale."""
+
+
 class Case(NamedTuple):
     """One call of `dora_linear`, and of its backward where `trains`; or of the function that an option names."""
 
@@ -55,6 +61,8 @@ class Case(NamedTuple):
     mlp: str | None = None  # the activation of a gated MLP; the shape is gate's and up's
     stacked: bool = False  # one layer is gate and up
     int4: str | None = None  # a name of `INT4`
+    fp8: str | None = None  # a name of `FP8`
+    fp4: str | None = None  # a name of `FP4`
     experts: int = 0  # of a stack; the shape is one expert's, and the tokens are those of all
     siblings: tuple[int, ...] = ()  # output features of each of several layers of one input
     accumulating: bool = False  # the second of two micro-steps is there too
@@ -146,9 +154,25 @@ def _member(case: Case, out_features: int, in_features: int) -> Member:
     return Member(weight, *factors, bias, 2.0, Rounding(case.rounding))
 
 
-def _weight(case: Case) -> Nf4Weight | Int4Weight | None:
+def _weight(case: Case) -> Packed | None:
     """The packed weight of a case; None where it is a matrix."""
-    return _nf4_weight(case) if case.nf4 else _int4_weight(case) if case.int4 else None
+    made = {"nf4": _nf4_weight, "int4": _int4_weight, "fp8": _fp8_weight, "fp4": _fp4_weight}
+    return next((make(case) for name, make in made.items() if getattr(case, name)), None)
+
+
+def _fp8_weight(case: Case) -> Fp8Weight:
+    N, K = case.out_features, case.in_features
+    rows, columns = (part or size for part, size in zip(FP8[case.fp8], (N, K)))
+    codes, scales = torch.empty(N, K, dtype=torch.float8_e4m3fn), torch.empty(-(-N // rows), -(-K // columns))
+    return Fp8Weight(codes, scales, (rows, columns), case.dtype)
+
+
+def _fp4_weight(case: Case) -> Fp4Weight:
+    N, K = case.out_features, case.in_features
+    group, dtype = FP4[case.fp4]
+    codes, scales = torch.empty(N, K // 2, dtype=torch.uint8), torch.empty(N, K // group, dtype=dtype)
+    factor = torch.empty(1) if case.fp4 == "NVFP4" else None
+    return Fp4Weight(codes, scales, factor, group, torch.Size((N, K)), BF16)
 
 
 def _int4_weight(case: Case) -> Int4Weight:

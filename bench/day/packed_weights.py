@@ -5,7 +5,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from dora_kernels.ops.base_weights import Fp8Weight, Int4Weight, Nf4Weight
+from dora_kernels.ops.base_weights import Fp4Weight, Fp8Weight, Int4Weight, Nf4Weight
 
 from ..counting.cases import INT4
 
@@ -42,6 +42,20 @@ def fp8(N: int, K: int, device: torch.device) -> tuple[Fp8Weight, torch.Tensor]:
     scales = 0.05 * (torch.rand(-(-N // rows), -(-K // columns), generator=generator, device=device) + 0.5)
     spread = scales.double().repeat_interleave(rows, 0)[:N].repeat_interleave(columns, 1)[:, :K]
     return Fp8Weight(codes, scales, FP8_BLOCK, torch.bfloat16), codes.double() * spread
+
+
+def fp4(kind: str, N: int, K: int, device: torch.device) -> tuple[Fp4Weight, torch.Tensor]:
+    """W [N, K] in e2m1 with a scale for each group; and its values in fp64."""
+    generator = torch.Generator(device).manual_seed(0)
+    group, factor = (16, torch.tensor([800.0], device=device)) if kind == "NVFP4" else (32, None)
+    codes = torch.randint(256, (N, K // 2), generator=generator, dtype=torch.uint8, device=device)
+    steps = torch.rand(N, K // group, generator=generator, device=device)
+    scales = (50 * (steps + 0.5)).to(torch.float8_e4m3fn) if kind == "NVFP4" else (120 + 4 * steps).to(torch.uint8)
+    spread = scales.double() / factor.double() if kind == "NVFP4" else 2.0 ** (scales.double() - 127)
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64, device=device)
+    nibbles = torch.stack([codes % 16, codes // 16], dim=2).flatten(1).int()
+    exact = torch.cat([values, -values])[nibbles] * spread.repeat_interleave(group, 1)
+    return Fp4Weight(codes, scales, factor, group, torch.Size((N, K)), torch.bfloat16), exact.bfloat16().double()
 
 
 def int4(kind: str, N: int, K: int, device: torch.device) -> tuple[Int4Weight, torch.Tensor]:
@@ -85,5 +99,6 @@ def _words(codes: torch.Tensor, dim: int, order) -> torch.Tensor:
     return (packed - ((packed >> 31) << 32)).int().movedim(-1, dim)
 
 
-FORMATS = {"NF4": nf4, "FP8": fp8} | {f"int4 {kind}": partial(int4, kind) for kind in INT4}
+FORMATS = {"NF4": nf4, "FP8": fp8} | {kind: partial(fp4, kind) for kind in ("NVFP4", "MXFP4")}
+FORMATS |= {f"int4 {kind}": partial(int4, kind) for kind in INT4}
 """By name: makes the weight that kernels read, and its values."""

@@ -26,7 +26,9 @@ class Row(NamedTuple):
     def name(self) -> tuple[str, ...]:
         """The first columns."""
         case = self.case
-        dtypes = f"nf4/{case.dtypes.partition('/')[2]}" if case.nf4 else case.dtypes
+        base, _, adapter = case.dtypes.partition("/")
+        base = next((name for name in ("nf4", "int4", "fp8") if getattr(case, name)), (case.fp4 or base).lower())
+        dtypes = f"{base}/{adapter}"
         shape = f"{case.out_features}x{case.in_features}"
         return (self.launch.launch.name, case.space, dtypes, shape, str(case.rank), self.gpu)
 

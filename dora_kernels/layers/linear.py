@@ -30,7 +30,7 @@ class DoraLinear(DoraLayer):
         nf4_parity: see `dora_linear`.
         adapter_dtype: dtype of the trained parameters; fp32 by default, whatever the base has.
         compute_dtype: x is cast to it, and the output back (4-bit layers); None computes in x's dtype.
-        base_layer: instead of `weight`, a layer without which its weight cannot be read (8-bit layers, FP8, int4, HQQ);
+        base_layer: instead of `weight`, a layer without which its weight cannot be read (8 bits, FP8, FP4, int4, HQQ);
             its state-dict keys stay its own, below `base_layer`.
 
     Raises:

@@ -37,7 +37,7 @@ def apply_dora(model: Model, config: DoraConfig) -> Model:
 
     `target_parameters` are stacks of experts: their module computes with a `DoraExperts` beside each from then on.
 
-    Quantised layers keep their weights packed: NF4, FP8 and int4 are decoded inside the kernels, bitsandbytes'
+    Quantised layers keep their weights packed: NF4, FP8, FP4 and int4 are decoded in the kernels, bitsandbytes'
     FP4 and 8-bit, torchao's and HQQ's layers dequantise themselves at each use. bitsandbytes' repacking of
     4-bit weights in the first eval forward on some CPUs is switched off.
 

@@ -20,7 +20,9 @@ from .tied_weights import broken_ties, check_can_untie, retie, untie
 logger = logging.getLogger(__name__)
 
 
-def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -> Model:
+def merge_dora(
+    model: Model, base: str | None = None, keep_base: bool = False, dtype: torch.dtype | None = None
+) -> Model:
     """Replaces every DoRA layer by a plain one with W' = g ⊙ (W + s B A), in place. Returns the model.
 
     W' is computed in fp32 and rounded once to the weight's dtype. The log has the cost of rounding for each layer (at
@@ -35,17 +37,21 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
             (FP8, NF4), with its scales and the codes nearest to W', which loses small updates. The log says what each
             costs, as a share of the update, and for "requantized" warns from half of it on.
         keep_base: keep the unmerged layers too (twice the memory), so that `unmerge_dora` restores them bit for bit.
+        dtype: of the merged weights, rounded once from fp32, and of all the model's floating-point parameters; None
+            leaves each in its own, and decoded weights in the one that the model was loaded in.
 
     Raises:
         ValueError: no DoRA layer (merged already, or never patched), one that no plain layer can stand for (a
             convolution with groups), NaN or infinity in an adapter, `base` with dense weights or none with quantised
-            ones, or tied weights in a model whose config cannot describe them untied.
+            ones, a `dtype` that weights cannot have, or beside `keep_base` or "requantized", or tied weights in a model
+            whose config cannot describe them untied.
         RuntimeError: inside `frozen_adapters`. The model is then unchanged.
 
     If memory runs out half way, `keep_base` puts the merged layers back. Without it they stay merged, and the same call
     merges the rest.
     """
     check_model(model)
+    check_dtype(dtype, base, keep_base)
     stacks = adapted_experts(model)
     for layer in (dora_layers(model) | stacks).values():
         layer.refuse_if_frozen("merge")
@@ -84,7 +90,7 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
             else:
                 plain = layer.to_plain(
                     None if original is None else layer.to_matrix(original.get_submodule(path).weight),
-                    dtype=None if base is None or is_packed_again else dense_dtype(model),
+                    dtype=dtype or (None if base is None or is_packed_again else dense_dtype(model)),
                 )
                 merged = layer.to_matrix(plain.weight)
             errors[path] = merge_error(layer, merged)
@@ -93,7 +99,7 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
                 unmerged["layers"][path] = layer
             replace_module(model, path, plain)
         for path in dict.fromkeys(name.rpartition(".")[0] for name in stacks):
-            kept, rounding = merge_experts(model.get_submodule(path), keep_base)
+            kept, rounding = merge_experts(model.get_submodule(path), keep_base, dtype)
             if keep_base:
                 unmerged["experts"][path] = kept
             for name, error in rounding.items():
@@ -127,11 +133,13 @@ def merge_dora(model: Model, base: str | None = None, keep_base: bool = False) -
             source = None if original is None else original.get_submodule(path)
             if keep_base:
                 unmerged["layers"][path] = layer
-            replace_module(model, path, dense_linear(layer, source, dense_dtype(model)))
+            replace_module(model, path, dense_linear(layer, source, dtype or dense_dtype(model)))
         unmerged["quantized"] = remove_marks(model)
     if broken:
         unmerged["ties"] = untie(model)
     unfuse_blocks(model)
+    if dtype is not None:
+        cast_parameters(model, dtype)
     if hasattr(model, "dora_config"):
         del model.dora_config
     save_silently(model)
@@ -187,6 +195,28 @@ def _remedy(base: str | None) -> str:
     if base == REQUANTIZED:
         return "the dequantised base"
     return "an fp32 model" if base in (None, "dequantized") else "an fp32 model or into the dequantised base"
+
+
+def check_dtype(dtype: torch.dtype | None, base: str | None, keep_base: bool) -> None:
+    """Raises ValueError for a dtype that weights cannot have, or beside what keeps to the base's own."""
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise ValueError(f"dtype should be a float of 16 bits or more, torch.bfloat16 for one, got {dtype}")
+    if keep_base:
+        raise ValueError("dtype casts what unmerge_dora could not give back: merge without keep_base")
+    if base == REQUANTIZED:
+        raise ValueError(f'base="requantized" keeps the base\'s own format: merge without dtype={dtype}')
+
+
+@torch.no_grad()
+def cast_parameters(model: Model, dtype: torch.dtype) -> None:
+    """All floating-point parameters, tied ones once, and what the config says of them."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    if hasattr(model, "config"):
+        model.config.dtype = dtype
 
 
 def check_can_merge(layers: dict[str, DoraLayer]) -> None:

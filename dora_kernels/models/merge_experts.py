@@ -25,8 +25,11 @@ class KeptExperts:
         adapt_experts(experts, adapters)
 
 
-def merge_experts(experts: nn.Module, keep_base: bool) -> tuple[KeptExperts | None, dict[str, float]]:
-    """Writes W' over each adapted stack of the module and takes the adapters off.
+def merge_experts(
+    experts: nn.Module, keep_base: bool, dtype: torch.dtype | None = None
+) -> tuple[KeptExperts | None, dict[str, float]]:
+    """Writes W' over each adapted stack of the module and takes the adapters off. In another `dtype` W' is a stack of
+    its own.
 
     Returns what was there, if it is kept, and by the stack's name what rounding costs, as a share of the update.
     """
@@ -34,7 +37,7 @@ def merge_experts(experts: nn.Module, keep_base: bool) -> tuple[KeptExperts | No
     errors = {}
     try:
         for name, adapter in experts.dora.items():
-            errors[name] = _merge_stack(adapter, spend=not keep_base)
+            errors[name] = _merge_stack(adapter, dtype, spend=not keep_base)
     except BaseException:
         if kept is not None:
             kept.put_back(experts)
@@ -44,24 +47,35 @@ def merge_experts(experts: nn.Module, keep_base: bool) -> tuple[KeptExperts | No
 
 
 @torch.no_grad()
-def _merge_stack(adapter: DoraExperts, spend: bool) -> float:
+def _merge_stack(adapter: DoraExperts, dtype: torch.dtype | None, spend: bool) -> float:
     """‖rounded W' − W'‖ / ‖W' − W‖ of all experts, 0 without an update.
 
     `spend` makes the adapter of a merged expert one that changes nothing: a merge that stops half way can go on.
     """
-    stack = adapter.stack
+    stack, parameter = adapter.stack, getattr(adapter.experts, adapter.name)
+    in_place = dtype in (None, stack.dtype)
+    cast = parameter.data if in_place else torch.empty_like(parameter, dtype=dtype)
+    rows = cast.mT if adapter.experts.is_transposed else cast
     wide = torch.promote_types(stack.dtype, torch.float32)
     sums = torch.zeros(2, dtype=torch.float64, device=stack.device)
     for expert in range(len(stack)):
-        exact, rounded = adapter.merged_expert(expert, wide), adapter.merged_expert(expert)
+        exact, rounded = adapter.merged_expert(expert, wide), adapter.merged_expert(expert, dtype)
         for at, other in enumerate((rounded, stack[expert])):
             sums[at] += (exact - other).square().sum(dtype=torch.float64)
-        stack[expert].copy_(rounded)
-        if spend:
-            adapter.lora_B[expert].zero_()
-            adapter.magnitude[expert].copy_(adapter.expert_norm(expert).norm)
+        rows[expert].copy_(rounded)
+        if spend and in_place:
+            _spend(adapter, expert)
+    if not in_place:
+        parameter.data = cast
+        for expert in range(len(stack) if spend else 0):
+            _spend(adapter, expert)
     error, update = sums.sqrt().tolist()
     return error / update if update > 0 else 0.0
+
+
+def _spend(adapter: DoraExperts, expert: int) -> None:
+    adapter.lora_B[expert].zero_()
+    adapter.magnitude[expert].copy_(adapter.expert_norm(expert).norm)
 
 
 def merged_stack(adapter: DoraExperts, dtype: torch.dtype | None) -> torch.Tensor:

@@ -6,7 +6,8 @@ Scales computed anew would round every weight once more, which costs far more th
 
 import torch
 
-from .base_weights import Fp8Weight, Int4Weight, Nf4Weight, Packed
+from .base_weights import Fp4Weight, Fp8Weight, Int4Weight, Nf4Weight, Packed
+from .base_weights.fp4 import VALUES
 from .base_weights.int4 import packed_words
 from .dispatch import dense_weight
 
@@ -30,6 +31,17 @@ def _fp8(weight: Fp8Weight, matrix: torch.Tensor) -> Fp8Weight:
     scales = dense_weight(weight._replace(codes=ones), torch.float32)
     most = torch.finfo(weight.codes.dtype).max
     return weight._replace(codes=_divided(matrix, scales).clamp(-most, most).to(weight.codes.dtype))
+
+
+def _fp4(weight: Fp4Weight, matrix: torch.Tensor) -> Fp4Weight:
+    # Every code that of 1: each element is then its scale, to the last bit.
+    scales = dense_weight(
+        weight._replace(codes=torch.full_like(weight.codes, 0x22), dtype=torch.float32), torch.float32
+    )
+    values, wanted = torch.tensor(VALUES, device=matrix.device), _divided(matrix, scales)
+    codes = torch.bucketize(wanted.abs(), (values[1:] + values[:-1]) / 2)
+    codes = torch.where((wanted < 0) & (codes > 0), codes + 8, codes).to(torch.uint8).view(len(matrix), -1, 2)
+    return weight._replace(codes=codes[..., 0] | (codes[..., 1] << 4))
 
 
 def _int4(weight: Int4Weight, matrix: torch.Tensor) -> Int4Weight:
@@ -58,4 +70,4 @@ def _divided(matrix: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
     return torch.where(steps == 0, 0.0, matrix / steps)
 
 
-ENCODERS = {Fp8Weight: _fp8, Int4Weight: _int4, Nf4Weight: _nf4}
+ENCODERS = {Fp4Weight: _fp4, Fp8Weight: _fp8, Int4Weight: _int4, Nf4Weight: _nf4}

@@ -1,4 +1,4 @@
-"""PEFT's LoRA layer over FP8 and int4 weights, which PEFT itself cannot read: it is shown a decoded layer."""
+"""PEFT's LoRA layer over FP8, FP4 and int4 weights, which PEFT itself cannot read: it is shown a decoded layer."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -77,8 +77,8 @@ def patch_peft(
 
     Parameters, state-dict keys, configs and files stay PEFT's, and so does the meaning of every PEFT call. Whether a
     layer is fused is decided at each call: it is while exactly one DoRA adapter is active, not merged and not
-    disabled, on a dense `nn.Linear` or `Conv1D`, an `nn.Embedding`, a convolution, or a quantised layer: over FP8 and
-    int4 `patched_peft` lets PEFT build them. All else runs PEFT's own code. One value changes, and unpatching
+    disabled, on a dense `nn.Linear` or `Conv1D`, an `nn.Embedding`, a convolution, or a quantised layer: over FP8,
+    FP4 and int4 `patched_peft` lets PEFT build them. All else runs PEFT's own code. One value changes, and unpatching
     restores it: PEFT rounds a fresh adapter's magnitude to the weight's dtype; here it becomes the fp32 norm, so that
     step 0 equals the base model exactly. A magnitude stored in 16 bits (PEFT's `autocast_adapter_dtype=False`) cannot
     hold that norm: it stays as it is, with a warning. bitsandbytes' repacking of 4-bit weights in the first eval

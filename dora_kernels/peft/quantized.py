@@ -20,7 +20,7 @@ class FusedTorchaoLoraLinear(FusedForward, TorchaoLoraLinear):
 
 
 class FusedPackedLoraLinear(FusedForward, PackedLoraLinear):
-    """On FP8 and int4, decoded inside the kernels."""
+    """On FP8, FP4 and int4, decoded inside the kernels."""
 
     peft_class = PackedLoraLinear
 

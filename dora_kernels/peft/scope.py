@@ -28,8 +28,8 @@ def patched_peft(
 ) -> Iterator[None]:
     """Every PEFT LoRA model that is built, extended or loaded inside the scope is patched, as by `patch_peft`.
 
-    Inside it PEFT builds DoRA layers over FP8 and int4 weights, too, where it would raise or crash by itself. Outside
-    they run PEFT's formula on the decoded weight, until `patch_peft` fuses them again.
+    Inside it PEFT builds DoRA layers over FP8, FP4 and int4 weights, too, where it would raise or crash by itself.
+    Outside they run PEFT's formula on the decoded weight, until `patch_peft` fuses them again.
 
     For code that makes PEFT models where you cannot reach them; train inside the scope. Leaving it, by an exception
     too, unpatches those models; one that `patch_peft` had patched before stays so, with its own options. A model that

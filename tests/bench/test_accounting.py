@@ -13,6 +13,7 @@ from dora_kernels.ops.types import GluFactors, KeptNorm
 from tests.bench.test_offline import ROOT
 from tests.support.experts import make_stack
 from tests.support.experts import solve as solve_experts
+from tests.support.fp4 import linear_fp4
 from tests.support.int4 import linear_awq, linear_compressed, linear_gptq
 from tests.support.loads_and_stores import count_bytes
 from tests.support.nf4 import linear_4bit
@@ -132,10 +133,12 @@ def test_a_4_bit_layer(shape, nested, options):
         lambda: linear_compressed(70, 83, None, symmetric=False),
         lambda: linear_gptq(70, 192, 16, act_order=True),
         lambda: linear_awq(72, 192, 48),
+        lambda: linear_fp4("nvfp4", 70, 192),
+        lambda: linear_fp4("mxfp4", 70, 96),
     ],
-    ids=["symmetric", "one for each row", "act-order", "AWQ"],
+    ids=["symmetric", "one for each row", "act-order", "AWQ", "NVFP4", "MXFP4"],
 )
-def test_an_int4_layer(layer):
+def test_a_layer_of_four_bits(layer):
     weight = weight_of(layer()[0])
     problem = make_problem(9, *weight.shape, 5, dtype=BF16, adapter_dtype=FP32)
     problem.weight = weight

@@ -208,3 +208,37 @@ def test_merging_inside_frozen_adapters_is_refused():
     refused = pytest.raises(RuntimeError, match="cannot merge inside frozen_adapters")
     with torch.no_grad(), frozen_adapters(model.eval()), refused:
         merge_dora(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_merge_in_another_dtype_rounds_once_and_casts_the_rest(family):
+    model = trained(FAMILIES[family](torch.float32), rounding="nearest")
+    exact = {path: layer.merged_weight(torch.float32) for path, layer in dora_layers(model).items()}
+    others = {name: p for name, p in model.state_dict().items() if "lora" not in name and "magnitude" not in name}
+    others = {name: p.clone() for name, p in others.items() if name.removesuffix(".weight") not in exact}
+    merged = merge_dora(model, dtype=torch.bfloat16)
+    assert merged.config.dtype == torch.bfloat16 and {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    for path, weight in exact.items():
+        found = model_weight(merged, path)
+        assert torch.equal(found.T if isinstance(merged.get_submodule(path), Conv1D) else found, weight.bfloat16())
+    after = merged.state_dict()
+    assert all(torch.equal(after[name], p.bfloat16() if p.is_floating_point() else p) for name, p in others.items())
+    assert (merged.lm_head.weight is merged.get_input_embeddings().weight) == merged.config.tie_word_embeddings
+    assert torch.isfinite(logits(merged)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.int8}, "float of 16 bits or more"),
+        ({"dtype": torch.float8_e4m3fn}, "float of 16 bits or more"),
+        ({"dtype": "bf16"}, "float of 16 bits or more"),
+        ({"dtype": torch.bfloat16, "keep_base": True}, "merge without keep_base"),
+        ({"dtype": torch.bfloat16, "base": "requantized"}, "merge without dtype"),
+    ],
+)
+def test_a_dtype_that_cannot_be_kept_to_is_refused(options, message):
+    model = trained(llama(), target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=message):
+        merge_dora(model, **options)
+    assert dora_layers(model)

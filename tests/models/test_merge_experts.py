@@ -101,3 +101,14 @@ def test_streamed_weights_are_the_merged_ones(name):
     half = dict(dk.merged_weights(adapted(name, FP32), dtype=torch.bfloat16))
     stack = "model.layers.0.mlp.experts.down_proj"
     assert half[stack].dtype == torch.bfloat16 and relative_error(half[stack], expected[stack]) <= 1e-2
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
+def test_a_merge_in_another_dtype_is_one_rounding_of_the_merge_in_fp32(name):
+    exact = dk.merge_dora(adapted(name, FP32)).state_dict()
+    model = adapted(name, FP32)
+    for adapter in adapted_experts(model).values():
+        adapter.rounding = "nearest"
+    merged = dk.merge_dora(model, dtype=torch.bfloat16)
+    assert not adapted_experts(merged) and {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(tensor, exact[key].to(tensor.dtype)) for key, tensor in merged.state_dict().items())

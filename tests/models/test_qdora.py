@@ -282,3 +282,18 @@ def test_a_merge_without_a_valid_choice_is_refused(folder, tmp_path, base, said)
     with pytest.raises(ValueError, match=said):
         dk.merge_dora(model, base=base)
     assert torch.equal(logits_of(model), expected)
+
+
+def test_merging_into_the_dequantised_base_in_a_dtype(folder, tmp_path):
+    """Also what was not adapted, and what was never quantised, whatever the model computes in."""
+    model = trained(folder, ["q_proj"])
+    attention = model.model.layers[0].self_attn
+    expected = attention.q_proj.merged_weight(torch.bfloat16)
+    other = decoded(attention.k_proj.weight).float().bfloat16()
+    merged = dk.merge_dora(model, base="dequantized", dtype=torch.bfloat16)
+    attention = merged.model.layers[0].self_attn
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert torch.equal(attention.q_proj.weight, expected) and torch.equal(attention.k_proj.weight, other)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert loaded.dtype == torch.bfloat16 and torch.equal(logits_of(loaded), logits_of(merged))

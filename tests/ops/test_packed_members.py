@@ -1,4 +1,4 @@
-"""FP8 and int4 inside blocks: a gated MLP and layers of one input against fp64 over the decoded weights."""
+"""FP8, FP4 and int4 inside blocks: a gated MLP and layers of one input against fp64 over the decoded weights."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from dora_kernels.ops.base_weights import weight_of
 from dora_kernels.ops.dora_mlp import dora_mlp
 from dora_kernels.ops.dora_siblings import dora_siblings
 from tests.support import mlp, siblings
+from tests.support.fp4 import linear_fp4
 from tests.support.fp8 import decoded, linear_fp8
 from tests.support.int4 import linear_awq, linear_compressed, linear_gptq
 from tests.support.oracle import relative_error
@@ -22,6 +23,7 @@ def fp8(N, K):
 
 KINDS = {
     "fp8": fp8,
+    "nvfp4": lambda N, K: linear_fp4("nvfp4", N, K),
     "compressed_tensors": lambda N, K: linear_compressed(N, K, 16, FP32, symmetric=False),
     "act_order": lambda N, K: linear_gptq(N, K, 16, FP32, act_order=True),
     "awq": lambda N, K: linear_awq(N, K, 16, FP32),

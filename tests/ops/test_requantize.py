@@ -5,7 +5,7 @@ import torch
 
 from bench.day.packed_weights import FORMATS
 from dora_kernels.ops import reference
-from dora_kernels.ops.base_weights import Fp8Weight, Nf4Weight
+from dora_kernels.ops.base_weights import Fp4Weight, Fp8Weight, Nf4Weight
 from dora_kernels.ops.requantize import requantized
 from tests.tolerances import UNIT_ROUNDOFF
 
@@ -59,6 +59,8 @@ def test_each_element_takes_the_nearest_value(name, share):
 def with_one_code(weight, code):
     if isinstance(weight, Fp8Weight):
         return weight._replace(codes=code.expand(N, K).contiguous().view(torch.float8_e4m3fn))
+    if isinstance(weight, Fp4Weight):
+        return weight._replace(codes=torch.full_like(weight.codes, 17 * int(code)))
     if isinstance(weight, Nf4Weight):
         return weight._replace(packed=torch.full_like(weight.packed, 17 * int(code)))
     word = sum(int(code) << 4 * place for place in range(8))

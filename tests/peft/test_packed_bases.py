@@ -1,4 +1,4 @@
-"""PEFT over FP8 and int4: what it cannot build alone it builds inside `patched_peft`, over the decoded weight."""
+"""PEFT over FP8, FP4 and int4: what it cannot build alone it builds inside `patched_peft`, over the decoded weight."""
 
 import copy
 
@@ -9,6 +9,8 @@ from torch import nn
 
 import dora_kernels as dk
 from dora_kernels.peft.packed_layer import PackedLoraLinear, decoded_linear
+from tests.support.fp4 import KINDS as FP4
+from tests.support.fp4 import linear_fp4
 from tests.support.fp8 import decoded, linear_fp8
 from tests.support.int4 import linear_awq, linear_compressed, linear_gptq
 from tests.support.oracle import errors, exact, make_problem, relative_error
@@ -98,6 +100,19 @@ def test_a_fresh_adapter_is_the_product_with_the_decoded_weight(kind, dtype):
         assert magnitude.dtype == FP32
         assert relative_error(magnitude, weight.double().norm(dim=1)) <= ORACLE_FP32
     assert torch.equal(model(x), base.plain(x))
+
+
+@pytest.mark.parametrize("kind", FP4)
+def test_over_fp4_as_over_a_matrix_in_bf16(kind):
+    """Which the library makes of it whatever the model's dtype is."""
+    model, base = build(lambda N, K, dtype: linear_fp4(kind, N, K), BF16)
+    assert dk.patch_peft(model, blocks=False).skipped == {}
+    x = x_of(BF16)
+    assert torch.equal(model(x), base.plain(x))
+    trained(model)
+    assert relative_error(model(x), base.plain(x)) > 0.01
+    with model.disable_adapter():
+        assert torch.equal(model(x), base.plain(x))
 
 
 @every_kind

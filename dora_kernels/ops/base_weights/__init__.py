@@ -21,6 +21,7 @@ from torch import nn
 from . import bitsandbytes_4bit, bitsandbytes_8bit, compressed_tensors, fp8, gptqmodel, hqq, torchao
 from .bitsandbytes_4bit import Nf4Weight, of_params4bit
 from .compressed_tensors import keep_packed, wrapped_forward
+from .fp4 import Fp4Weight
 from .fp8 import Fp8Weight
 from .int4 import Int4Weight
 from .library import LibraryWeight
@@ -28,6 +29,7 @@ from .sharding import sharding_of
 
 __all__ = [
     "FORMATS",
+    "Fp4Weight",
     "Fp8Weight",
     "Int4Weight",
     "LibraryWeight",
@@ -51,7 +53,7 @@ __all__ = [
     "wrapped_forward",
 ]
 
-Packed = Nf4Weight | Fp8Weight | Int4Weight
+Packed = Nf4Weight | Fp8Weight | Int4Weight | Fp4Weight
 """What the operations decode themselves."""
 
 Weight = torch.Tensor | Packed | LibraryWeight
@@ -99,8 +101,8 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def needs_its_layer(module: nn.Module) -> bool:
-    """Whether the weight cannot be read without the layer that holds it: HQQ's, FP8, int4, bitsandbytes' in 8
-    bits."""
+    """Whether the weight cannot be read without the layer that holds it: HQQ's, FP8, FP4, int4, bitsandbytes'
+    in 8 bits."""
     found = _format_of(module)
     return found is not None and found.needs_its_layer
 

@@ -1,12 +1,15 @@
-"""compressed-tensors' layers: packed integers of 4 bits, and FP8. Other formats of the library are refused by name."""
+"""compressed-tensors' layers: packed integers and floats of 4 bits, and FP8. Its other formats are refused by name."""
 
 import torch
 from torch import nn
 
+from . import fp4, int4
+from .fp4 import Fp4Weight
 from .fp8 import Fp8Weight
-from .int4 import Int4Layout, Int4Weight, checked
+from .int4 import Int4Layout, Int4Weight
 
 LAYOUT = Int4Layout(rows_are_outputs=True)
+FP4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
 
 
 def recognises(module: nn.Module) -> bool:
@@ -19,8 +22,10 @@ def _is_fp8(module: nn.Module) -> bool:
     return is_fp8 and isinstance(getattr(module, "weight_scale", None), torch.Tensor)
 
 
-def read(module: nn.Module, nf4_parity: bool) -> Int4Weight | Fp8Weight:
-    return _read_fp8(module) if _is_fp8(module) else _read_int4(module)
+def read(module: nn.Module, nf4_parity: bool) -> Int4Weight | Fp4Weight | Fp8Weight:
+    if _is_fp8(module):
+        return _read_fp8(module)
+    return _read_fp4(module) if module.weight_packed.dtype == torch.uint8 else _read_int4(module)
 
 
 def _read_fp8(module: nn.Module) -> Fp8Weight:
@@ -47,7 +52,19 @@ def _read_int4(module: nn.Module) -> Int4Weight:
     zeros = getattr(module, "weight_zero_point", None)
     group = shape[1] // scales.shape[1]
     weight = Int4Weight(packed, scales.detach(), None if zeros is None else zeros.detach(), None, group, shape, LAYOUT)
-    return checked(weight, "compressed-tensors")
+    return int4.checked(weight, "compressed-tensors")
+
+
+def _read_fp4(module: nn.Module) -> Fp4Weight:
+    """Decoded to bf16, whatever the model's dtype is, as the library does."""
+    if reason := _why_unknown_fp4(module):
+        raise ValueError(f"this compressed-tensors weight {reason}")
+    shape = torch.Size((module.out_features, module.in_features))
+    packed, scales = module.weight_packed.detach(), module.weight_scale.detach()
+    factor = getattr(module, "weight_global_scale", None)
+    group = shape[1] // scales.shape[-1] if scales.ndim == 2 and scales.shape[1] else 0
+    weight = Fp4Weight(packed, scales, None if factor is None else factor.detach(), group, shape, torch.bfloat16)
+    return fp4.checked(weight, "compressed-tensors")
 
 
 def keep_packed(module: nn.Module) -> None:
@@ -79,10 +96,42 @@ def _why_unknown_fp8(module: nn.Module) -> str | None:
     scheme = getattr(module, "quantization_scheme", None)
     if scheme is None:  # adapted before: it was known then
         return None
-    format_name = getattr(scheme.format, "value", scheme.format)
+    format_name = _name(scheme.format)
     if format_name not in (None, "float-quantized", "naive-quantized"):
         return f"is in the format {format_name}: float-quantized is known here"
     return None
+
+
+def _why_unknown_fp4(module: nn.Module) -> str | None:
+    """What is not known here about the layer's FP4, as what follows "the weight"."""
+    scheme, scales = getattr(module, "quantization_scheme", None), getattr(module, "weight_scale", None)
+    if scheme is not None and _name(scheme.format) not in (None, *FP4):
+        return f"is packed in torch.uint8, in the format {_name(scheme.format)}: {' and '.join(FP4)} are known here"
+    if scales is None:
+        return "has no `weight_scale` beside it"
+    for name in ("weight_zero_point", "weight_g_idx"):
+        if getattr(module, name, None) is not None:
+            return f"is FP4 with `{name}`"
+    is_nvfp4 = scales.dtype == torch.float8_e4m3fn
+    if is_nvfp4 != (getattr(module, "weight_global_scale", None) is not None):
+        return f"has scales in {scales.dtype} {'without' if is_nvfp4 else 'and'} a `weight_global_scale`"
+    if is_nvfp4 and module.weight_global_scale.dtype != torch.float32:
+        return f"has its `weight_global_scale` in {module.weight_global_scale.dtype}: the library divides in fp32"
+    if scheme is None:  # adapted before: it was known then
+        return None
+    kind, bits = _name(scheme.weights.type), scheme.weights.num_bits
+    if (kind, bits) != ("float", 4):
+        return f"has {kind} numbers of {bits} bits: floats of 4 bits are known here"
+    if not scheme.weights.symmetric:
+        return "is asymmetric"
+    if scheme.input_activations is not None or scheme.output_activations is not None:
+        return "belongs to a layer that quantises activations, too"
+    return None
+
+
+def _name(value) -> str | None:
+    """Of an enumeration's member, or the name itself."""
+    return getattr(value, "value", value)
 
 
 def _library_of(function) -> str:
@@ -102,10 +151,10 @@ def _why_unknown(module: nn.Module, shape: torch.Size) -> str | None:
     scheme = getattr(module, "quantization_scheme", None)
     if scheme is None:  # adapted before: it was known then
         return None
-    format_name = getattr(scheme.format, "value", scheme.format)
+    format_name = _name(scheme.format)
     if format_name not in (None, "pack-quantized"):
         return f"is in the format {format_name}: pack-quantized is known here"
-    kind, bits = getattr(scheme.weights.type, "value", scheme.weights.type), scheme.weights.num_bits
+    kind, bits = _name(scheme.weights.type), scheme.weights.num_bits
     if (kind, bits) != ("int", 4):
         return f"has {kind} numbers of {bits} bits: integers of 4 bits are known here"
     if scheme.input_activations is not None or scheme.output_activations is not None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .sharding import sharding_of
+from .parts import check_parts
 
 INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -83,21 +83,12 @@ def checked(weight: Int4Weight, kind: str) -> Int4Weight:
     G = K // weight.group if weight.group else 0
     words = (-(-N // 8), K) if weight.layout.words_along_outputs else (N, -(-K // 8))
     shapes = {"codes": words, "scales": (N, G), "zeros": (-(-N // 8), G), "groups": (K,)}
-    for name, shape in shapes.items():
-        tensor = getattr(weight, name)
-        if tensor is None:
+    if not weight.layout.rows_are_outputs:
+        shapes = {name: shape[::-1] for name, shape in shapes.items()}
+    check_parts(weight, shapes, kind)
+    for name in shapes:
+        if (tensor := getattr(weight, name)) is None:
             continue
-        if sharding := sharding_of(tensor):
-            raise ValueError(f"the {name} of this {kind} weight are {sharding}")
-        if not weight.layout.rows_are_outputs:
-            shape = shape[::-1]
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"this {kind} weight has {name} {list(tensor.shape)}; {N} x {K} in groups of {weight.group} have "
-                f"{list(shape)}"
-            )
-        if tensor.device != weight.device:
-            raise ValueError(f"this {kind} weight is on {weight.device} and its {name} on {tensor.device}")
         is_number = tensor.is_floating_point() and tensor.element_size() >= 2
         if not (is_number if name == "scales" else tensor.dtype == torch.int32):
             raise ValueError(f"the {name} of this {kind} weight are {tensor.dtype}, which is not known here")

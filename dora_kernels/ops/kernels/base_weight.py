@@ -7,8 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..base_weights import Fp8Weight, Int4Weight, Packed
+from ..base_weights import Fp4Weight, Fp8Weight, Int4Weight, Packed
 from .blocks import Matrix, addresses, offsets_2d
+from .floats import from_e4m3
+from .fp4 import fp4_block
 from .int4 import int4_block
 from .launch import TRITON_DTYPES, dot_of
 from .lora_dot import Dot, lora_dot
@@ -25,13 +27,14 @@ class Format(NamedTuple):
     scale_rows: int = 0  # output features that share an FP8 scale; 0 for all
     scale_columns: int = 0  # input features that do; 0 for all
     int4: bool = False
-    group: int = 0  # input features that share an int4 scale; 0 for all
+    group: int = 0  # input features that share an int4 or FP4 scale; 0 for all
     group_unit: int = 1  # divides the number of groups, which lets reads of scales be wide
     has_zeros: bool = False
     has_groups: bool = False  # each input feature says its group
     rows_are_outputs: bool = False  # and the rest of an `Int4Layout`
     words_along_outputs: bool = False
     interleaved: bool = False
+    fp4: str = ""  # its scales: "e8m0", or "e4m3" alone, "e4m3 over" a global one, or "e4m3 times" it
 
     @property
     def straddles(self) -> bool:
@@ -44,12 +47,12 @@ class WeightMemory(NamedTuple):
     """W as a kernel sees it; pointers that its format lacks are stand-ins."""
 
     data: Any
-    absmax: Any  # of FP8 and int4 the scales
-    code: Any  # of int4 the zeros
+    absmax: Any  # of FP8, FP4 and int4 the scales
+    code: Any  # of int4 the zeros, of FP4 the global scale
     nested_absmax: Any  # of int4 each input feature's group
     nested_code: Any
     offset: Any
-    stride_n: Any  # of NF4 in bytes, of int4 in words
+    stride_n: Any  # of NF4 and FP4 in bytes, of int4 in words
     stride_k: Any
 
 
@@ -64,6 +67,8 @@ def weight_arguments(weight: torch.Tensor | Packed) -> tuple[WeightMemory, Forma
         return memory, Format(fp8=True, scale_rows=rows, scale_columns=columns)
     if isinstance(weight, Int4Weight):
         return _int4_arguments(weight)
+    if isinstance(weight, Fp4Weight):
+        return _fp4_arguments(weight)
     w = weight
     nested = (w.nested_absmax, w.nested_code, w.offset) if w.nested_blocksize else (w.absmax,) * 3
     dtype = TRITON_DTYPES[w.dtype] if w.parity else tl.float32
@@ -88,6 +93,17 @@ def _int4_arguments(weight: Int4Weight) -> tuple[WeightMemory, Format]:
         has_groups=weight.groups is not None,
         **weight.layout._asdict(),
     )
+
+
+def _fp4_arguments(weight: Fp4Weight) -> tuple[WeightMemory, Format]:
+    codes, scales = weight.codes.contiguous(), weight.scales.contiguous().view(torch.uint8)
+    kind = "e8m0" if weight.scales.dtype == torch.uint8 else "e4m3"
+    factor = scales
+    if weight.global_scale is not None:
+        factor, kind = weight.global_scale, f"{kind} {'times' if weight.is_factor else 'over'}"
+    memory = WeightMemory(codes, scales, factor, *(scales,) * 3, *codes.stride())
+    unit = math.gcd(weight.shape[1] // weight.group, 16)
+    return memory, Format(dtype=TRITON_DTYPES[weight.dtype], group=weight.group, group_unit=unit, fp4=kind)
 
 
 def adapted_dot(
@@ -155,11 +171,7 @@ def fp8_block(w, offs_n, start_k, N, K, FORMAT: tl.constexpr, BLOCK_K: tl.conste
     offs_k = start_k + tl.arange(0, BLOCK_K)
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
     codes = tl.load(addresses(Matrix(w.data, w.stride_n, w.stride_k), offs_n, offs_k), mask=mask, other=0).to(tl.int32)
-    # Sign, four bits of exponent and three of mantissa, moved to where fp32 has them, subnormal numbers included. GPUs
-    # before 8.9 have no such type.
-    bits = ((codes & 0x80) << 24) | ((codes & 0x7F) << 20)
-    values = bits.to(tl.float32, bitcast=True) * 2.0**120  # the difference of the exponents' biases
-    values = tl.where((codes & 0x7F) == 0x7F, float("nan"), values)
+    values = from_e4m3(codes)
     row = offs_n * 0 if FORMAT.scale_rows == 0 else offs_n // FORMAT.scale_rows
     WIDTH: tl.constexpr = FORMAT.scale_columns
     if WIDTH == 0:
@@ -178,6 +190,8 @@ def weight_block(w, offs_n, start_k, N, K, FORMAT: tl.constexpr, BLOCK_K: tl.con
         block = fp8_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
     elif FORMAT.int4:
         block = int4_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
+    elif FORMAT.fp4 != "":
+        block = fp4_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
     elif FORMAT.nf4_block > 0:
         block = nf4_block(w, offs_n, start_k, N, K, FORMAT, BLOCK_K)
     else:

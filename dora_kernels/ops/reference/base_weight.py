@@ -2,7 +2,8 @@
 
 import torch
 
-from ..base_weights import Fp8Weight, Int4Weight, Nf4Weight, Packed
+from ..base_weights import Fp4Weight, Fp8Weight, Int4Weight, Nf4Weight, Packed
+from ..base_weights.fp4 import VALUES
 from ..chunked import row_chunks
 
 
@@ -17,6 +18,19 @@ def _fp8_rows(weight: Fp8Weight, rows: slice) -> torch.Tensor:
     height, width = weight.block
     scales = weight.scales.float()[torch.arange(rows.start, rows.stop, device=weight.device) // height]
     return weight.codes[rows].float() * scales.repeat_interleave(width, 1)[:, : weight.shape[1]]
+
+
+def _fp4_rows(weight: Fp4Weight, rows: slice) -> torch.Tensor:
+    pairs = weight.codes[rows]
+    codes = torch.stack((pairs & 15, pairs >> 4), dim=-1).flatten(1).int()
+    values = torch.tensor(VALUES, device=weight.device)[codes & 7] * torch.where(codes > 7, -1.0, 1.0)
+    scales = weight.scales[rows]
+    if scales.dtype == torch.uint8:
+        scales = torch.ldexp(torch.ones_like(scales, dtype=torch.float32), scales.int() - 127)
+    scales = scales.float()
+    if weight.global_scale is not None:
+        scales = scales * weight.global_scale if weight.is_factor else scales / weight.global_scale
+    return (values * scales.repeat_interleave(weight.group, 1)).to(weight.dtype)
 
 
 def _int4_rows(weight: Int4Weight, rows: slice) -> torch.Tensor:
@@ -75,4 +89,4 @@ def _absmax(weight: Nf4Weight) -> torch.Tensor:
     return weight.nested_code[weight.absmax.int()] * scale + weight.offset
 
 
-ROWS = {Fp8Weight: _fp8_rows, Int4Weight: _int4_rows, Nf4Weight: _nf4_rows}
+ROWS = {Fp4Weight: _fp4_rows, Fp8Weight: _fp8_rows, Int4Weight: _int4_rows, Nf4Weight: _nf4_rows}
