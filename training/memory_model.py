@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import dora_kernels as dk
 from dora_kernels.layers.experts import frozen_experts
+from dora_kernels.layers.support import why_not_class
 from dora_kernels.models.expert_targets import how_to_adapt
 from dora_kernels.models.targets import find_targets
 
@@ -60,6 +61,8 @@ class Planned:
         self.weights = weight_bytes(model, quantize)
         self.notes = list(_notes(model, dora))
         self._steps: dict[tuple, dict[int, Step]] = {}
+        for path in targets:
+            why_not_class(model.get_submodule(path))  # remembered: it tries out small layers, which need values
         self._model = CountedModel(model, dora, list(targets), quantize)
         self.trained = self._model.trained()
         if left_out := len(targets) - self.trained.layers:
@@ -71,7 +74,11 @@ class Planned:
         below = max((other for other in steps if other <= batch_size), default=None)
         above = min((other for other in steps if other >= batch_size), default=None)
         if None in (below, above) or steps[below].operations != steps[above].operations:
-            steps[batch_size] = self._model.count(batch_size, *step)
+            try:
+                steps[batch_size] = self._model.count(batch_size, *step)
+            except Exception as error:  # of any class, by the model's own code
+                kind, reason = self.config.model_type, _first_line(error)
+                raise ValueError(f"a step of model type {kind} cannot be counted without values: {reason}") from None
             below = above = batch_size
         share = (batch_size - below) / max(1, above - below)
         return self._model.of_all(steps[below].between(steps[above], share))

@@ -127,7 +127,7 @@ def report(config: PretrainedConfig, flags: Flags) -> Iterator[str]:
         yield _line(f"largest batch on {card:g} GB", [_batch(batch) for batch in rows])
     if max(map(max, batches)) * flags.cutoff_len > MANY_TOKENS:
         yield (
-            f"more than {MANY_TOKENS:,} tokens in a step are no advice: memory is no limit there, and training takes fewer"
+            f"batches of more than {MANY_TOKENS:,} tokens are no advice: memory is no limit, and training takes fewer"
         )
 
 

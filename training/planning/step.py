@@ -31,7 +31,9 @@ from .held import HeldBytes
 from .losses import STAND_INS, TRL_TILE
 from .nf4 import Nf4Linear, linears_to_quantize
 
-aten = torch.ops.aten
+aten, prim = torch.ops.aten, torch.ops.prim
+MOST_OPERATIONS = 40_000
+"""Of a step: ten times what a usual model takes, and seconds of counting."""
 
 
 class Counted(NamedTuple):
@@ -96,10 +98,16 @@ class Timeline(HeldBytes):
         self._noted = event, path
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is prim.device.default:
+            return func(*args)
         if self._noted:
             self.stretches.append(Stretch(*self._noted, len(self.calls), len(self.moments)))
             self.moments.append(self.held)
             self._noted = None
+        if len(self.operations) == MOST_OPERATIONS:
+            raise ValueError(
+                f"one layer of each kind takes more than {MOST_OPERATIONS:,} operations: a loop over tokens?"
+            )
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.operations.append(func.name())
         self.moments.append(self.held)
@@ -167,15 +175,15 @@ class CountedModel:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             else:
                 self.model.gradient_checkpointing_disable()
-        with self._noting(timeline), mock.patch.object(F, "scaled_dot_product_attention", fused_attention):
-            with fake_gpu(mode=self._mode), Countable():
-                tokens = torch.empty(batch_size, cutoff_len, dtype=torch.int64)
-                with timeline:
-                    with torch.autocast("cpu", torch.bfloat16):
-                        result = self._loss(tokens, loss)
-                    result.backward()
+        attention = mock.patch.object(F, "scaled_dot_product_attention", fused_attention)
+        with self._noting(timeline), attention, fake_gpu(mode=self._mode), Countable():
+            tokens = torch.empty(batch_size, cutoff_len, dtype=torch.int64)
+            with timeline:
+                with torch.autocast("cpu", torch.bfloat16):
+                    result = self._loss(tokens, loss)
+                result.backward()
         # A tile that is full grows no more.
-        operations = (*timeline.operations, batch_size * cutoff_len > TRL_TILE[0])
+        operations = (*timeline.operations, batch_size * cutoff_len >= TRL_TILE[0])
         return Step(operations, timeline.stretches, timeline.calls, np.array(timeline.moments))
 
     def _loss(self, tokens: torch.Tensor, loss: str) -> torch.Tensor:
