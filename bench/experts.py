@@ -92,7 +92,7 @@ def count(build, shape: ExpertShape, tokens: int, dtype: torch.dtype, roofs: Roo
         parts["forward"] = counter.take()
         torch.autograd.backward(y, grad_y)
         parts["backward"] = counter.take()
-        peak = counter.peak_bytes - before
+        peak = counter.peak - before
     limited = {part: seconds_by_roof(made, lambda o: by_bytes_and_flops(o, roofs)) for part, made in parts.items()}
     times = {part: by_roof.total() for part, by_roof in limited.items()}
     times["total"] = sum(limited.values(), Counter()).total()

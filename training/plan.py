@@ -1,4 +1,4 @@
-"""`python -m training.plan`: does a run fit? Peak memory by part, predicted from the model's config alone.
+"""`python -m training.plan`: does a run fit? Peak memory by part, counted from the model's config alone.
 
 Without --base_model: the largest batches of three well-known models on five cards.
 """
@@ -12,11 +12,15 @@ from typing import Literal
 from transformers import AutoConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 from transformers.hf_argparser import HfArg
 
+import dora_kernels as dk
+
 from .command_line import command_line, module_names
 from .known_models import KNOWN_MODELS, ModelSizes
 from .memory_model import Planned, largest_batch, planned_model, predict
 from .spelling import spelled
 
+MANY_TOKENS = 2**20
+"""In one step of one GPU: nobody fine-tunes with more."""
 CARDS = (16, 24, 48, 80, 141)
 
 
@@ -34,7 +38,7 @@ PARTS = {
     "optimizer": "optimizer",
     "activations": "activations kept",
     "loss": "logits and loss, or",
-    "layer_backward": "workspace: one layer's backward",
+    "layer_backward": "workspace: one layer at work",
 }
 
 
@@ -48,6 +52,7 @@ class Flags:
     batch_size: int = HfArg(default=1, help="rows per forward pass")
     lora_r: int = HfArg(default=16, help="rank of the adapter")
     lora_target_modules: str = HfArg(default="all-linear", help="comma-separated module names")
+    lora_target_parameters: str = HfArg(default="", help="comma-separated fused parameters, the stacks of experts")
     activation_checkpointing: bool | None = HfArg(
         default=None,
         help="recompute activations in the backward, true or false; default: both ways side by side",
@@ -104,19 +109,26 @@ def report(config: PretrainedConfig, flags: Flags) -> Iterator[str]:
     """Memory by part, and the largest batch of each card."""
     planned = _planned(config, flags)
     ways = [False, True] if flags.activation_checkpointing is None else [flags.activation_checkpointing]
+    if not planned.can_checkpoint:
+        ways = [False]
     steps = [{"cutoff_len": flags.cutoff_len, "activation_checkpointing": way, "loss": flags.loss} for way in ways]
     yield (
-        f"{config.model_type}, {config.num_hidden_layers} layers, base in {'NF4' if flags.quantize else 'bf16'}; DoRA "
-        f"of rank {flags.lora_r} on {len(planned.targets)} linears; {flags.batch_size} × {flags.cutoff_len} tokens"
+        f"{config.model_type}, base in {'NF4' if flags.quantize else 'bf16'}; DoRA of rank {flags.lora_r} on "
+        f"{planned.trained.layers} layers; {flags.batch_size} × {flags.cutoff_len} tokens"
     )
-    heads = ["checkpointed" if way else "all kept" for way in ways]
-    yield _line("GiB, a prediction", heads)
+    yield from planned.notes
+    yield _line("a prediction", ["checkpointed" if way else "all kept" for way in ways])
     memories = [predict(planned, batch_size=flags.batch_size, **step) for step in steps]
     for part, label in PARTS.items():
-        yield _line(label, [_gib(getattr(memory, part)) for memory in memories])
-    yield _line("peak", [_gib(memory.peak) for memory in memories])
-    for card in flags.cards:
-        yield _line(f"largest batch on {card:g} GB", [_batch(largest_batch(planned, card, **step)) for step in steps])
+        yield _line(label, [_size(getattr(memory, part)) for memory in memories])
+    yield _line("peak", [_size(memory.peak) for memory in memories])
+    batches = [_largest(planned, flags.cards, step) for step in steps]
+    for card, *rows in zip(flags.cards, *batches):
+        yield _line(f"largest batch on {card:g} GB", [_batch(batch) for batch in rows])
+    if max(map(max, batches)) * flags.cutoff_len > MANY_TOKENS:
+        yield (
+            f"batches of more than {MANY_TOKENS:,} tokens are no advice: memory is no limit, and training takes fewer"
+        )
 
 
 def table(flags: Flags) -> Iterator[str]:
@@ -131,27 +143,37 @@ def table(flags: Flags) -> Iterator[str]:
                 {"cutoff_len": flags.cutoff_len, "activation_checkpointing": way, "loss": flags.loss}
                 for way in (True, False)
             ]
-            peaks = " / ".join(_gib(predict(planned, batch_size=1, **step).peak) for step in steps)
-            cells = [" / ".join(_batch(largest_batch(planned, card, **step)) for step in steps) for card in cards]
+            peaks = " / ".join(_size(predict(planned, batch_size=1, **step).peak) for step in steps)
+            batches = [_largest(planned, cards, step) for step in steps]
+            cells = [" / ".join(map(_batch, both)) for both in zip(*batches)]
             yield f"| {name}, {'NF4' if quantize else 'bf16'} | {peaks} | " + " | ".join(cells) + " |"
 
 
 def _planned(config: PretrainedConfig, flags: Flags, quantize: bool | None = None) -> Planned:
     return planned_model(
         config,
-        lora_r=flags.lora_r,
-        target_modules=module_names(flags.lora_target_modules),
+        dk.DoraConfig(
+            r=flags.lora_r,
+            target_modules=module_names(flags.lora_target_modules),
+            target_parameters=module_names(flags.lora_target_parameters) if flags.lora_target_parameters else None,
+            fuse_blocks=flags.fuse_blocks == "auto" and "auto",
+        ),
         quantize=flags.quantize if quantize is None else quantize,
-        fuse_blocks=flags.fuse_blocks == "auto" and "auto",
     )
+
+
+def _largest(planned: Planned, cards: Sequence[float], step: dict) -> list[int]:
+    """Of each card. The largest is asked first: what is counted for it holds for smaller batches."""
+    found = {card: largest_batch(planned, card, **step) for card in sorted(cards, reverse=True)}
+    return [found[card] for card in cards]
 
 
 def _line(label: str, values: list[str]) -> str:
     return f"{label:<32}" + "".join(f"{value:>14}" for value in values)
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f}"
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.{0 if size >= 2**20 else 2}f} MiB"
 
 
 def _batch(rows: int) -> str:

@@ -28,7 +28,7 @@ def count(
         parts = {}
         for part in entry.phases(problem)():
             parts[part] = counter.take()
-        return parts, counter.peak_bytes - before
+        return parts, counter.peak - before
 
 
 def saved_by(

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from unittest import mock
 
 import torch
-from transformers import masking_utils
 
 import dora_kernels.models.apply
 
@@ -44,9 +43,7 @@ def count_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability:
             # PEFT copies a 4-bit layer to look at it, which has no way without values.
             stack.enter_context(mock.patch.object(Params4bit, "__deepcopy__", lambda self, memo: self))
         model = adapted(base, contestant.adapt, run.checkpointing)
-    # Whether a batch is packed is read from its positions, which are fake; a benchmark's is not.
-    unpacked = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-    with unpacked, counting(capability) as counter:
+    with counting(capability) as counter:
         ids = torch.empty(run.batch, run.sequence, dtype=torch.int64)
         fake_module(model)
         trained = Trained(model, ids, contestant.autocast, fused=True)

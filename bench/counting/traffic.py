@@ -6,28 +6,21 @@ differentiate; `dispatch` and the launchers see the GPU that is asked for.
 """
 
 import copy
-import sys
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from types import ModuleType
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import flop_registry
-from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from dora_kernels.ops import chunked, dispatch
-from dora_kernels.ops import gpus as launch_data
-
+from ..installation import training
 from . import accounting
 from .launches import Recorder, SizedLaunch
+
+fake_gpu, held = training("planning.fake_gpu"), training("planning.held")
 
 # Allocations and questions; views are recognised by their schema.
 NO_LAUNCH = {
@@ -56,41 +49,31 @@ class Operation(NamedTuple):
     launch: SizedLaunch | None = None  # of a kernel of ours, where kernels can be compiled
 
 
-class Counter(TorchDispatchMode):
+class Counter(held.HeldBytes):
     """Notes each operation, and the most bytes that were alive at once of those allocated inside."""
 
     def __init__(self, capability: tuple[int, int]):
         super().__init__()
         self._recorder = Recorder(capability)
         self.operations: list[Operation] = []
-        self.peak_bytes = self._held = 0
-        self._known = weakref.WeakSet()
 
     def take(self) -> list[Operation]:
         """What was launched since it was last asked."""
         taken, self.operations = self.operations, []
         return taken
 
-    def restart(self) -> int:
-        """Begins a new peak at what is held now, which it returns."""
-        self.peak_bytes = self._held
-        return self._held
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.name() == "bitsandbytes::gemm_4bit":
             with self:
                 return _gemm_4bit(*args, **(kwargs or {}))
         out = func(*args, **(kwargs or {}))
-        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
-        held_before = {id(tensor.untyped_storage()) for tensor in inputs}
-        for tensor in outputs:
-            if id(tensor.untyped_storage()) not in held_before:
-                self._hold(tensor.untyped_storage())
+        inputs, outputs = held.tensors((args, kwargs)), held.tensors(out)
+        self.hold(inputs, outputs)
         name = func.overloadpacket.__name__
         if not func.is_view and name not in NO_LAUNCH:
             read, written = sum(map(_bytes, _read(args, kwargs))), sum(map(_bytes, _written(func, args, outputs)))
             work = _flops(func, args, kwargs, out, inputs)
-            self.operations.append(Operation(name, read + written, read, *work, self._held))
+            self.operations.append(Operation(name, read + written, read, *work, self.held))
         return out
 
     def launched(self, kernel, *args, grid, warmup=False, **options) -> None:
@@ -100,19 +83,7 @@ class Counter(TorchDispatchMode):
         compiles = isinstance(kernel, JITFunction)
         launch = self._recorder.sized(kernel, *args, grid=grid, **options) if compiles else None
         counted = (traffic.memory, traffic.loaded, traffic.flops, traffic.rate)
-        self.operations.append(Operation(name, *counted, self._held, launch))
-
-    def _hold(self, storage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        size = storage.nbytes()
-        self._held += size
-        self.peak_bytes = max(self.peak_bytes, self._held)
-        weakref.finalize(storage, self._release, size)
-
-    def _release(self, size: int) -> None:
-        self._held -= size
+        self.operations.append(Operation(name, *counted, self.held, launch))
 
 
 @contextmanager
@@ -120,52 +91,13 @@ def counting(capability: tuple[int, int] = (9, 0)) -> Iterator[Counter]:
     """Yields the counter of everything that runs inside, as it would run on a GPU of `capability`."""
     counter = Counter(capability)
 
-    def launched(kernel, *args, **options):
-        counter.launched(kernel, *args, **options)
-
-    def mm_fp32(a, b):
-        # As on a GPU. On CPU tensors the engine's own is a loop.
-        return torch.mm(a, b, out_dtype=torch.float32)
-
-    choose_impl = dispatch.choose_impl
-
-    def as_on_a_gpu(device, impl="auto"):
-        return choose_impl(device, "triton" if impl == "auto" else impl)
-
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(dispatch, "choose_impl", as_on_a_gpu))
-        for kind in (JITFunction, InterpretedFunction):
-            stack.enter_context(mock.patch.object(kind, "run", launched))
-        stack.enter_context(mock.patch.object(dispatch, "_why_no_triton", lambda device: None))
-        stack.enter_context(mock.patch.object(dispatch, "_capability", lambda device: capability))
-        stack.enter_context(
-            mock.patch.object(launch_data, "DEFAULT_GPU", launch_data.GPUS.get(capability, launch_data.DEFAULT_GPU))
-        )
-        for module in _users_of(chunked.mm_fp32):
-            stack.enter_context(mock.patch.object(module, "mm_fp32", mm_fp32))
-        # Fake tensors go below the counter, which then sees what is issued and not what a fake tensor does inside.
-        stack.enter_context(FakeTensorMode())
-        stack.enter_context(counter)
+    with fake_gpu.fake_gpu(counter.launched, capability), counter:
         yield counter
-
-
-def _users_of(function: Callable) -> list[ModuleType]:
-    """The engine's modules that have it by its name."""
-    engine = [module for name, module in sys.modules.items() if name.startswith("dora_kernels.")]
-    return [module for module in engine if getattr(module, function.__name__, None) is function]
 
 
 def fake_module(module: nn.Module) -> dict[int, torch.Tensor]:
     """Inside `counting`: gives the module fake parameters and buffers; what each became, by the id of what it was."""
-    fakes: dict[int, torch.Tensor] = {}
-    for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) not in fakes:
-                    fakes[id(tensor)] = _fake(tensor)
-                if tensor is not None:
-                    tensors[name] = fakes[id(tensor)]
-    return fakes
+    return fake_gpu.fake_module(module, _fake)
 
 
 class Params4bit(FakeTensor):
@@ -173,22 +105,16 @@ class Params4bit(FakeTensor):
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:
-    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
-    if not isinstance(tensor, nn.Parameter):
-        return fake
     state = getattr(tensor, "quant_state", None)
     if state is None:
-        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return fake_gpu.fake_tensor(tensor)
+    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
     fake.__class__, fake._is_param, fake.quant_state = Params4bit, True, copy.copy(state)
     for part in (fake.quant_state, fake.quant_state.state2):
         for name in ("absmax", "code", "offset"):
             value = getattr(part, name)
             setattr(part, name, None if value is None else torch.empty(value.shape, dtype=value.dtype))
     return fake
-
-
-def _tensors(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _gemm_4bit(
@@ -215,7 +141,7 @@ def _written(func, args, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
     for argument, value in zip(func._schema.arguments, args):
         # Fused optimizers write gradients only to unscale them, which nobody here asks for.
         if argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads":
-            written |= {id(tensor): tensor for tensor in _tensors(value)}
+            written |= {id(tensor): tensor for tensor in held.tensors(value)}
     return list(written.values())
 
 

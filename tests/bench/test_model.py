@@ -243,7 +243,7 @@ def test_the_predicted_peak_is_that_of_the_plan():
     from training.plan import EXAMPLES
 
     config = EXAMPLES["Llama-3-8B"]
-    planned = planned_model(config, lora_r=16)
+    planned = planned_model(config, dk.DoraConfig(r=16))
     plan = predict(planned, batch_size=1, cutoff_len=2048, loss="whole")
     contestant = model_field.contestants(BF16, 16)["ours fp32, auto"]
     row = model_counts.predict_step(

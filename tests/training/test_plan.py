@@ -18,6 +18,7 @@ from tests.tolerances import PLAN
 from training import memory_model
 from training.memory_model import nf4_bytes, planned_model, predict
 from training.plan import main
+from training.planning import losses
 
 SIZES = {
     "vocab_size": 160,
@@ -142,7 +143,7 @@ def assert_predicted(
     form = {"quantize": quantize, "fuse_blocks": fuse_blocks}
     before, peak = count(config, batch_size, cutoff_len, checkpointing=checkpointing, loss=loss, **form)
     plan = predict(
-        planned_model(config, lora_r=RANK, **form),
+        planned_model(config, dk.DoraConfig(r=RANK, fuse_blocks=fuse_blocks), quantize=quantize),
         batch_size=batch_size,
         cutoff_len=cutoff_len,
         activation_checkpointing=checkpointing,
@@ -197,8 +198,8 @@ def test_losses_over_a_large_vocabulary(loss, checkpointing, monkeypatch):
         kernels = pytest.importorskip("trl.kernels.chunked_logprob", reason="TRL is not installed")
         from trl.trainer import utils
 
-        assert (kernels.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE) == memory_model.TRL_TILE
-        monkeypatch.setattr(memory_model, "TRL_TILE", (4096, 1024))
+        assert (kernels.TOKEN_CHUNK_SIZE, utils._CHUNKED_LOGPROB_CHUNK_SIZE) == losses.TRL_TILE
+        monkeypatch.setattr(losses, "TRL_TILE", (4096, 1024))
         monkeypatch.setattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 1024)
         for module in (kernels, utils):  # or it runs PyTorch's operations, with more of them alive
             monkeypatch.setattr(module, "_use_triton", lambda device: True)
@@ -212,7 +213,7 @@ def test_nf4_is_4_127_bits_a_weight():
 
 
 def test_the_largest_batch_is_the_last_that_fits():
-    planned = planned_model(LlamaConfig(**SIZES), lora_r=RANK)
+    planned = planned_model(LlamaConfig(**SIZES), dk.DoraConfig(r=RANK))
     step = {"cutoff_len": 128, "activation_checkpointing": True, "loss": "whole"}
     budget = 0.1 * memory_model.USABLE * 2**30
     batch = memory_model.largest_batch(planned, 0.1, **step)

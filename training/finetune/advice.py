@@ -28,15 +28,9 @@ def batch_advice(flags: Flags, card_gib: float) -> Iterator[str]:
     """Whether the run fits a card of so many GiB, and which batch would fill it, by `dora-plan`'s prediction."""
     try:
         config = AutoConfig.from_pretrained(flags.base_model, trust_remote_code=flags.trust_remote_code)
-        plan = planned_model(
-            config,
-            lora_r=flags.lora_r,
-            target_modules=flags.target_modules,
-            quantize=flags.quantize,
-            fuse_blocks=flags.blocks,
-        )
+        plan = planned_model(config, flags.dora, quantize=flags.quantize)
     except (ValueError, OSError):
-        return  # a model that the plan does not know
+        return  # a model that cannot be counted
     step = {"cutoff_len": flags.cutoff_len, "loss": "liger" if flags.use_liger else "tiled"}
     kept, again = (largest_batch(plan, card_gib, activation_checkpointing=way, **step) for way in (False, True))
     own = again if flags.activation_checkpointing else kept
