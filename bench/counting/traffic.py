@@ -132,7 +132,7 @@ def _gemm_4bit(
 
 def _read(args, kwargs) -> list[torch.Tensor]:
     """What an operation reads: all but the tensor that is given for the result."""
-    return _tensors((args, {name: value for name, value in (kwargs or {}).items() if name != "out"}))
+    return held.tensors((args, {name: value for name, value in (kwargs or {}).items() if name != "out"}))
 
 
 def _written(func, args, outputs: list[torch.Tensor]) -> list[torch.Tensor]:
