@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor  # counting
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..ops import dispatch
@@ -199,7 +200,7 @@ def why_not_experts(module: nn.Module, name: str) -> str | None:
         return f"is {sharding}"
     if stack.ndim != 3:
         return f"has shape {list(stack.shape)}: only stacks of experts [experts, …, …] can be adapted"
-    if type(stack) is not nn.Parameter or not stack.is_floating_point() or stack.element_size() < 2:
+    if type(stack) not in (nn.Parameter, FakeTensor) or not stack.is_floating_point() or stack.element_size() < 2:
         return f"is quantised ({type(stack).__name__} of {stack.dtype} in {kind}): load the experts in 16 bits"
     if name not in STACKS or not hasattr(module, "is_transposed") or not hasattr(module, "config"):
         return f"is in {kind}, which transformers does not compute through its registry of experts"

@@ -8,7 +8,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    ViTConfig,
+)
 from triton.runtime.interpreter import InterpretedFunction
 
 import dora_kernels as dk
@@ -18,7 +30,7 @@ from tests.tolerances import PLAN
 from training import memory_model
 from training.memory_model import nf4_bytes, planned_model, predict
 from training.plan import main
-from training.planning import losses
+from training.planning import losses, step
 
 SIZES = {
     "vocab_size": 160,
@@ -90,10 +102,10 @@ def quantized(model):
     return model
 
 
-def count(config, batch_size, cutoff_len, *, quantize=False, checkpointing=False, loss="whole", fuse_blocks="auto"):
+def count(config, batch_size, cutoff_len, *, quantize=False, checkpointing=False, loss="whole", **options):
     """Bytes before the step, with all gradients and moments; and the peak of the step, as training takes it."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    adapter = dk.DoraConfig(r=RANK, impl="triton", fuse_blocks=fuse_blocks)
+    adapter = dk.DoraConfig(**{"r": RANK} | options, impl="triton")
     model = dk.apply_dora(quantized(model) if quantize else model, adapter).train()
     if checkpointing:
         checkpoint_activations(model)
@@ -137,13 +149,12 @@ def prepare(model, loss):
     return lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
 
-def assert_predicted(
-    config, batch_size, cutoff_len, *, quantize=False, checkpointing=False, loss="whole", fuse_blocks="auto"
-):
-    form = {"quantize": quantize, "fuse_blocks": fuse_blocks}
-    before, peak = count(config, batch_size, cutoff_len, checkpointing=checkpointing, loss=loss, **form)
+def assert_predicted(config, batch_size, cutoff_len, *, quantize=False, checkpointing=False, loss="whole", **options):
+    """`options` are `DoraConfig`'s."""
+    step = {"checkpointing": checkpointing, "loss": loss}
+    before, peak = count(config, batch_size, cutoff_len, quantize=quantize, **step, **options)
     plan = predict(
-        planned_model(config, dk.DoraConfig(r=RANK, fuse_blocks=fuse_blocks), quantize=quantize),
+        planned_model(config, dk.DoraConfig(**{"r": RANK} | options), quantize=quantize),
         batch_size=batch_size,
         cutoff_len=cutoff_len,
         activation_checkpointing=checkpointing,
@@ -175,6 +186,38 @@ def test_the_peak_of_a_step_without_blocks(quantize, checkpointing):
 def test_other_models(config, checkpointing):
     """Qwen2 has biases, before which the product is kept; Qwen3 normalises each head."""
     assert_predicted(config(**SIZES | {"num_key_value_heads": 4}, head_dim=16), 2, 128, checkpointing=checkpointing)
+
+
+OTHERS = {
+    # Two kinds of layers, of which the rarer stands in the middle; norms before and after, and normalised heads.
+    "gemma3": Gemma3TextConfig(
+        **SIZES,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=32,
+    ),
+    "phi3": Phi3Config(**SIZES, pad_token_id=0),  # q, k and v are one layer, gate and up another
+    "gpt_neox": GPTNeoXConfig(**SIZES),  # biases, and attention beside the MLP
+    # Conv1D, and dropout; attention's is off, with which a CPU keeps the scores.
+    "gpt2": GPT2Config(vocab_size=160, n_embd=64, n_layer=3, n_head=4, attn_pdrop=0.0),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+def test_any_family(config, checkpointing):
+    assert_predicted(config, 2, 128, checkpointing=checkpointing)
+
+
+def test_experts_with_adapters():
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    assert_predicted(OTHERS["mixtral"], 2, 128, target_modules=["q_proj"], target_parameters=stacks, r=8)
+
+
+def test_what_lies_outside_the_decoder():
+    """An adapted head is merged for the loss, an adapted embedding has a gradient that the first layer passes on."""
+    assert_predicted(LlamaConfig(**SIZES), 2, 128, target_modules=["lm_head", "embed_tokens", "q_proj"])
 
 
 @pytest.mark.parametrize(
@@ -223,14 +266,43 @@ def test_the_largest_batch_is_the_last_that_fits():
     assert memory_model.largest_batch(planned, 1e-4, **step) == 0
 
 
+def test_between_two_batches_nothing_is_counted():
+    """Memory is a straight line there, moment for moment, and exactly so."""
+    planned, again = (planned_model(OTHERS["gemma3"], dk.DoraConfig(r=RANK)) for _ in range(2))
+    shape = {"cutoff_len": 64, "activation_checkpointing": True}
+    for batch in (16, 48):
+        predict(planned, batch_size=batch, **shape)
+    with patch.object(step.CountedModel, "count", side_effect=AssertionError):
+        between = predict(planned, batch_size=29, **shape)
+    assert between == predict(again, batch_size=29, **shape)
+
+
+def test_a_loop_over_tokens_is_not_counted(monkeypatch):
+    monkeypatch.setattr(step, "MOST_OPERATIONS", 100)
+    with pytest.raises(ValueError, match=r"of model type llama cannot be counted .* 100 operations"):
+        predict(planned_model(LlamaConfig(**SIZES)), batch_size=1, cutoff_len=64)
+
+
 def test_the_command_needs_a_config_alone(tmp_path, capsys):
     LlamaConfig(**SIZES).save_pretrained(tmp_path)
     main([f"--base_model={tmp_path}", "--batch_size=4", "--cutoff_len=128", "--quantize", "--card=24"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("llama, 3 layers, base in NF4; DoRA of rank 16 on 21 linears; 4 × 128 tokens")
+    assert lines[0] == "llama, base in NF4; DoRA of rank 16 on 21 layers; 4 × 128 tokens"
     assert "prediction" in lines[1]
-    assert [line.split("  ")[0] for line in lines[2:]][-2:] == ["peak", "largest batch on 24 GB"]
+    assert [line.split("  ")[0] for line in lines[-3:-1]] == ["peak", "largest batch on 24 GB"]
     assert sum("largest batch" in line for line in lines) == 1
+    assert all("MiB" in line and "GiB" not in line for line in lines[2:-2])
+    assert "batches of more than 1,048,576 tokens are no advice" in lines[-1]
+
+
+def test_what_differs_from_what_one_expects_is_said():
+    (frozen,) = planned_model(OTHERS["mixtral"]).notes
+    assert frozen.startswith("405,504 parameters of fused experts stay frozen: target_parameters=['mlp.experts.down")
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    planned = planned_model(OTHERS["mixtral"], dk.DoraConfig(target_parameters=stacks))
+    assert planned.notes == ["experts have tokens × top_k rows in a layer, however the router shares them out"]
+    eager = Gemma2Config(**SIZES)
+    assert "attention is eager: its scores are counted" in planned_model(eager).notes
 
 
 @pytest.mark.parametrize(
@@ -244,17 +316,15 @@ def test_the_command_needs_a_config_alone(tmp_path, capsys):
         (["--use_liger", "--whole_logits"], "`--use_liger` does not go with --whole_logits"),
         (["--base_model={tmp}/empty"], "error: `--base_model` {tmp}/empty is not a folder with a config.json"),
         (["--base_model={tmp}/nowhere/at/all"], "error: `--base_model` {tmp}/nowhere/at/all has no config"),
-        (["--base_model={tmp}/gpt2"], "'gpt2' cannot be predicted; known are llama, qwen2, qwen3"),
-        (["--base_model={tmp}/llama", "--lora_target_modules=lm_head"], "lm_head is outside the decoder layers"),
+        (["--base_model={tmp}/vit"], "no causal language model can be built of this vit config"),
+        (["--base_model={tmp}/llama", "--lora_target_parameters=experts.up"], "Its stacks of experts: it has none"),
         (["--base_model={tmp}/llama", "--lora_target_modules=nothing"], "nothing"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
 def test_what_cannot_be_is_one_sentence(arguments, message, tmp_path, capsys):
-    from transformers import GPT2Config
-
     (tmp_path / "empty").mkdir()
-    GPT2Config().save_pretrained(tmp_path / "gpt2")
+    ViTConfig().save_pretrained(tmp_path / "vit")
     LlamaConfig(**SIZES).save_pretrained(tmp_path / "llama")
     with pytest.raises(SystemExit) as stopped:
         main([argument.format(tmp=tmp_path) for argument in arguments])

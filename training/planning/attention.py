@@ -4,13 +4,18 @@ import torch
 
 
 class FusedAttention(torch.autograd.Function):
-    """The output [batch, heads, length, value features], laid out by tokens, and fp32 log-sums of each row's scores."""
+    """The output [batch, heads, length, value features], laid out as the query, and fp32 log-sums of each row's
+    scores."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
-        batch, heads, length, _ = query.shape
-        output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-        log_sums = query.new_empty(batch, heads, length, dtype=torch.float32)
+        output = torch.empty_like(query)
+        if value.shape[-1] != query.shape[-1]:
+            batch, heads, length, _ = query.shape
+            output = query.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.empty_like(mask, dtype=query.dtype)  # PyTorch adds masks to the scores, and converts others
+        log_sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.save_for_backward(query, key, value, mask, output, log_sums)
         return output
 

@@ -32,7 +32,7 @@ from .losses import STAND_INS, TRL_TILE
 from .nf4 import Nf4Linear, linears_to_quantize
 
 aten, prim = torch.ops.aten, torch.ops.prim
-MOST_OPERATIONS = 40_000
+MOST_OPERATIONS = 20_000
 """Of a step: ten times what a usual model takes, and seconds of counting."""
 
 
