@@ -1,10 +1,11 @@
 """`python -m training.export`: a DoRA adapter for programs that know nothing of DoRA.
 
 `--to merged` writes what `python -m training.merge` writes: a plain checkpoint, ready for vLLM and for llama.cpp's
-converters. `--to fp8` and `--to int4` write merged weights in the format of a base that is in it, with its scales, and
-print what that loses. `--to lora` writes a plain LoRA adapter in PEFT's files, the nearest of its rank to the DoRA
-update ΔW = W' − W of each layer, and prints its error. Rescaling by the magnitude has full rank, so a low-rank adapter
-can only approximate it.
+converters. `--to bf16` writes a plain checkpoint in bf16, whatever the base's format is. `--to fp8`, `--to fp4` and
+`--to int4` write merged weights in the format of a base that is in it, with its scales, and print what that loses.
+`--to nf4` does so in bitsandbytes' NF4, of a base in it or of one that was trained on with `--quantize`. `--to lora`
+writes a plain LoRA adapter in PEFT's files, the nearest of its rank to the DoRA update ΔW = W' − W of each layer, and
+prints its error. Rescaling by the magnitude has full rank, so a low-rank adapter can only approximate it.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from dora_kernels.models.merge_requantized import DROWNED
 from dora_kernels.models.modules import dora_layers
 from dora_kernels.models.targets import find_saved
 
-from . import merge, quantised_checkpoint
+from . import dense_checkpoint, merge, nf4_checkpoint, quantised_checkpoint
 from .command_line import command_line
 from .exporting import Sources, UpdateErrors, check_output, new_folder, update_of
 from .spelling import spelled
@@ -34,9 +35,9 @@ from .spelling import spelled
 class Flags(merge.Flags):
     """What to export, where to, and as what."""
 
-    to: Literal["merged", "lora", "fp8", "int4"] = HfArg(
+    to: Literal["merged", "bf16", "lora", "fp8", "fp4", "int4", "nf4"] = HfArg(
         default="merged",
-        help="a plain checkpoint, a plain LoRA adapter, or the quantised base's own format",
+        help="a plain checkpoint in the base's dtype or bf16, a plain LoRA adapter, or the quantised base's own format",
     )
     rank: int = HfArg(default=16, help="rank of the plain LoRA adapter")
 
@@ -86,13 +87,14 @@ def run(flags: Flags) -> None:
         return merge.run(flags)
     if flags.rank < 1:
         raise ValueError(f"`--rank` should be a positive integer value but the value passed is {flags.rank}")
-    if flags.to in ("fp8", "int4"):
+    if flags.to == "bf16":
+        return decode(flags)
+    if flags.to in ("fp8", "fp4", "int4", "nf4"):
         return requantize(flags)
     output, sources = Path(flags.output_dir), Sources(Path(flags.adapter), flags.base_model or None)
     check_output(output)
     check_no_experts(sources, flags.to)
-    if sources.is_plain_lora:
-        raise ValueError(f"`--adapter` {sources.adapter} is plain LoRA already: use it as it is, or --to merged")
+    check_no_lora(sources, flags.to)
     model = sources.load()
     layers = dora_layers(model).values()
     exact = max(min(layer.in_features, layer.out_features) for layer in layers)
@@ -114,14 +116,46 @@ def check_no_experts(sources: Sources, to: str) -> None:
         )
 
 
+def check_no_lora(sources: Sources, to: str) -> None:
+    """Raise ValueError for an adapter without DoRA."""
+    if sources.is_plain_lora:
+        raise ValueError(
+            f"`--adapter` {sources.adapter} is plain LoRA already, and `--to {to}` is for DoRA: use it as it is, or "
+            "--to merged"
+        )
+
+
+def decode(flags: Flags) -> None:
+    """Write the merged checkpoint in bf16, and print what rounding costs."""
+    output = Path(flags.output_dir)
+    sources = Sources(Path(flags.adapter), flags.base_model or None, may_be_quantised=True)
+    check_output(output)
+    if sources.quantised_by:
+        check_no_lora(sources, flags.to)
+    if sources.quantised_by in (None, "bitsandbytes"):
+        errors = merge.merge(sources, output, torch.bfloat16)
+    else:
+        check_no_experts(sources, flags.to)
+        with new_folder(output) as folder:
+            errors = dense_checkpoint.write(sources.base_model, sources.adapter, torch.bfloat16, folder)
+            sources.copy_tokenizer(folder)
+    if errors.norms:
+        print(f"what rounding to bf16 costs, as a share of each layer's update:\n{errors}")
+    print(f"merged checkpoint: {output}")
+
+
 def requantize(flags: Flags) -> None:
     """Write the merged checkpoint in the format of its quantised base, and print what that costs."""
     output = Path(flags.output_dir)
     sources = Sources(Path(flags.adapter), flags.base_model or None, may_be_quantised=True)
     check_output(output)
     check_no_experts(sources, flags.to)
-    with new_folder(output) as folder:
-        errors = quantised_checkpoint.write(sources.base_model, sources.adapter, flags.to, folder)
+    check_no_lora(sources, flags.to)
+    if flags.to == "nf4":
+        errors = nf4_checkpoint.write(sources, output)
+    else:
+        with new_folder(output) as folder:
+            errors = quantised_checkpoint.write(sources.base_model, sources.adapter, flags.to, folder)
     print(f"what {flags.to} costs, as a share of each layer's update:\n{errors}")
     if drowned := sum(error > DROWNED for error in errors.per_layer.values()):
         print(

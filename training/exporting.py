@@ -35,7 +35,7 @@ class Sources:
     Args:
         adapter: folder with PEFT's two files, from `save_adapter` or from PEFT.
         base_model: folder or Hub id; None takes the one that the adapter names.
-        may_be_quantised: whether the base may be, whose files alone are then read.
+        may_be_quantised: whether the base may be.
 
     Raises:
         FileNotFoundError: a folder or a file is missing.
@@ -77,7 +77,7 @@ class Sources:
         if getattr(self.config, "quantization_config", None) is not None and not self.may_be_quantised:
             raise ValueError(
                 f"the base model {self.base_model} is quantised, and so would be the result: pass the original, "
-                "unquantised model as --base_model, or export --to fp8 or int4"
+                "unquantised model as --base_model, or export --to bf16, or --to the format of the base"
             )
 
     @property
@@ -85,17 +85,26 @@ class Sources:
         """Whether the adapter is LoRA without DoRA, which PEFT loads and merges."""
         return self.fields.get("peft_type") == "LORA" and not self.fields.get("use_dora")
 
-    def load(self) -> PreTrainedModel:
-        """The base model in its own dtype, on the CPU, with the adapter in it; a PEFT model for plain LoRA.
+    @property
+    def quantised_by(self) -> str | None:
+        """The method of the base's quantization_config; None for a dense base."""
+        config = getattr(self.config, "quantization_config", None)
+        return config and config["quant_method"]
+
+    def load(self, quantization=None) -> PreTrainedModel:
+        """The base model in its own dtype, on the CPU, with the adapter in it; a PEFT model for plain LoRA. A dense
+        base is quantised by `quantization`, if it is given.
 
         Raises:
             ValueError: the adapter does not fit the base, or a head of the model is in neither of them.
         """
         stored = stored_shapes(self.adapter / WEIGHTS_NAME)
         found = class_of(self.fields, self.config, stored)
+        options = {} if quantization is None else {"quantization_config": quantization}
         model, info = found.cls.from_pretrained(
-            self.base_model, config=found.config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-        )
+            self.base_model, config=found.config, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True,
+            **options,
+        )  # fmt: skip
         if found.vocabulary:
             model.resize_token_embeddings(found.vocabulary, mean_resizing=False)
         absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
@@ -173,8 +182,8 @@ def new_folder(output: Path) -> Iterator[Path]:
 
 def update_of(layer: dk.DoraLinear) -> torch.Tensor:
     """ΔW = W' − W [out_features, in_features], at least fp32."""
-    exact = layer.merged_weight(torch.promote_types(layer.weight.dtype, torch.float32))
-    return exact - layer.base_weight
+    exact = layer.merged_weight(torch.promote_types(layer.base_weight.dtype, torch.float32))
+    return exact - layer.dense_base(exact.dtype)
 
 
 class UpdateErrors:

@@ -7,6 +7,7 @@ update, is printed per layer.
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
@@ -28,8 +29,9 @@ class Flags:
     base_model: str = HfArg(default="", help="folder or Hub id; without it, the one that the adapter names")
 
 
-def merge(sources: Sources, output: Path) -> UpdateErrors:
-    """Write the merged checkpoint and its tokenizer to the new folder `output`. Returns the rounding error by layer.
+def merge(sources: Sources, output: Path, dtype: torch.dtype | None = None) -> UpdateErrors:
+    """Write the merged checkpoint and its tokenizer to the new folder `output`, in `dtype` or the base model's; a base
+    that transformers loads quantised is decoded. Returns the rounding error by layer.
 
     Raises:
         FileExistsError: `output` exists.
@@ -39,18 +41,22 @@ def merge(sources: Sources, output: Path) -> UpdateErrors:
     model = sources.load()
     errors = UpdateErrors()
     if sources.is_plain_lora:
-        _write(model.merge_and_unload(safe_merge=True), sources, output)
+        merged = model.merge_and_unload(safe_merge=True)
+        write_model(merged if dtype is None else merged.to(dtype), sources, output)
         return errors
     for path, layer in tqdm(dora_layers(model).items(), desc="measuring", unit="layer", disable=None):
         update = update_of(layer)
-        errors.add(path, update, layer.merged_weight().to(update.dtype) - layer.base_weight)
-    _write(dk.merge_dora(model), sources, output)
+        errors.add(path, update, layer.merged_weight(dtype).to(update.dtype) - layer.dense_base(update.dtype))
+    merged = dk.merge_dora(model, base="dequantized" if sources.quantised_by else None, dtype=dtype)
+    write_model(merged, sources, output)
     return errors
 
 
-def _write(merged: PreTrainedModel, sources: Sources, output: Path) -> None:
+def write_model(merged: PreTrainedModel, sources: Sources, output: Path) -> None:
+    """The model and its tokenizer to the new folder `output`."""
     with new_folder(output) as folder:
-        merged.save_pretrained(folder)
+        # transformers cannot take back how it read a quantised checkpoint.
+        merged.save_pretrained(folder, **({"save_original_format": False} if sources.quantised_by else {}))
         if not sources.copy_tokenizer(folder):
             print(f"no tokenizer found beside {sources.base_model}: copy one into {output}")
 

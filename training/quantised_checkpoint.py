@@ -1,4 +1,5 @@
-"""A merged checkpoint in its quantised base's own format: the base's files, with other codes in the adapted layers.
+"""A quantised checkpoint, read file by file, and a merged one in its format: the base's files with other codes in the
+adapted layers.
 
 Scales, zeros, names, shapes and the config stay, so that whatever loads the base loads the result. No model is built:
 one file of weights is in memory at a time.
@@ -7,16 +8,14 @@ one file of weights is in memory at a time.
 import json
 import math
 import shutil
-from collections.abc import Callable
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 from tqdm import tqdm
 
 from dora_kernels.adapters.peft_config import read_config
@@ -27,75 +26,10 @@ from dora_kernels.ops.dispatch import dense_weight, merged_weight
 from dora_kernels.ops.requantize import requantized
 from dora_kernels.ops.types import Rounding
 
+from .checkpoint_formats import METHODS, Method, name_of
 from .exporting import UpdateErrors
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-Get = Callable[..., torch.Tensor | None]
-"""`get(name, optional=False)`: a layer's tensor by its own name. Raises ValueError where there is none, or is None."""
-
-
-def _layer(name: str, **parts) -> nn.Module:
-    """What the engine reads of a library's layer of that class."""
-    layer = type(name, (nn.Module,), {"qzero_format": lambda self: 2})()
-    for key, value in parts.items():
-        layer.register_buffer(key, value) if isinstance(value, torch.Tensor) else setattr(layer, key, value)
-    return layer
-
-
-def _fp8(get: Get, config: dict) -> nn.Module:
-    scales = get("weight_scale_inv")
-    return _layer(
-        "FP8Linear",
-        weight=get("weight"),
-        weight_scale_inv=scales,
-        block_size=config.get("weight_block_size"),
-        bias=None,
-    )
-
-
-def _compressed_tensors(get: Get, config: dict) -> nn.Module:
-    groups = list(config["config_groups"].values())
-    if len(groups) != 1:
-        raise ValueError(f"its quantization_config has {len(groups)} groups of layers: one is known here")
-    (group,) = groups
-    out_features, in_features = get("weight_shape").tolist()
-    scheme = SimpleNamespace(
-        format=group.get("format") or config["format"],
-        weights=SimpleNamespace(**group["weights"]),
-        input_activations=group.get("input_activations"),
-        output_activations=group.get("output_activations"),
-    )
-    names = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
-    tensors = {name: tensor for name in names if (tensor := get(name, optional=True)) is not None}
-    sizes = {"out_features": out_features, "in_features": in_features}
-    return _layer("Linear", **tensors, **sizes, quantization_scheme=scheme)
-
-
-def _gptq(get: Get, config: dict) -> nn.Module:
-    # The checkpoint's zeros are one too small, which the library mends when it loads them.
-    zeros = get("qzeros") + (0 if config.get("checkpoint_format") == "gptq_v2" else 0x11111111)
-    parts = {"qweight": get("qweight"), "scales": get("scales"), "qzeros": zeros, "g_idx": get("g_idx")}
-    rows, columns = parts["qweight"].shape
-    sizes = {"in_features": 8 * rows, "out_features": columns, "bits": config["bits"]}
-    return _layer("TorchLinear", **parts, **sizes, group_size=config["group_size"])
-
-
-def _awq(get: Get, config: dict) -> nn.Module:
-    if config.get("version", "gemm").lower() != "gemm":
-        raise ValueError(f"its AWQ version is {config['version']}: gemm is known here")
-    parts = {name: get(name) for name in ("qweight", "scales", "qzeros")}
-    rows, columns = parts["qweight"].shape
-    sizes = {"in_features": rows, "out_features": 8 * columns, "bits": config["bits"]}
-    return _layer("AwqTorchLinear", **parts, **sizes, group_size=config["group_size"])
-
-
-METHODS = {
-    "fp8": ("fp8", "weight", _fp8),
-    "compressed-tensors": ("int4", "weight_packed", _compressed_tensors),
-    "gptq": ("int4", "qweight", _gptq),
-    "awq": ("int4", "qweight", _awq),
-}
-"""By the config's `quant_method`: what `--to` calls it, the tensor of codes, and how a layer is read."""
 
 
 @dataclass
@@ -107,13 +41,19 @@ class Checkpoint:
     files: dict[str, str]
 
     @classmethod
-    def of(cls, base: str, to: str) -> "Checkpoint":
-        """The checkpoint at a path or on the Hub. Raises ValueError if it is not in the format `to`."""
+    def of(cls, base: str, to: str | None = None) -> "Checkpoint":
+        """The checkpoint at a path or on the Hub.
+
+        Raises:
+            ValueError: it is in no format that is known here, or not in the format `to`.
+        """
         folder = Path(base) if Path(base).is_dir() else Path(snapshot_download(base))
         config = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
-        method = config and config.get("quant_method")
-        if METHODS.get(method, (None,))[0] != to:
-            found = f"quantised by {method}" if method else "not quantised"
+        name = name_of(config)
+        if name is not None and to is None and name not in METHODS:
+            raise ValueError(f"{base} is quantised by {name}, which is not known here: {', '.join(METHODS)} are")
+        if to is not None and (name not in METHODS or METHODS[name].to != to):
+            found = f"quantised by {name}" if name else "not quantised"
             raise ValueError(
                 f"`--to {to}` writes the format of a base that is in it, and {base} is {found}: quantise the merged "
                 "checkpoint (--to merged) with a tool of its own, or pass the quantised base as --base_model"
@@ -126,9 +66,26 @@ class Checkpoint:
         return cls(folder, config, files)
 
     @property
+    def method(self) -> Method:
+        return METHODS[name_of(self.config)]
+
+    @property
     def codes(self) -> str:
         """The name of a layer's tensor of codes."""
-        return METHODS[self.config["quant_method"]][1]
+        return self.method.codes
+
+    @property
+    def quantised(self) -> list[str]:
+        """The paths of the layers in the format, adapted or not."""
+        paths = (key.rpartition(".")[0] for key in self.files if key.rpartition(".")[2] == self.codes)
+        return [path for path in paths if f"{path}.{self.method.mark}" in self.files]
+
+    def tensor(self, key: str) -> torch.Tensor:
+        """Raises ValueError if there is none."""
+        if key not in self.files:
+            raise ValueError(f"{self.folder} holds no {key}, and the adapter has a layer there")
+        with safe_open(self.folder / self.files[key], "pt") as file:
+            return file.get_tensor(key)
 
     def weight(self, path: str):
         """The packed weight of the layer at `path`. Raises ValueError, with the layer's name, if it cannot be read."""
@@ -139,22 +96,23 @@ class Checkpoint:
                 return None
             if key not in self.files:
                 raise ValueError(f"there is no {name} beside its {self.codes}")
-            with safe_open(self.folder / self.files[key], "pt") as file:
-                return file.get_tensor(key)
+            return self.tensor(key)
 
         if f"{path}.{self.codes}" not in self.files:
             raise ValueError(f"{self.folder} holds no {path}.{self.codes}, and the adapter has a layer there")
         try:
-            return weight_of(METHODS[self.config["quant_method"]][2](get, self.config))
+            get(self.method.mark)
+            return weight_of(self.method.read(get, self.config))
         except (ValueError, KeyError) as error:
             raise ValueError(f"{path} of {self.folder} cannot be read: {error}") from error
 
 
 @dataclass
 class Adapter:
-    """A DoRA adapter's files: A, B, m and s by the path of their layer."""
+    """A DoRA adapter's files: A, B, m and s by the path of their layer, and how W' is rounded."""
 
     layers: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]
+    mode: str
 
     @classmethod
     def of(cls, folder: Path) -> "Adapter":
@@ -171,7 +129,11 @@ class Adapter:
             rank, alpha = rank_and_alpha(config, path)
             scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
             layers[path] = found["lora_A"], found["lora_B"], found[MAGNITUDE], scaling
-        return cls(layers)
+        return cls(layers, config.rounding)
+
+    def rounding(self, path: str) -> Rounding:
+        """As the layer at `path` rounds in a model."""
+        return Rounding(self.mode, zlib.crc32(path.encode()))
 
 
 def write(base: str, adapter: Path, to: str, output: Path) -> UpdateErrors:

@@ -9,6 +9,8 @@ from ..ops.base_weights import bias_of, is_quantized, weight_of
 from .merge_requantized import REQUANTIZED, why_not_requantized
 
 MODEL_MARKS = ("hf_quantizer", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method")
+# How the checkpoint's tensors became the model's, which saving takes back: bitsandbytes' way has no way back.
+MODEL_MARKS += ("_weight_conversions",)
 
 
 def check_base(model: nn.Module, layers: dict[str, DoraLinear], base: str | None) -> nn.Module | None:

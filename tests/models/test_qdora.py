@@ -297,3 +297,14 @@ def test_merging_into_the_dequantised_base_in_a_dtype(folder, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert loaded.dtype == torch.bfloat16 and torch.equal(logits_of(loaded), logits_of(merged))
+
+
+def test_a_base_that_was_saved_in_nf4_is_merged_and_saved_dense(folder, tmp_path):
+    """transformers 5.23 cannot save what it loaded so: it has no way back from bitsandbytes' tensors."""
+    load(folder).save_pretrained(tmp_path / "nf4")
+    model = dk.apply_dora(AutoModelForCausalLM.from_pretrained(tmp_path / "nf4"), dk.DoraConfig(**CONFIG))
+    randomise(model)
+    merged = dk.merge_dora(model.eval(), base="dequantized")
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert torch.equal(logits_of(loaded), logits_of(merged))

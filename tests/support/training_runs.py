@@ -40,10 +40,10 @@ def data(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("data") / "rows.jsonl", demo_rows(50))
 
 
-def one_layer_base(folder):
+def one_layer_base(folder, **sizes):
     """Writes a random Llama of one layer, with the demo's tokenizer, which trains in half the demo's time."""
     config = AutoConfig.from_pretrained(demo.BASE)
-    config.num_hidden_layers = 1
+    config.update({"num_hidden_layers": 1} | sizes)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(demo.BASE).save_pretrained(folder)

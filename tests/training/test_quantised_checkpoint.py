@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.support.adapter_folders import base_folder, load, our_adapter, printed_errors, updates
+from tests.support.fp4 import bytes_of
+from tests.support.fp4 import parts as fp4_parts
+from tests.support.fp4 import values as fp4_values
 from tests.support.int4 import INTERLEAVED, decoded, parts, words
 from tests.support.oracle import relative_error
 from training.export import main
@@ -30,6 +34,30 @@ def spread(scales, N, K):
 def read_fp8(tensors):
     codes = tensors["weight"].double()
     return codes * spread(tensors["weight_scale_inv"].double(), *codes.shape)
+
+
+def channel_fp8(weight):
+    """compressed-tensors': a scale in bf16 for each output feature."""
+    scales = (torch.rand(len(weight), 1) / 100 + 0.01).bfloat16()
+    return {"weight": (weight / scales).to(torch.float8_e4m3fn), "weight_scale": scales}
+
+
+def read_channel_fp8(tensors):
+    return tensors["weight"].double() * tensors["weight_scale"].double()
+
+
+def fp4(kind, weight):
+    codes, scales, factor, _ = fp4_parts(kind, *weight.shape)
+    tensors = {"weight_packed": bytes_of(codes), "weight_scale": scales}
+    return tensors if factor is None else tensors | {"weight_global_scale": factor}
+
+
+def read_fp4(tensors):
+    pairs, scales = tensors["weight_packed"].int(), tensors["weight_scale"]
+    codes = torch.stack((pairs % 16, pairs // 16), dim=2).flatten(1)
+    is_nvfp4 = "weight_global_scale" in tensors
+    spread = scales.float() / tensors["weight_global_scale"] if is_nvfp4 else 2.0 ** (scales.float() - 127)
+    return fp4_values(codes, spread).double()
 
 
 def compressed(weight):
@@ -78,6 +106,12 @@ def read_awq(tensors):
     return decoded(unpacked(tensors["qweight"], 1, INTERLEAVED).T, tensors["scales"].T.double(), zeros)
 
 
+def of_compressed_tensors(form, **weights):
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
+
+
+FLOAT4 = {"num_bits": 4, "type": "float", "symmetric": True}
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "group_size": GROUP, "strategy": "group"}
 GROUPS = {"group_0": {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": None}}
 KINDS = {
@@ -86,10 +120,30 @@ KINDS = {
         "int4", compressed, read_compressed,
         {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": GROUPS},
     ),
+    "compressed_fp8": (
+        "fp8", channel_fp8, read_channel_fp8,
+        of_compressed_tensors("float-quantized", num_bits=8, type="float", symmetric=True, strategy="channel"),
+    ),
+    "nvfp4": (
+        "fp4", partial(fp4, "nvfp4"), read_fp4,
+        of_compressed_tensors("nvfp4-pack-quantized", **FLOAT4, group_size=16, strategy="tensor_group"),
+    ),
+    "mxfp4": (
+        "fp4", partial(fp4, "mxfp4"), read_fp4,
+        of_compressed_tensors("mxfp4-pack-quantized", **FLOAT4, group_size=32, strategy="group"),
+    ),
     "gptq": ("int4", gptq, read_gptq, {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": True}),
     "awq": ("int4", awq, read_awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}),
 }  # fmt: skip
+
+
+def activations(groups):
+    return {"group_0": groups["group_0"] | {"input_activations": {"num_bits": 8}}}
+
+
 CODES = ("weight", "weight_packed", "qweight")
+OTHER = {"mxfp4": "up_proj"}
+"""What is adapted beside q_proj: groups of 32 do not divide down_proj's input features."""
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -101,7 +155,7 @@ def bases(path, kind):
     dense = load_file(plain / "model.safetensors")
     packed = {}
     for key, tensor in list(dense.items()):
-        if key.endswith("_proj.weight"):
+        if key.endswith("_proj.weight") and not (kind == "mxfp4" and tensor.shape[1] % 32):
             layer = quantise(tensor)
             packed |= {f"{key.removesuffix('weight')}{name}": part for name, part in layer.items()}
             dense[key] = read(layer).float().contiguous()
@@ -127,7 +181,7 @@ def of_layer(tensors, path):
 def test_codes_are_the_nearest_and_all_else_stays(kind, tmp_path, capsys):
     to, _, read, _ = KINDS[kind]
     plain, quantised = bases(tmp_path, kind)
-    our_adapter(plain, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    our_adapter(plain, tmp_path / "adapter", target_modules=["q_proj", OTHER.get(kind, "down_proj")])
     run(tmp_path / "adapter", quantised, tmp_path / "out", to)
     printed = printed_errors(capsys.readouterr().out.partition("warning")[0])
     before, after = (load_file(folder / "model.safetensors") for folder in (quantised, tmp_path / "out"))
@@ -140,7 +194,9 @@ def test_codes_are_the_nearest_and_all_else_stays(kind, tmp_path, capsys):
             assert torch.equal(after[key], tensor), key
     for path, (weight, update) in found.items():
         error = read(of_layer(after, path)) - (weight + update)
-        assert (error.abs() <= update.abs() * (1 + 1e-5) + 1e-6).all()
+        # FP4 is rounded to bf16 where it is decoded.
+        rounding = 2**-8 * (weight + update).abs() if to == "fp4" else 0
+        assert (error.abs() <= update.abs() * (1 + 1e-5) + rounding + 1e-6).all()
         assert printed[path] == pytest.approx((error.norm() / update.norm()).item(), rel=6e-3)
         assert 0 < printed[path] < 1
     for file in quantised.iterdir():
@@ -195,7 +251,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "marlin-24"}, "in the format marlin-24"),
+        ({"format": "marlin-24"}, "is quantised by compressed-tensors marlin-24"),
+        ({"config_groups": activations(GROUPS)}, "belongs to a layer that quantises activations, too"),
         ({"config_groups": GROUPS | {"group_1": GROUPS["group_0"]}}, "has 2 groups of layers"),
     ],
 )
@@ -207,3 +264,77 @@ def test_a_checkpoint_half_understood_is_refused(change, message, tmp_path):
     (quantised / "config.json").write_text(json.dumps(fields))
     with pytest.raises(SystemExit, match=re.escape(message)):
         run(tmp_path / "adapter", quantised, tmp_path / "out", "int4")
+
+
+@every_kind
+def test_to_bf16_every_layer_is_decoded_and_the_merged_are_rounded_once(kind, tmp_path, capsys):
+    _, _, read, _ = KINDS[kind]
+    plain, quantised = bases(tmp_path, kind)
+    model = our_adapter(plain, tmp_path / "adapter", target_modules=["q_proj", OTHER.get(kind, "down_proj")])
+    run(tmp_path / "adapter", quantised, tmp_path / "out", "bf16")
+    printed = printed_errors(capsys.readouterr().out)
+    before, after = (load_file(folder / "model.safetensors") for folder in (quantised, tmp_path / "out"))
+    found = updates(plain, tmp_path / "adapter")
+    assert len(found) == 4 and printed.keys() == {*found, "total"}
+    for path, (weight, update) in found.items():
+        error = after[f"{path}.weight"].double() - (weight + update)
+        assert (error.abs() <= 2**-7 * (weight + update).abs() + 1e-6).all()
+        assert printed[path] == pytest.approx((error.norm() / update.norm()).item(), rel=6e-3)
+    for key, tensor in after.items():
+        path, _, name = key.rpartition(".")
+        assert tensor.dtype == torch.bfloat16
+        if path not in found:
+            decoded = before[key].double() if key in before and key != f"{path}.weight" else None
+            if name == "weight":
+                layer = of_layer(before, path)
+                decoded = read(layer) if len(layer) > 1 else before[key].double()
+            assert torch.equal(tensor, decoded.bfloat16()), key
+    # transformers knows nothing of what it was.
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", output_loading_info=True)
+    assert not any(info.values()) and loaded.dtype == torch.bfloat16
+    assert getattr(loaded.config, "quantization_config", None) is None
+    expected = model.bfloat16()(torch.arange(6)[None]).logits
+    assert relative_error(loaded(torch.arange(6)[None]).logits, expected) < 0.05
+
+
+def test_to_bf16_in_several_files_with_an_index(tmp_path):
+    plain, quantised = bases(tmp_path, "compressed_tensors")
+    our_adapter(plain, tmp_path / "adapter", target_modules=["q_proj"])
+    run(tmp_path / "adapter", quantised, tmp_path / "whole", "bf16")
+    tensors = load_file(quantised / "model.safetensors")
+    names = sorted(tensors)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    (quantised / "model.safetensors").unlink()
+    for file, keys in shards.items():
+        save_file({key: tensors[key] for key in keys}, quantised / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: file for file, keys in shards.items() for key in keys}}
+    (quantised / "model.safetensors.index.json").write_text(json.dumps(index))
+    run(tmp_path / "adapter", quantised, tmp_path / "parts", "bf16")
+    whole, found = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("whole", "parts"))
+    after = found.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in whole.state_dict().items())
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
+    written = {key for file in shards for key in load_file(tmp_path / "parts" / file)}
+    assert index["weight_map"].keys() == written
+
+
+def test_to_bf16_a_layer_that_the_base_left_dense_is_merged_too(tmp_path):
+    plain, quantised = bases(tmp_path, "compressed_fp8")
+    our_adapter(plain, tmp_path / "adapter", target_modules=["lm_head", "q_proj"])
+    run(tmp_path / "adapter", quantised, tmp_path / "out", "bf16")
+    weight, update = updates(plain, tmp_path / "adapter")["lm_head"]
+    found = load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].double()
+    assert relative_error(found, weight + update) <= 2**-8
+    with pytest.raises(SystemExit, match=r"lm_head of .* cannot be read: there is no weight_scale"):
+        run(tmp_path / "adapter", quantised, tmp_path / "refused", "fp8")
+
+
+def test_to_bf16_another_format_is_refused(tmp_path):
+    plain, quantised = bases(tmp_path, "fp8")
+    our_adapter(plain, tmp_path / "adapter", target_modules=["q_proj"])
+    fields = json.loads((quantised / "config.json").read_text())
+    fields["quantization_config"] = {"quant_method": "aqlm"}
+    (quantised / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(SystemExit, match="is quantised by aqlm, which is not known here"):
+        run(tmp_path / "adapter", quantised, tmp_path / "out", "bf16")
+    assert not (tmp_path / "out").exists()

@@ -33,6 +33,18 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> tuple[PreTrain
     return tokenizer, notes
 
 
+def nf4_config(dtype: torch.dtype):
+    """How `--quantize` makes NF4 of a base, which then computes in `dtype`."""
+    from transformers import BitsAndBytesConfig  # importing it at the top would import bitsandbytes, which prints
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
 def load_model(
     path: str,
     device: torch.device,
@@ -48,15 +60,8 @@ def load_model(
     dtype = compute_dtype(device)
     options: dict = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantize:
-        from transformers import BitsAndBytesConfig  # importing it at the top would import bitsandbytes, which prints
-
         options["device_map"] = {"": device}
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if device.type == "cuda" else dtype,
-        )
+        options["quantization_config"] = nf4_config(torch.bfloat16 if device.type == "cuda" else dtype)
     model = AutoModelForCausalLM.from_pretrained(path, **options)
     # The key-value cache serves generation, and conflicts with activation checkpointing.
     model.config.use_cache = False
