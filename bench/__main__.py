@@ -4,6 +4,7 @@ import argparse
 import gc
 import importlib
 import sys
+from typing import NoReturn
 
 from .installation import spelled
 
@@ -27,19 +28,28 @@ EXTRA = {"matplotlib", "peft", "tqdm"}
 """What the extra `bench` brings."""
 
 
+class Parser(argparse.ArgumentParser):
+    """A mistake is said without the usage, in which it would drown."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def main(argv: list[str]) -> int:
     listing = "\n".join(f"  {name:<10}{summary}" for name, summary in COMMANDS.items())
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog=spelled(),
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"commands:\n{listing}\n\n`{spelled()} <command> --help` explains one.",
     )
     top.add_argument("command", choices=COMMANDS, metavar="command")
+    if not argv:
+        top.error(f"it needs a command: {', '.join(COMMANDS)}; --help explains them")
     command = top.parse_args(argv[:1]).command
     # Imported only when asked for: a command's libraries need not be installed for the others.
     module = importlib.import_module(f".{command}", __package__)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"{spelled()} {command}",
         allow_abbrev=False,
         description=module.__doc__,

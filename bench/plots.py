@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from .kernels import COPY, GEMM, SLOWER
-from .rows.compare import base_seconds, seconds
+from .rows.compare import base_seconds, seconds, title
 from .step import distances, reference_of
 
 MARKERS = "osv^D*Pxh<>p"
@@ -71,9 +71,10 @@ def _draw_layer(axes, found: Groups, x: str, styles: dict[str, dict]) -> None:
     for axis in axes:
         axis.set(xlabel=x, xscale="log")
         sizes = [_case(group)[x] for group in found]
-        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.set_xticks(sizes, [f"{size // 1024}k" if size % 1024 == 0 else str(size) for size in sizes])
         axis.xaxis.set_minor_locator(NullLocator())
         _spell_out(axis.yaxis)
+        axis.tick_params(labelsize="small")
         axis.grid(alpha=0.3)
 
 
@@ -81,10 +82,14 @@ def _styles(names: Iterable[str]) -> dict[str, dict]:
     """One colour per library, a marker for each of its forms."""
     styles: dict[str, dict] = {}
     for name in dict.fromkeys(names):
-        color = next((c for prefix, c in COLORS.items() if name.startswith(prefix)), "tab:gray")
+        color = _color(name)
         marker = MARKERS[sum(style["color"] == color for style in styles.values()) % len(MARKERS)]
         styles[name] = {"color": color, "marker": marker, "label": name, "linewidth": 1, "markersize": 4}
     return styles
+
+
+def _color(contestant: str) -> str:
+    return next((color for prefix, color in COLORS.items() if contestant.startswith(prefix)), "tab:gray")
 
 
 def _spell_out(axis) -> None:
@@ -99,7 +104,7 @@ def _case(group: dict[str, dict]) -> dict:
 
 
 def plot_roofline(groups: Groups, machine: str, path: Path) -> Iterator[Path]:
-    """FLOP/s against FLOPs per byte for each kernel, under the roofs that its run measured."""
+    """FLOP/s against FLOPs per byte for each kernel, under the roofs of the copy and the GEMM beside it."""
     groups = [group for group in groups if seconds(group.get(COPY)) and seconds(group.get(GEMM))]
     if not groups:
         return
@@ -124,10 +129,41 @@ def plot_roofline(groups: Groups, machine: str, path: Path) -> Iterator[Path]:
         axes.plot([slow / copy, high], [slow, slow], "--", color="black", linewidth=1)
         label = "fp32 precision: three tf32 products"
         axes.annotate(label, (slow / copy, slow), (0, 9), textcoords="offset points", fontsize="x-small")
-    axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="FLOP/s", title=f"{machine}, roofs measured")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="FLOPs per byte",
+        ylabel="FLOP/s",
+        title=f"{machine}, under its copy and GEMM",
+    )
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=110)
+    yield path
+
+
+def plot_memory(groups: Groups, machine: str, path: Path) -> Iterator[Path]:
+    """Per case of a whole model's step a bar for each contestant: the frozen weights, and the peak beside them."""
+    held = [{name: row for name, row in group.items() if row.get("peak_bytes")} for group in groups]
+    held = [group for group in held if group]
+    if not held:
+        return
+    heights = [len(group) + 2 for group in held]
+    figure = Figure(figsize=(9, 0.26 * sum(heights) + 0.6), layout="constrained")
+    figure.suptitle(machine)
+    panels = figure.subplots(len(held), squeeze=False, height_ratios=heights)
+    for group, axes in zip(held, panels[:, 0]):
+        frozen = [row.get("frozen_bytes", 0) / 2**30 for row in group.values()]
+        peaks = [row["peak_bytes"] / 2**30 for row in group.values()]
+        axes.barh(list(group), frozen, color="lightgray", label="frozen weights")
+        bars = axes.barh(list(group), peaks, left=frozen, color=[_color(name) for name in group])
+        axes.bar_label(bars, [f"{peak:.1f}" for peak in peaks], padding=3, fontsize="small")
+        axes.set_title(title({name: value for name, value in _case(group).items() if value}), fontsize="small")
+        axes.set(xlabel="GiB: frozen weights in gray, and the peak of all else")
+        axes.invert_yaxis()
+        axes.margins(x=0.08)
+        axes.tick_params(labelsize="small")
+    figure.savefig(path, dpi=80)
     yield path
 
 
@@ -152,7 +188,7 @@ def plot_losses(groups: Groups, machine: str, path: Path) -> Iterator[Path]:
         curves.set_title(", ".join([case["model"], f"rank {case['rank']}", *more, f"seed {case['seed']}"]))
         _spell_out(curves.yaxis)
         apart.set(xlabel="optimizer step", yscale="log")
-        apart.set_ylabel(f"% from {reference_of(group)}, mean of {WINDOW} steps")
+        apart.set_ylabel(f"% from {reference_of(group)},\nmean of {WINDOW} steps")
         for axes in (curves, apart):
             axes.grid(alpha=0.3)
         curves.legend(fontsize="small")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .installation import LOCAL, RESULTS
 from .kernels import kernels_table
-from .plots import plot_layers, plot_losses, plot_roofline
+from .plots import plot_layers, plot_losses, plot_memory, plot_roofline
 from .rows.compare import base_seconds, group_table, is_noise, lora_seconds, seconds, title
 from .rows.records import groups, read_rows
 from .rows.tables import ratio, table
@@ -54,7 +54,7 @@ def first(group: dict[str, dict]) -> dict:
 
 def machine_of(group: dict[str, dict]) -> str:
     stamp = first(group)["stamp"]
-    threads = f", {stamp['threads']} threads" if stamp["threads"] else ""
+    threads = f", {stamp['threads']} thread{'s' * (stamp['threads'] > 1)}" if stamp["threads"] else ""
     return f"{stamp['kind']}: {stamp['device']}{threads}"
 
 
@@ -140,4 +140,5 @@ def draw(found: list[dict[str, dict]], folder: Path) -> Iterable[Path]:
         for x in ("tokens", "rank"):
             yield from plot_layers(of["layer"], x, machine, folder / f"{name}-layer-{x}.png")
         yield from plot_roofline(of["kernels"], machine, folder / f"{name}-roofline.png")
+        yield from plot_memory(of["model"], machine, folder / f"{name}-memory.png")
         yield from plot_losses(of["step"], machine, folder / f"{name}-losses.png")

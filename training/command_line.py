@@ -1,6 +1,7 @@
 """The frame of the smaller commands: flags from a dataclass, and bad input as one sentence."""
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,15 @@ from transformers.utils import logging as transformers_logging
 from .stopping import INTERRUPTED
 
 
+class OneSentence(HfArgumentParser):
+    """A mistake is said without the usage, in which it would drown."""
+
+    def error(self, message: str) -> None:
+        # argparse lists every spelling of a flag.
+        message = re.sub(r"(--\w+)(?:/--[\w-]+)+", r"\1", message)
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def command_line(flags: type, run: Callable, arguments: Sequence[str] | None, **described) -> None:
     """Parse `flags`, a dataclass, and call `run` with it. Exits non-zero, with a sentence, on bad input.
 
@@ -18,7 +28,7 @@ def command_line(flags: type, run: Callable, arguments: Sequence[str] | None, **
         arguments: words of the command line; None takes those of the process.
         described: `prog` and `description` of the parser.
     """
-    parser = HfArgumentParser(flags, allow_abbrev=False, **described)
+    parser = OneSentence(flags, allow_abbrev=False, **described)
     transformers_logging.set_verbosity_error()
     try:
         run(flags(**expand_home(vars(parser.parse_args(arguments)))))

@@ -193,6 +193,18 @@ def test_help_of_every_command(capsys):
     assert "tokens" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [([], "it needs a command: kernels, layer"), (["layer", "--presets", "tiny"], "unrecognized arguments: --presets")],
+    ids=["no command", "typo"],
+)
+def test_a_mistake_is_one_line(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in said and said.count("\n") == 1
+
+
 def test_the_h200_preset_is_the_issues():
     preset = PRESETS["h200"]
     assert [shape[1:3] for shape in layer_shapes("llama-3-8b")] == [

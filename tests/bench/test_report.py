@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from bench import kernels, report
 from bench.__main__ import main
 from bench.counting.gpus import ROOFS, by_bytes_and_flops
 from bench.installation import LOCAL
-from bench.measuring.shapes import layer_shapes
+from bench.measuring.shapes import PRESETS, layer_shapes
 from bench.rows.compare import group_table
-from bench.rows.records import default_path
+from bench.rows.records import default_path, groups, read_rows
 
 STAMP = {
     "kind": "GPU", "device": "made up for a test", "threads": None, "driver": "0", "torch": "0", "triton": "0",
@@ -32,8 +34,8 @@ def times(**seconds):
     return {part: {"median": s, "low": 0.98 * s, "high": 1.02 * s, "minimum": 0.97 * s} for part, s in seconds.items()}
 
 
-def layer_rows():
-    for shape, tokens, rank in itertools.product(layer_shapes("llama-3-8b")[:2], (1, 512, 8192), (16, 384)):
+def layer_rows(token_counts=(1, 512, 8192), ranks=(16, 384)):
+    for shape, tokens, rank in itertools.product(layer_shapes("llama-3-8b")[:2], token_counts, ranks):
         case = {
             "model": "llama-3-8b", "layer": shape.name, "out": shape.out_features, "in": shape.in_features,
             "bias": False, "tokens": tokens, "rank": rank, "dtype": "bf16", "compiled": False,
@@ -92,9 +94,42 @@ def test_every_plot_is_drawn(results, tmp_path):
     drawn = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
     layers = [f"tokens-llama-3-8b-rank-{rank}" for rank in (16, 384)]
     layers += [f"rank-llama-3-8b-tokens-{tokens}" for tokens in (1, 512, 8192)]
-    assert set(drawn) == {f"gpu-0-{name}.png" for name in (*(f"layer-{name}" for name in layers), "roofline", "losses")}
+    assert set(drawn) == {
+        f"gpu-0-{name}.png" for name in (*(f"layer-{name}" for name in layers), "roofline", "memory", "losses")
+    }
     # Panels without a line are about 10 kB.
     assert min(drawn.values()) > 20_000
+
+
+def overlapping(figure):
+    """Pairs of texts of a figure, tick labels, titles and all, that cover each other."""
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    # Tick labels past the ends of an axis are not drawn.
+    hidden = {
+        id(tick.label1)
+        for axes in figure.axes
+        for axis in (axes.xaxis, axes.yaxis)
+        for tick in axis.get_major_ticks()
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    }
+    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if id(text) not in hidden]
+    return [(a, b) for (a, one), (b, two) in itertools.combinations(boxes, 2) if one.overlaps(two)]
+
+
+def test_labels_do_not_collide(tmp_path, monkeypatch):
+    """On the densest axes, those of the preset `full`, and in the other kinds of plot."""
+    figures, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), savefig(self, *a, **k))[1])
+    grid = PRESETS["full"]
+    rows = [*layer_rows(grid.tokens, (16,)), *layer_rows((8192,), grid.ranks)]
+    rows += [*kernel_rows(), *model_rows(), *step_rows()]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = list(report.draw(groups(read_rows([path])), tmp_path))
+    assert len(drawn) == len(figures) == 5
+    for image, figure in zip(drawn, figures):
+        assert not overlapping(figure), image.name
 
 
 def test_rows_that_lose_and_fail_stay(results, capsys):

@@ -2,16 +2,14 @@
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
-from transformers import HfArgumentParser
 
 from .. import demo
-from ..command_line import expand_home
+from ..command_line import OneSentence, expand_home
 from ..spelling import spelled
 from .flags import Flags
 from .groups import GROUPS
@@ -51,8 +49,8 @@ SECTION = "trainer"
 """The part of the YAML file that holds fields of TRL's configuration."""
 
 
-class Parser(HfArgumentParser):
-    """Flags in groups. A mistake is said without the usage, in which it would drown."""
+class Parser(OneSentence):
+    """Flags in groups."""
 
     def __init__(self):
         super().__init__(
@@ -66,11 +64,6 @@ class Parser(HfArgumentParser):
         self.names = {
             option.lstrip("-").replace("-", "_"): action.dest for option, action in self._option_string_actions.items()
         }
-
-    def error(self, message: str) -> None:
-        # argparse lists every spelling of a flag.
-        message = re.sub(r"^argument (--\w+)\S*: ", r"argument \1: ", message)
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def flag_of(self, word: str) -> str | None:
         """The flag that a command-line word names; None for a value."""
