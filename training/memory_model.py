@@ -14,6 +14,7 @@ them.
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,8 @@ class Planned:
         self._steps: dict[tuple, dict[int, Step]] = {}
         for path in targets:
             why_not_class(model.get_submodule(path))  # remembered: it tries out small layers, which need values
-        self._model = CountedModel(model, dora, list(targets), quantize)
+        with self._refused(but=ValueError):  # which names the targets
+            self._model = CountedModel(model, dora, list(targets), quantize)
         self.trained = self._model.trained()
         if left_out := len(targets) - self.trained.layers:
             self.notes.append(f"{left_out} of {len(targets)} linear layers stay frozen: training says why")
@@ -74,14 +76,23 @@ class Planned:
         below = max((other for other in steps if other <= batch_size), default=None)
         above = min((other for other in steps if other >= batch_size), default=None)
         if None in (below, above) or steps[below].operations != steps[above].operations:
-            try:
+            with self._refused():
                 steps[batch_size] = self._model.count(batch_size, *step)
-            except Exception as error:  # of any class, by the model's own code
-                kind, reason = self.config.model_type, _first_line(error)
-                raise ValueError(f"a step of model type {kind} cannot be counted without values: {reason}") from None
             below = above = batch_size
         share = (batch_size - below) / max(1, above - below)
         return self._model.of_all(steps[below].between(steps[above], share))
+
+    @contextmanager
+    def _refused(self, but: type | tuple = ()) -> Iterator[None]:
+        """Whatever the model's own code raises becomes a sentence."""
+        try:
+            yield
+        except but:
+            raise
+        except Exception as error:
+            reason = f"{error}".strip().partition("\n")[0] or type(error).__name__
+            kind = self.config.model_type
+            raise ValueError(f"a step of model type {kind} cannot be counted without values: {reason}") from None
 
 
 def _notes(model: PreTrainedModel, dora: dk.DoraConfig) -> Iterator[str]:
@@ -104,8 +115,9 @@ def planned_model(config: PretrainedConfig, dora: dk.DoraConfig | None = None, *
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     except Exception as error:  # of any class, by the model's own code
+        reason = f"{error}".strip().partition("\n")[0]
         raise ValueError(
-            f"no causal language model can be built of this {config.model_type} config: {_first_line(error)}"
+            f"no causal language model can be built of this {config.model_type} config: {reason}"
         ) from None
     return Planned(model, dora or dk.DoraConfig(), quantize)
 
@@ -155,7 +167,3 @@ def weight_bytes(model: nn.Module, quantize: bool) -> int:
     for linear in linears_to_quantize(model).values() if quantize else ():
         total += nf4_bytes(linear.weight.numel()) - linear.weight.nbytes
     return total
-
-
-def _first_line(error: Exception) -> str:
-    return f"{error}".strip().partition("\n")[0]

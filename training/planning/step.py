@@ -144,7 +144,7 @@ class CountedModel:
             fake_module(model, fake_tensor)
             for path, linear in linears_to_quantize(model).items() if quantize else ():
                 model.set_submodule(path, Nf4Linear(linear))
-            dk.apply_dora(model, replace(config, impl="triton")).train()
+            dk.apply_dora(model, config).train()
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
@@ -182,6 +182,10 @@ class CountedModel:
                 with torch.autocast("cpu", torch.bfloat16):
                     result = self._loss(tokens, loss)
                 result.backward()
+        if not timeline.calls:
+            raise ValueError(
+                "its forward calls no member of a torch.nn.ModuleList, where decoder layers are looked for"
+            )
         # A tile that is full grows no more.
         operations = (*timeline.operations, batch_size * cutoff_len >= TRL_TILE[0])
         return Step(operations, timeline.stretches, timeline.calls, np.array(timeline.moments))
