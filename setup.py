@@ -90,6 +90,7 @@ setup(
             *quantized,
             *liger,
             "build>=1.5",
+            "compressed-tensors>=0.20; python_version >= '3.11'",
             "hypothesis>=6.100",
             "mypy>=2.4",
             "pytest>=9.0",
