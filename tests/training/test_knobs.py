@@ -1,12 +1,15 @@
 """What the flags for TRL's fields, the adapter's fields and parts of a pass do to a run."""
 
 import json
+import shutil
 
 import pytest
+import torch
 
 from tests.support.training_runs import arguments, data, metrics, one_layer_base, run  # noqa: F401
 from training.__main__ import main
 from training.checkpoints.checkpoint import list_checkpoints
+from training.checkpoints.resume_state import optimizer_numbers
 from training.finetune.trainer import DoraTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -71,6 +74,28 @@ def test_early_stopping_goes_on_counting_after_a_resume(data, base, tmp_path, tr
     main(arguments(data, tmp_path, "--resume", **flags, save_step=2))
     assert trainers[1].state.global_step == 8
     assert [row["step"] for row in metrics(tmp_path) if "eval_loss" in row] == [0, 2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "sgd"])
+def test_another_optimizer_resumes_to_the_same_bits(data, base, tmp_path, optimizer):  # noqa: F811
+    """Adafactor keeps numbers beside its tensors, SGD keeps nothing."""
+    words = ["--set", f"optim={optimizer}"]
+    flags = {"base_model": base, "eval_step": 0, "save_step": 2, "max_steps": 4, "warmup_ratio": 0}
+    run(data, tmp_path, *words, **flags)
+    weights = tmp_path / "adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    shutil.rmtree(tmp_path / "checkpoint-4")
+    main(arguments(data, tmp_path, "--resume", *words, **flags))
+    assert weights.read_bytes() == whole
+
+
+def test_what_no_checkpoint_holds_is_said():
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer.state[parameter] = {"step": 3, "clock": object()}
+    with pytest.raises(ValueError, match=r"this optimizer keeps a object \(clock\), which no checkpoint holds"):
+        optimizer_numbers(optimizer)
 
 
 def test_half_a_pass_and_a_share_of_the_rows(data, base, tmp_path, capsys):  # noqa: F811

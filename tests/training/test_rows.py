@@ -183,7 +183,11 @@ def test_a_hub_that_does_not_answer_is_named(tokenizer, monkeypatch):
     "name, text, message",
     [
         ("a.jsonl", "", "has no rows"),
-        ("a.jsonl", '{"frage": "a", "antwort": "b"}', r"has the columns \['antwort', 'frage'\]; expected messages"),
+        (
+            "a.jsonl",
+            '{"frage": "a", "antwort": "b"}',
+            r"has the columns \['antwort', 'frage'\]; expected messages.*; --columns ",
+        ),
         ("a.json", "{", "is not valid JSON"),
         ("a.json", "3", "should hold an array of rows, or one row a line, got int"),
         ("a.xml", "<a/>", r"should end in one of \.jsonl"),

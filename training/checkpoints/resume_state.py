@@ -1,6 +1,7 @@
 """Optimizer moments and random generators as tensors and JSON, for an exact resume."""
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,14 +19,35 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.T
         f"optimizer.{index}.{name}": full_tensor(value)
         for index, entry in state["state"].items()
         for name, value in entry.items()
+        if isinstance(value, torch.Tensor)
     }
     return tensors, state["param_groups"]
 
 
-def set_optimizer_state(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], groups: list[dict]) -> None:
-    """Restore `optimizer_state` into an optimizer with the same parameters in the same order."""
+def optimizer_numbers(optimizer: torch.optim.Optimizer) -> list[list]:
+    """What an optimizer keeps of a parameter beside tensors, as JSON: [parameter index, name, number]. Adafactor does.
+
+    Raises:
+        ValueError: it keeps what JSON does not hold.
+    """
+    found = []
+    for index, entry in optimizer.state_dict()["state"].items():
+        for name, value in entry.items():
+            if not isinstance(value, torch.Tensor | int | float | None):
+                kind = type(value).__name__
+                raise ValueError(f"this optimizer keeps a {kind} ({name}), which no checkpoint holds: --save_step 0")
+            found += [] if isinstance(value, torch.Tensor) else [[index, name, value]]
+    return found
+
+
+def set_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], groups: list[dict], numbers: Sequence[list] = ()
+) -> None:
+    """Restore `optimizer_state` and `optimizer_numbers` into an optimizer of the same parameters in the same order."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, torch.Tensor]] = {}
+    state: dict[int, dict] = {}
+    for index, name, value in numbers:
+        state.setdefault(index, {})[name] = value
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".")

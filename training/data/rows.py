@@ -126,7 +126,8 @@ def kinds_of_rows(data_path: str, splits: dict[str, list[SourceRow]]) -> Counter
     if readable and not counts:
         expected = " or ".join(" + ".join(columns) for columns in KINDS.values())
         raise ValueError(
-            f"`--data_path` {data_path} has the columns {sorted(map(str, readable[0]))[:20]}; expected {expected}"
+            f"`--data_path` {data_path} has the columns {sorted(map(str, readable[0]))[:20]}; expected {expected}; "
+            "--columns prompt=theirs,completion=theirs reads them under other names"
         )
     return Counter(dict(counts.most_common()))
 

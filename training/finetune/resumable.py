@@ -19,7 +19,13 @@ from dora_kernels.adapters.atomic import sync
 
 from ..checkpoints.checkpoint import load_checkpoint, save_checkpoint
 from ..checkpoints.metrics import METRICS
-from ..checkpoints.resume_state import optimizer_state, random_state, set_optimizer_state, set_random_state
+from ..checkpoints.resume_state import (
+    optimizer_numbers,
+    optimizer_state,
+    random_state,
+    set_optimizer_state,
+    set_random_state,
+)
 from ..data.order import order_of_epoch, rows_of_step, steps_per_epoch
 from ..distributed.processes import gather
 from ..distributed.sharding import full_adapter, full_tensor
@@ -113,6 +119,7 @@ class Resumable(Trainer):
             "step": self.state.global_step,
             "run": self.run,
             "optimizer": groups,
+            "numbers": [] if self.is_deepspeed_enabled else optimizer_numbers(self.optimizer),
             "random": [values for _, values in generators],
             "scheduler": self.lr_scheduler.state_dict(),
             "tokens": self.tokens,
@@ -154,7 +161,7 @@ class Resumable(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             tensors, state = load_checkpoint(checkpoint)
-            set_optimizer_state(self.optimizer, tensors, state["optimizer"])
+            set_optimizer_state(self.optimizer, tensors, state["optimizer"], state.get("numbers", ()))
             self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
