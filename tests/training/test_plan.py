@@ -277,6 +277,15 @@ def test_between_two_batches_nothing_is_counted():
     assert between == predict(again, batch_size=29, **shape)
 
 
+def test_one_way_leaves_nothing_to_the_other():
+    orders = (False, True), (True, False)
+    first, second = (
+        {way: predict(planned, batch_size=2, cutoff_len=64, activation_checkpointing=way) for way in order}
+        for planned, order in zip([planned_model(LlamaConfig(**SIZES)) for _ in orders], orders)
+    )
+    assert first == second
+
+
 def test_a_loop_over_tokens_is_not_counted(monkeypatch):
     monkeypatch.setattr(step, "MOST_OPERATIONS", 100)
     with pytest.raises(ValueError, match=r"of model type llama cannot be counted .* 100 operations"):

@@ -175,6 +175,7 @@ class CountedModel:
                 self.model.gradient_checkpointing_enable({"use_reentrant": False})
             else:
                 self.model.gradient_checkpointing_disable()
+                self.model.disable_input_require_grads()  # which checkpointing had switched on
         attention = mock.patch.object(F, "scaled_dot_product_attention", fused_attention)
         with self._noting(timeline), attention, fake_gpu(mode=self._mode), Countable():
             tokens = torch.empty(batch_size, cutoff_len, dtype=torch.int64)
