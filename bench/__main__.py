@@ -3,10 +3,14 @@
 import argparse
 import gc
 import importlib
+import os
 import sys
 from typing import NoReturn
 
 from .installation import spelled
+
+# PyTorch's profiler, which counts a CPU's memory, else prints when it starts and stops. torch reads this at import.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 COMMANDS = {
     "kernels": "time each kernel against its floor: bytes and FLOPs counted, roofs measured in the same run",

@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from bench import predict, report, step
 from bench.__main__ import COMMANDS, main
 from bench.contestants import layer as contestants
 from bench.counting import gpus
+from bench.installation import ROOT
 from bench.measuring import timing
 from bench.measuring.memory import peak_bytes
 from bench.measuring.shapes import PRESETS, layer_shapes
@@ -191,6 +195,19 @@ def test_help_of_every_command(capsys):
             main([command, "--help"])
         assert stopped.value.code == 0
     assert "tokens" in capsys.readouterr().out
+
+
+def test_the_profiler_is_quiet():
+    """In a process of its own: the profiler's level is read once."""
+    code = """
+from bench.__main__ import main
+import torch
+from bench.measuring.memory import peak_bytes
+print(peak_bytes(lambda: torch.ones(64), torch.device("cpu")))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "KINETO_LOG_LEVEL"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert (ran.stdout, ran.stderr) == ("256\n", "")
 
 
 @pytest.mark.parametrize(
