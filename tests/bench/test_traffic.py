@@ -126,7 +126,7 @@ def test_bytes_flops_and_memory_of_known_operations():
         total = expanded + row
         del row, expanded, total
         operations = counter.take()
-        peak = counter.peak_bytes - before
+        peak = counter.peak - before
     found = [(o.name, o.memory, o.flops) for o in operations]
     read = 2 * (8 * 16 + 16 * 4)
     assert found == [
