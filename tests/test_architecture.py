@@ -26,8 +26,9 @@ OPS_FLOORS = [
 ]
 # Device functions and launch data of the kernels need no reference.
 TWINS = [
-    "activations", "base_weight", "cast", "expert_norm", "expert_rescale_bwd", "expert_rescale_fwd", "expert_wgrad",
-    "glu_bwd", "glu_fwd", "kept_norm", "merge", "rescale_bwd", "rescale_fwd", "rounding", "weight_norm",
+    "activations", "base_weight", "cast", "expert_glu_bwd", "expert_glu_fwd", "expert_norm", "expert_rescale_bwd",
+    "expert_rescale_fwd", "expert_wgrad", "glu_bwd", "glu_fwd", "kept_norm", "merge", "rescale_bwd", "rescale_fwd",
+    "rounding", "weight_norm",
 ]  # fmt: skip
 NO_TWIN = {"__init__", "blocks", "expert_sums", "expert_tiles", "floats", "fp4", "int4", "launch", "lora_dot"}
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from dora_kernels.layers.experts import DoraExperts, adapt_experts
+from dora_kernels.layers.experts import DoraExperts, adapt_experts, fuse_gates
 
 from ..measuring.shapes import ExpertShape
 from .layer import ALPHA_OVER_RANK, Contestant, Entry
@@ -133,6 +133,7 @@ def with_ours(model: Holder, rank: int, space: str, impl: str) -> nn.Module:
     """The model, adapted."""
     options = {"r": rank, "lora_alpha": ALPHA_OVER_RANK * rank, "space": space, "impl": impl}
     adapt_experts(model.experts, {stack: DoraExperts(model.experts, stack, **options) for stack in STACKS})
+    fuse_gates(model)
     return model.train()
 
 

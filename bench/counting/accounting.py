@@ -12,7 +12,14 @@ from types import SimpleNamespace
 
 import triton
 
-from .accounting_experts import expert_norm, expert_rescale_fwd, expert_sums, expert_sums_finish
+from .accounting_experts import (
+    expert_glu_bwd,
+    expert_glu_fwd,
+    expert_norm,
+    expert_rescale_fwd,
+    expert_sums,
+    expert_sums_finish,
+)
 from .accounting_glu import glu_bwd, glu_fwd
 from .accounting_parts import Traffic, adapted_traffic, padded_rank, rate, size, weight_bytes
 
@@ -148,6 +155,8 @@ ACCOUNTS: dict[str, Callable[[SimpleNamespace], Traffic]] = {
     "_compare_factors_kernel": _compare_factors,
     "_kept_norm_kernel": _kept_norm,
     "_decode_kernel": _decode,
+    "_expert_glu_fwd_kernel": expert_glu_fwd,
+    "_expert_glu_bwd_kernel": expert_glu_bwd,
     "_expert_norm_kernel": expert_norm,
     "_expert_rescale_fwd_kernel": expert_rescale_fwd,
     "_expert_sums_kernel": expert_sums,

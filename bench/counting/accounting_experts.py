@@ -35,6 +35,33 @@ def expert_rescale_fwd(a) -> Traffic:
     )
 
 
+def expert_glu_fwd(a) -> Traffic:
+    gate_and_up = _gate_and_up(a)
+    return gate_and_up._replace(stored=a.z_ptr.shape[0] * a.N * size(a.a_ptr))
+
+
+def expert_glu_bwd(a) -> Traffic:
+    gate_and_up, grad_a = _gate_and_up(a), a.z_ptr.shape[0] * a.N * size(a.grad_a_ptr)
+    return gate_and_up._replace(
+        loaded=gate_and_up.loaded + grad_a, unique=gate_and_up.unique + grad_a, stored=2 * grad_a
+    )
+
+
+def _gate_and_up(a) -> Traffic:
+    """What makes gate's and up's outputs."""
+    tokens, columns = a.z_ptr.shape[0], triton.cdiv(a.N, a.CONFIG.block_n)
+    z, h, b = 2 * tokens * a.N * size(a.z_ptr), tokens * size(a.h_ptr), 2 * a.N * a.R * size(a.b_ptr)
+    scales = 2 * a.N * size(a.scale_ptr)
+    h_columns = min(a.R, a.DOT.block_r) + (0 if a.DOT.one_block else 2 * a.R)
+    return Traffic(
+        _ends(a) + z + h * h_columns * columns + (b + scales) * (a.grid[0] // columns),
+        z + h * a.R + (b + scales) * a.E,
+        0,
+        4 * tokens * a.N * padded_rank(a),
+        rate(a),
+    )
+
+
 def expert_sums(a) -> Traffic:
     (tokens, _), (columns, tiles, parts) = a.dy_ptr.shape, a.grid
     dy = tokens * a.N * size(a.dy_ptr)

@@ -85,11 +85,13 @@ def _mlps(dtypes, ranks) -> Iterable[Case]:
 
 
 def _experts(dtypes, ranks) -> Iterable[Case]:
-    """Whole and odd features, with and without biases, rounded in both ways."""
+    """Whole and odd features, with and without biases, rounded in both ways; act(gate) ⊙ up in the same pass."""
     for rank in ranks:
         experts = Case(*dtypes, "token", rank, 1536, 2048, 4096, experts=128)
         yield experts
         yield experts._replace(out_features=1001, in_features=333, tokens=77, experts=5, bias=True, rounding="nearest")
+        yield experts._replace(mlp="silu")
+        yield experts._replace(out_features=1002, in_features=333, tokens=77, experts=5, mlp="gelu_tanh")
 
 
 def _nf4(dtype_pairs, ranks, kinds) -> Iterable[Case]:

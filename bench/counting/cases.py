@@ -63,7 +63,7 @@ class Case(NamedTuple):
     int4: str | None = None  # a name of `INT4`
     fp8: str | None = None  # a name of `FP8`
     fp4: str | None = None  # a name of `FP4`
-    experts: int = 0  # of a stack; the shape is one expert's, and the tokens are those of all
+    experts: int = 0  # of a stack; the shape is one expert's, and the tokens are those of all; with `mlp`: gate and up
     siblings: tuple[int, ...] = ()  # output features of each of several layers of one input
     accumulating: bool = False  # the second of two micro-steps is there too
 
@@ -79,12 +79,12 @@ class Case(NamedTuple):
 
 def call(case: Case) -> None:
     """Runs the call that `case` describes, forward and backward."""
+    if case.experts:
+        return _call_experts(case)
     if case.mlp is not None:
         return _call_mlp(case)
     if case.siblings:
         return _call_siblings(case)
-    if case.experts:
-        return _call_experts(case)
     training = case.trains in ("all", "adapter", "factors")
     trained = {"weight": False, "x": case.trains == "all", "magnitude": case.trains in ("all", "adapter")}
     N, K, R, M = case.out_features, case.in_features, case.rank, case.tokens
@@ -132,7 +132,7 @@ def _call_experts(case: Case) -> None:
     bias = torch.empty(E, N, dtype=case.dtype) if case.bias else None
     ends = torch.empty(E, dtype=torch.int32)
     options = {"scaling": 2.0, "bias": bias, "space": case.space, "impl": "triton", "rounding": case.rounding}
-    y = dora_experts(x, weight, *factors, ends, **options)
+    y = dora_experts(x, weight, *factors, ends, activation=case.mlp, **options)
     y.backward(torch.empty_like(y))
 
 

@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..layers.blocks_seen import GatedMlp, Siblings
+from ..layers.experts import fuse_gates, unfuse_gates
 from ..layers.frozen import Freezable
 from ..layers.probe import probe
 from .mlp import FusedMlp, MlpBlock, fused_class
@@ -11,8 +12,9 @@ from .siblings import share_inputs, shared_inputs, unshare_inputs
 
 def fuse_blocks(model: nn.Module) -> dict[str, str | None]:
     """Makes each gated MLP of DoRA layers one function, and lets other DoRA layers of one input compute together, in
-    place, until `unfuse_blocks`. Returns, by the path of each module that is like a block, why it is none; None where
-    it is one."""
+    place, until `unfuse_blocks`. Gate and up of experts compute their product, too. Returns, by the path of each module
+    that is like a block, why it is none; None where it is one."""
+    fuse_gates(model)
     seen = probe(model)
     reasons: dict[str, str | None] = dict(seen.not_blocks)
     for path, mlp in seen.mlps.items():
@@ -35,6 +37,7 @@ def _adapted(module: nn.Module, group: Siblings) -> tuple[str, ...]:
 
 def unfuse_blocks(model: nn.Module) -> None:
     """Gives each block's module its own forward back."""
+    unfuse_gates(model)
     for module in fused_blocks(model).values():
         unfuse_block(module)
 

@@ -15,7 +15,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..ops import dispatch
 from ..ops.base_weights import sharding_of
-from ..ops.dora_experts import dora_experts, plan_experts
+from ..ops.dora_experts import ACTIVATIONS, dora_experts, plan_experts
 from ..ops.grouped import grouped_mm
 from ..ops.output import OutputUse
 from ..ops.types import NormScale, Rounding
@@ -59,6 +59,7 @@ class DoraExperts(Freezable):
         self._owner, self.name = (experts,), name
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.space, self.impl, self.rounding, self.salt, self.output_use = space, impl, rounding, salt, OutputUse()
+        self.activation: str | None = None  # of the gate, where the call computes act(gate) ⊙ up too: `fuse_gates`
         E, N, K = self.stack.shape
         dtype = torch.float64 if self.stack.dtype == torch.float64 else torch.float32
         options = {"device": self.stack.device, "dtype": dtype}
@@ -109,9 +110,10 @@ class DoraExperts(Freezable):
         rows = tokens * (experts_per_token(self.experts) or 1)
         plan = plan_experts(
             stack, self.lora_A, self.magnitude, bias, tokens=rows, dtype=stack.dtype, trains=self.training,
-            space=self.space, impl=self.impl,
+            space=self.space, impl=self.impl, gated=self.activation is not None,
         )  # fmt: skip
-        return f"{plan.reason}; {rows / len(stack):g} tokens an expert, if they are spread evenly"
+        gate = f"; {self.activation}(gate) ⊙ up in the same pass" if self.activation and plan.space == "token" else ""
+        return f"{plan.reason}{gate}; {rows / len(stack):g} tokens an expert, if they are spread evenly"
 
     def merged_expert(self, expert: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W' = g ⊙ (W + s B A) [out_features, in_features] of one expert, in fp32, rounded once to `dtype`, or to the
@@ -124,12 +126,14 @@ class DoraExperts(Freezable):
     def forward(
         self, x: torch.Tensor, stack: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor
     ) -> torch.Tensor:
-        """[S, out_features] of tokens [S, in_features] sorted by expert, in the stack's dtype; `ends` as in
-        `dora_experts`. The module that is called gives its own stack and bias: a replica has others."""
+        """[S, out_features] of tokens [S, in_features] sorted by expert, in the stack's dtype, or act(gate) ⊙ up of
+        them; `ends` as in `dora_experts`. The module that is called gives its own stack and bias: a replica has
+        others."""
         return dora_experts(
             x.to(stack.dtype), stack, self.lora_A, self.lora_B, self.magnitude, ends,
             scaling=self.scaling, bias=bias, space=self.space, impl=self.impl, rounding=self.rounding,
             training=self.training, salt=self.salt, frozen_scale=self.frozen_scale, output_use=self.output_use,
+            activation=self.activation,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -163,6 +167,27 @@ def adapt_experts(experts: nn.Module, adapters: dict[str, DoraExperts]) -> None:
     experts.dora = Adapters(adapters, experts.config)
     experts.config = copy.copy(experts.config)
     experts.config._experts_implementation_internal = IMPLEMENTATION
+
+
+def fuse_gates(model: nn.Module) -> None:
+    """Lets the adapters of gate and up compute act(gate) ⊙ up, where that is all that their module makes of them."""
+    for adapter in adapted_experts(model).values():
+        if adapter.name == "gate_up_proj":
+            adapter.activation = _activation_of_gate(adapter.experts)
+
+
+def unfuse_gates(model: nn.Module) -> None:
+    """Undoes `fuse_gates`."""
+    for adapter in adapted_experts(model).values():
+        adapter.activation = None
+
+
+def _activation_of_gate(experts: nn.Module) -> str | None:
+    own_gate = type(experts)._apply_gate.__module__ != ALL_EXPERTS_FUNCTIONS.__module__
+    if own_gate or experts.has_bias or list(experts.act_fn.parameters()):
+        return None
+    x = torch.linspace(-4, 4, 17, dtype=torch.float64)
+    return next((name for name, function in ACTIVATIONS.items() if torch.equal(experts.act_fn(x), function(x))), None)
 
 
 def release_experts(experts: nn.Module) -> None:
@@ -225,7 +250,10 @@ def dora_experts_forward(
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
     first = "gate_up_proj" if self.has_gate else "up_proj"
     product = _linear(self, first, hidden_states[order // top_k], experts, ends)
-    activated = self._apply_gate(product) if self.has_gate else self.act_fn(product)
+    if first in self.dora and self.dora[first].activation is not None:
+        activated = product
+    else:
+        activated = self._apply_gate(product) if self.has_gate else self.act_fn(product)
     out = _linear(self, "down_proj", activated, experts, ends)
     if getattr(self, "has_post_expert_norm", False):
         out = self.post_expert_norm(out)

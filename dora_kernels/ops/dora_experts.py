@@ -5,15 +5,20 @@ Of expert e, with the equations and the symbols of `dora_linear`, for its tokens
     forward    y = g_e ⊙ (x W_eᵀ + s x A_eᵀ B_eᵀ) + b_e      g_e = m_e / n_e      n_e = ‖W_e + s B_e A_e‖, detached
     backward   dm_e, dB_e, dA_e: sums over the expert's tokens      dx = dh A_e + dZ W_e
 
+Where N are the features of gate and of up, act(gate) ⊙ up of them may take the place of y: in token space that is the
+same pass, and z is kept, not y.
+
 The stack W [E, N, K] is read and never written: nothing of its size is made, forward or backward. Token space takes one
 pass over the outputs of all experts. Weight space writes W' of one expert after the other, over the last one's.
 
 E is the number of experts, S that of tokens, each counted once for each of its experts.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from . import dispatch
 from .base_weights import sharding_of
@@ -23,6 +28,8 @@ from .overhead import experts_overhead
 from .problem import Problem
 from .recomputation import is_selective, remember_norm, remembered_norm
 from .types import NormScale, Rounding
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class Call(NamedTuple):
@@ -34,12 +41,14 @@ class Call(NamedTuple):
     rounding: Rounding
     trains: bool
     use: OutputUse | None
+    activation: str | None  # of gate, where act(gate) ⊙ up is returned in token space
 
 
 class DoraExpertsFunction(torch.autograd.Function):
     """y [S, N] and the gradients of x, A, B and m.
 
-    dm is read off y without its bias. In token space with a bias, and in fp16, that is not exact: there z is kept.
+    dm is read off y without its bias. In token space with a bias, and in fp16, that is not exact: there z is kept, and
+    so it is where act(gate) ⊙ up [S, N / 2] is returned.
     """
 
     @staticmethod
@@ -59,19 +68,24 @@ class DoraExpertsFunction(torch.autograd.Function):
             else:
                 A = _cast(ops, call, lora_A, x.dtype)
                 base_out, h = grouped_mm(x, weight.mT, ends), grouped_mm(x, A.mT, ends)
-                keeps_base = needs[3] and (bias is not None or x.dtype == torch.float16)
-                y = ops.expert_rescale_fwd(
-                    base_out, h, lora_B, norms.scale, bias, call.scaling, ends,
-                    in_place=not (keeps_base or is_selective()), rounding=call.rounding,
-                )  # fmt: skip
+                if call.activation is not None:
+                    keeps_base = True
+                    factors = h, lora_B, norms.scale, call.scaling, ends
+                    y = ops.expert_glu_fwd(base_out, *factors, activation=call.activation)
+                else:
+                    keeps_base = needs[3] and (bias is not None or x.dtype == torch.float16)
+                    y = ops.expert_rescale_fwd(
+                        base_out, h, lora_B, norms.scale, bias, call.scaling, ends,
+                        in_place=not (keeps_base or is_selective()), rounding=call.rounding,
+                    )  # fmt: skip
                 output = base_out if keeps_base else y
         ctx.call, ctx.dtypes = call, [tensor.dtype for tensor in (x, lora_A, lora_B, magnitude)]
-        ctx.is_base = keeps_base
+        ctx.is_base, derives = keeps_base, call.activation is not None and any(needs)
         ctx.save_for_backward(
             # In weight space h waits for the backward: dB alone reads it.
             x if needs[1] or (h is None and needs[2]) else None,
-            h if needs[2] or needs[3] else None,
-            output if needs[3] else None,
+            h if needs[2] or needs[3] or derives else None,
+            output if needs[3] or derives else None,
             A, lora_B, *norms, weight, ends,
         )  # fmt: skip
         return y
@@ -86,6 +100,9 @@ class DoraExpertsFunction(torch.autograd.Function):
         # s g ⊙ B is rounded once; in fp16 it may underflow while B is young, so there g comes in through dZ.
         through_base = grad_y.dtype == torch.float16 and not in_weight_space
         with dispatch.on_device_of(grad_y), dispatch.without_autocast(grad_y.device):
+            if call.activation is not None:
+                factors = h, lora_B, scale, call.scaling, ends
+                grad_y = ops.expert_glu_bwd(grad_y, product, *factors, activation=call.activation)
             if h is None and needs_B:
                 h = grouped_mm(x, _cast(ops, call, A, x.dtype).mT, ends)
             grad_m, grad_B, grad_base = ops.expert_rescale_bwd(
@@ -160,6 +177,7 @@ def dora_experts(
     salt: int = 0,
     frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None,
     output_use: OutputUse | None = None,
+    activation: str | None = None,
 ) -> torch.Tensor:
     """g_e ⊙ (x W_eᵀ + s x A_eᵀ B_eᵀ) + b_e of each token's expert e (DoRA, arXiv 2402.09353, per expert).
 
@@ -171,30 +189,43 @@ def dora_experts(
         lora_A: [E, r, in_features]; lora_B: [E, out_features, r]; magnitude: [E, out_features]; fp32 or x's dtype.
         ends: [E] int32; the rows of expert e are ends[e − 1] … ends[e], and ends[E − 1] is S.
         bias: [E, out_features], frozen, added after the magnitude.
+        activation: "silu" or "gelu_tanh": the features are gate's before up's, and act(gate) ⊙ up is returned.
         space: "token", "weight", or "auto", which takes what `plan_experts` predicts to be faster.
         scaling, impl, rounding, training, salt, frozen_scale, output_use: as in `dora_linear`.
 
     Returns:
-        [S, out_features] in x's dtype.
+        [S, out_features] in x's dtype, or half as many features with an `activation`.
 
     Raises:
         ValueError: shapes, devices or options that do not fit. TypeError: dtypes that do not fit.
     """
     _check(x, weight, lora_A, lora_B, magnitude, ends, bias, rounding)
+    if activation is not None and (activation not in ACTIVATIONS or weight.shape[1] % 2):
+        raise ValueError(
+            f"activation must be one of {', '.join(ACTIVATIONS)}, of an even number of features, got {activation!r} of "
+            f"{weight.shape[1]}"
+        )
     trainable = any(tensor.requires_grad for tensor in (x, lora_A, lora_B, magnitude))
     # In training mode a checkpointed forward without gradients must round as its recomputation does.
     trains = trainable and (training or torch.is_grad_enabled())
     if frozen_scale is not None and trains:
         raise ValueError("frozen_scale is for inference: run under torch.no_grad(), or leave it out to train")
+    gated = activation is not None and bias is None
     plan = plan_experts(
-        weight, lora_A, magnitude, bias, tokens=len(x), dtype=x.dtype, trains=trains, impl=impl,
+        weight, lora_A, magnitude, bias, tokens=len(x), dtype=x.dtype, trains=trains, impl=impl, gated=gated,
         space="token" if space == "auto" and _cannot_wait(x) else space,
     )  # fmt: skip
     given = None if frozen_scale is None else NormScale(*frozen_scale)
     if trains:
         given = remembered_norm(output_use, (lora_A, lora_B, magnitude), float(scaling))
-    call = Call(plan.space, plan.impl, float(scaling), Rounding(rounding, int(salt)), trains, output_use)
-    return DoraExpertsFunction.apply(x, lora_A, lora_B, magnitude, weight, bias, ends, given, call)
+    in_one_pass, rounded = gated and plan.space == "token", Rounding(rounding, int(salt))
+    one_pass = activation if in_one_pass else None
+    call = Call(plan.space, plan.impl, float(scaling), rounded, trains, output_use, one_pass)
+    y = DoraExpertsFunction.apply(x, lora_A, lora_B, magnitude, weight, bias, ends, given, call)
+    if activation is None or in_one_pass:
+        return y
+    gate, up = y.chunk(2, dim=1)
+    return ACTIVATIONS[activation](gate) * up
 
 
 def plan_experts(
@@ -208,6 +239,7 @@ def plan_experts(
     trains: bool,
     space: str,
     impl: str,
+    gated: bool = False,
 ) -> dispatch.Plan:
     """What a stack runs on `tokens` rows, and why.
 
@@ -219,7 +251,7 @@ def plan_experts(
         adapter_dtype=lora_A.dtype, has_bias=bias is not None, trains=trains,
         trains_magnitude=trains and magnitude.requires_grad,
     )  # fmt: skip
-    return dispatch.choose(problem, space, impl, experts_overhead(experts))
+    return dispatch.choose(problem, space, impl, experts_overhead(experts, gated))
 
 
 def _cannot_wait(x: torch.Tensor) -> bool:

@@ -37,8 +37,11 @@ def layer_overhead(space: str, problem: Problem, product: float = 0.0, shortest:
     return forward + (backward if problem.trains else 0)
 
 
-def experts_overhead(experts: int) -> Overhead:
-    """Of a stack of experts whose tokens, all experts' together, are spread evenly."""
+def experts_overhead(experts: int, gated: bool = False) -> Overhead:
+    """Of a stack of experts whose tokens, all experts' together, are spread evenly.
+
+    `gated`: act(gate) ⊙ up is counted, too. In token space it is the same pass, in weight space the model's own.
+    """
 
     def overhead(space: str, problem: Problem, product: float = 0.0, shortest: int = 0) -> float:
         tokens, active = problem.tokens, min(experts, problem.tokens)
@@ -46,18 +49,23 @@ def experts_overhead(experts: int) -> Overhead:
             tokens * problem.out_features, tokens * problem.in_features, problem.out_features * problem.in_features
         )  # fmt: skip
 
-        def launch(moved: int, products: int = 0) -> float:
+        def launch(moved: float, products: int = 0) -> float:
             return max(moved, product * products, shortest)
 
         h, grad_h, grad_A, norm = launch(mk), launch(mn), launch(mk), launch(active * nk, active * nk)
         if space == "token":
-            forward = norm + h + launch(2 * mn, mn)
+            forward = norm + h + launch(1.5 * mn if gated else 2 * mn, mn)
             backward = launch(3 * mn) + grad_h + grad_A + launch(mk) + launch(3 * mk)
+            backward += launch(2.5 * mn, mn) if gated else 0
         else:
             # Of each expert a merge, and a product that is a launch of its own, where the base has one for all.
             merged = active * (launch(2 * nk, nk) + shortest)
             forward = norm + merged + (launch(2 * mn) + active * shortest if problem.has_bias else 0)
             backward = h + launch(2 * mn) + grad_h + grad_A + merged
+            if gated:
+                # act and a product; then two products, act's derivative, and both gradients side by side.
+                forward += launch(mn) + launch(1.5 * mn)
+                backward += 3 * launch(1.5 * mn) + launch(2 * mn)
         return forward + (backward if problem.trains else 0)
 
     return overhead

@@ -96,9 +96,18 @@ def test_experts(rank, dtypes, bias):
     """Of which each fills its tiles but one token: there are as many tiles as there may be."""
     stack = make_stack((1, 1), 37, 45, rank, *dtypes, bias=bias)
     with count_bytes() as launches:
-        solve_experts(stack, impl="triton")
+        solve_experts(stack, space="token", impl="triton")
     names = held_to_the_interpreter(launches)
     assert len([name for name in names if "_expert_" in name]) == 4
+
+
+@pytest.mark.parametrize(("rank", "dtypes"), list(zip((5, 40, 5, 40), DTYPES.values())), ids=DTYPES)
+def test_gate_times_up_of_experts(rank, dtypes):
+    stack = make_stack((1, 1), 74, 45, rank, *dtypes)
+    with count_bytes() as launches:
+        solve_experts(stack, space="token", impl="triton", activation="silu")
+    names = held_to_the_interpreter(launches)
+    assert len([name for name in names if "_expert_glu_" in name]) == 2
 
 
 @pytest.mark.parametrize("trained", ["x", "lora_B", "magnitude"])

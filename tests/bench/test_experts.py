@@ -14,7 +14,7 @@ from bench.experts import count, predict
 from bench.gates import experts as gate
 from bench.gates.layer import errors
 from bench.measuring.shapes import EXPERTS, PRESETS
-from dora_kernels.layers.experts import DoraExperts, adapt_experts
+from dora_kernels.layers.experts import DoraExperts, adapt_experts, fuse_gates, unfuse_gates
 from dora_kernels.ops.overhead import experts_overhead
 from dora_kernels.ops.problem import Problem
 from tests.support.buffers import count_launches
@@ -54,6 +54,7 @@ def test_the_counted_launches_are_those_that_run(predicted):
         parameter.normal_(std=0.1)
     options = {"r": RANK, "lora_alpha": 2 * RANK, "impl": "triton"}
     adapt_experts(experts, {stack: DoraExperts(experts, stack, **options) for stack in STACKS})
+    fuse_gates(experts)
     x = torch.randn(TOKENS, SHAPE.hidden, dtype=torch.bfloat16, requires_grad=True)
     chosen, weights = torch.randint(SHAPE.experts, (TOKENS, SHAPE.chosen)), torch.rand(TOKENS, SHAPE.chosen).bfloat16()
     with count_launches() as run:
@@ -62,11 +63,18 @@ def test_the_counted_launches_are_those_that_run(predicted):
     assert sorted(f"_{name}" for name in made if name.endswith("_kernel")) == sorted(run.elements())
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["each alone", "gate times up in one pass"])
 @pytest.mark.parametrize("space", ["token", "weight"])
-def test_dispatch_decides_by_the_bytes_that_are_counted(space):
+def test_dispatch_decides_by_the_bytes_that_are_counted(space, gated):
     """At r = 8 `experts_overhead`, without the rank, is right to the rank's share."""
     shape, tokens = EXPERTS["mixtral-8x7b"], 4096
     field = counted(shape, 8, BF16, space)
+
+    def ours():
+        model = field["ours fp32"]()
+        if not gated:
+            unfuse_gates(model)
+        return model
 
     def moved(build):
         made = count(build, shape, tokens, BF16, ROOFS["h200"])["operations"].values()
@@ -74,16 +82,20 @@ def test_dispatch_decides_by_the_bytes_that_are_counted(space):
 
     sizes = (2 * shape.intermediate, shape.hidden), (shape.hidden, shape.intermediate)
     device = torch.device("cuda")
-    problems = [Problem(tokens * shape.chosen, *size, 8, torch.bfloat16, device) for size in sizes]
-    predicted = sum(experts_overhead(shape.experts)(space, problem) for problem in problems)
-    assert 1 <= (moved(field["ours fp32"]) - moved(field["frozen base"])) / (2 * predicted) < 1.03
+    gate_up, down = (Problem(tokens * shape.chosen, *size, 8, BF16, device) for size in sizes)
+    of_gate, of_down = experts_overhead(shape.experts, gated), experts_overhead(shape.experts)
+    predicted = 2 * (of_gate(space, gate_up) + of_down(space, down))
+    # The base computes its gate, too, as weight space does.
+    base = moved(field["frozen base"]) - 2 * (of_gate("weight", gate_up) - of_down("weight", gate_up))
+    assert 1 <= (moved(ours) - base) / predicted < 1.03
 
 
 def test_many_tokens_of_large_experts_are_counted_in_weight_space():
     row = predict(EXPERTS["mixtral-8x7b"], 65536, 16, BF16, ROOFS["h200"])["ours fp32"]
     names = {part: [operation.name for operation in made] for part, made in row["operations"].items()}
     assert not row.get("failed")
-    assert all(made.count("merge_scale_kernel") == 2 * 8 == made.count("mm") for made in names.values())
+    # Of down's stack: gate and up have their product in token space's one pass.
+    assert all(made.count("merge_scale_kernel") == 8 == made.count("mm") for made in names.values())
 
 
 def test_the_prediction_has_a_table_for_each_number_of_tokens(capsys):

@@ -106,6 +106,30 @@ def test_explain_says_the_form_and_at_how_many_tokens_of_an_expert():
     assert all("token space: asked for" in line for line in forced)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gate_times_up_is_one_pass_where_the_module_has_no_gate_of_its_own(name):
+    gradients = []
+    for fuse_blocks in ("auto", False):
+        model = adapted(name, space="token", fuse_blocks=fuse_blocks).train()
+        fused = {adapter.activation for path, adapter in adapted_experts(model).items() if "gate_up" in path}
+        assert fused == {"silu" if fuse_blocks and name != "gpt-oss" else None}
+        lines = dk.explain(model, tokens=8).stacks
+        assert any("silu(gate) ⊙ up in the same pass" in line for line in lines.values()) == (fused == {"silu"})
+        losses(model).backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert max(relative_error(a, b) for a, b in zip(*gradients)) <= ORACLE_FP64_MODEL
+
+
+def test_another_activation_is_a_pass_of_its_own():
+    for activation, fused in (("gelu_pytorch_tanh", "gelu_tanh"), ("relu", None)):
+        model = dk.apply_dora(tiny_experts("Mixtral", hidden_act=activation), config(space="token"))
+        adapters = adapted_experts(model)
+        assert adapters["model.layers.0.mlp.experts.gate_up_proj"].activation == fused
+        assert adapters["model.layers.0.mlp.experts.down_proj"].activation is None
+        expected = tiny_experts("Mixtral", hidden_act=activation)(BATCH).logits
+        assert relative_error(model(BATCH).logits, expected) <= ORACLE_FP64_MODEL
+
+
 @pytest.mark.parametrize("stack", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
 def test_beside_a_stack_that_stays_frozen(name, stack):

@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import dora_kernels as dk
 from tests.support.buffers import count_launches
-from tests.support.compile_capture import CASES, call_experts, experts, problem
+from tests.support.compile_capture import CASES, EXPERTS, call_experts, experts, problem
 from tests.support.oracle import make_problem, solve
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own use of it
@@ -54,13 +54,14 @@ def test_one_graph_holds_the_kernels_that_run_eagerly(case, captured):
     assert kernels_in(compiled["backward"]) == sorted(backward.elements())
 
 
-def test_one_graph_holds_the_kernels_of_experts(captured):
+@pytest.mark.parametrize("case", EXPERTS)
+def test_one_graph_holds_the_kernels_of_experts(case, captured):
     weight, (x, *factors), grad_y, ends = experts(torch.randn)
     with count_launches() as forward:
-        y = call_experts(x, weight, *factors, ends)
+        y = call_experts(x, weight, *factors, ends, EXPERTS[case])
     with count_launches() as backward:
-        torch.autograd.grad(y, (x, *factors), grad_y)
-    compiled = captured["experts"]
+        torch.autograd.grad(y, (x, *factors), grad_y[:, : y.shape[1]])
+    compiled = captured[case]
     assert len(compiled["traced"]) == 1
     assert kernels_in(compiled["forward"]) == sorted(forward.elements())
     assert kernels_in(compiled["backward"]) == sorted(backward.elements())

@@ -4,7 +4,9 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from bench.measuring.memory import saved_bytes
 from dora_kernels.ops import chunked, dispatch
 from dora_kernels.ops.dora_experts import dora_experts
 from dora_kernels.ops.kernels import expert_sums
@@ -121,6 +123,75 @@ def test_only_what_is_asked_for_is_computed(frozen, space, impl):
     assert max(errors(found, {name: truth[name] for name in found}).values()) <= ORACLE_FP32
 
 
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("counts", ROUTINGS.values(), ids=ROUTINGS)
+def test_gate_times_up_is_exact(counts, space, impl):
+    for name, function in ACTIVATIONS.items():
+        stack = make_stack(counts, 18, 21, 3)
+        found = errors(solve(stack, space=space, impl=impl, activation=name), exact(stack, function))
+        assert max(found.values()) <= ORACLE_FP32, (name, found)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_types_of_gate_times_up(dtype, bias, impl, device):
+    """With a bias each step is a pass of its own."""
+    adapter_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    stack = make_stack((4, 0, 7, 1), 32, 24, 8, dtype, adapter_dtype, bias, device=device)
+    found = solve(stack, space="token", impl=impl, activation="silu")
+    assert [found[name].dtype for name in NAMES] == [dtype, dtype, *[adapter_dtype] * 3]
+    measured = errors(found, exact(stack, F.silu))
+    assert max(measured.values()) <= SINGLE_CASE[dtype], measured
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rank", "features"), [(1, 30), (16, 64), (24, 140), (40, 32)])
+def test_the_kernels_of_gate_times_up_are_the_reference(rank, features, dtype, device):
+    """Several tiles of an expert, the last one not full, and several blocks of features."""
+    stack = make_stack((70, 0, 32, 7), features, 16, rank, dtype, torch.float32, device=device)
+    options = {"space": "token", "activation": "gelu_tanh"}
+    found = errors(solve(stack, impl="triton", **options), solve(stack, impl="reference", **options))
+    assert max(found.values()) <= TWIN[dtype], found
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("frozen", [(0, 1), (0, 2, 3), (1, 2, 3), (0, 1, 2)], ids=["B, m", "A", "x", "m"])
+def test_gate_times_up_with_some_of_the_gradients(frozen, impl):
+    stack = make_stack((4, 0, 3), 20, 24, 2)
+    leaves, truth = stack.leaves(), exact(stack, F.silu)
+    for index in frozen:
+        leaves[index].requires_grad_(False)
+    options = {"scaling": 2.0, "space": "token", "impl": impl, "activation": "silu"}
+    a = dora_experts(leaves[0], stack.weight, *leaves[1:], stack.ends, **options)
+    a.backward(stack.grad_y[:, :10])
+    found = {name: leaf.grad for name, leaf in zip(NAMES[1:], leaves) if leaf.requires_grad}
+    assert len(found) == 4 - len(frozen)
+    assert max(errors(found, {name: truth[name] for name in found}).values()) <= ORACLE_FP32
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_pass_keeps_the_product_alone(impl):
+    """Beyond inputs of the call: z and h. In passes of their own y, silu(gate) and h; a is the next layer's."""
+    stack = make_stack((9, 0, 7), 32, 24, 2)
+    leaves, kept = stack.leaves(), []
+    for activation in ("silu", None):
+        options = {"scaling": 2.0, "space": "token", "impl": impl, "activation": activation}
+        given = [*leaves, stack.weight]
+
+        def call(options=options):
+            y = dora_experts(leaves[0], stack.weight, *leaves[1:], stack.ends, **options)
+            return y if options["activation"] else F.silu(y[:, :16]) * y[:, 16:]
+
+        kept.append(saved_bytes(call, given))
+    wide = 4 * 16 * 16  # of [tokens, intermediate]
+    assert kept[1] - kept[0] == wide
+
+
 def test_a_stack_that_would_train_and_what_does_not_fit_is_refused():
     stack = make_stack((4, 3), 20, 24, 2)
     x, *factors = stack.leaves()
@@ -130,6 +201,8 @@ def test_a_stack_that_would_train_and_what_does_not_fit_is_refused():
         dora_experts(x, stack.weight, *factors, stack.ends.long(), scaling=2.0)
     with pytest.raises(TypeError, match="one dtype"):
         dora_experts(x.double(), stack.weight, *factors, stack.ends, scaling=2.0)
+    with pytest.raises(ValueError, match=r"activation must be one of silu, gelu_tanh.*got 'relu' of 20"):
+        dora_experts(x, stack.weight, *factors, stack.ends, scaling=2.0, activation="relu")
     with pytest.raises(ValueError, match="weight must be frozen"):
         dora_experts(x, stack.weight.requires_grad_(), *factors, stack.ends, scaling=2.0)
 

@@ -29,6 +29,8 @@ CASES = {
     "auto_dynamic": {"space": "auto", "dynamic": True},
 }
 
+EXPERTS = {"experts": None, "experts, gate times up": "silu"}
+
 
 class _HopperDriver:
     """Lets Triton lower the kernels, from which torch.compile learns what each of them writes."""
@@ -77,16 +79,18 @@ def experts(make):
     return weight, [leaf.requires_grad_() for leaf in leaves], grad_y, ends
 
 
-def call_experts(x, weight, lora_A, lora_B, magnitude, ends):
-    return dora_experts(x, weight, lora_A, lora_B, magnitude, ends, scaling=2.0, impl="triton")
+def call_experts(x, weight, lora_A, lora_B, magnitude, ends, activation):
+    return dora_experts(
+        x, weight, lora_A, lora_B, magnitude, ends, scaling=2.0, impl="triton", activation=activation
+    )  # fmt: skip
 
 
-def capture_experts():
+def capture_experts(activation):
     """As `capture`, of `dora_experts`."""
     weight, (x, *factors), grad_y, ends = experts(torch.empty)
     backend, captured = capturing()
-    y = torch.compile(call_experts, fullgraph=True, backend=backend)(x, weight, *factors, ends)
-    torch.autograd.grad(y, (x, *factors), grad_y)
+    y = torch.compile(call_experts, fullgraph=True, backend=backend)(x, weight, *factors, ends, activation)
+    torch.autograd.grad(y, (x, *factors), grad_y[:, : y.shape[1]])
     return captured
 
 
@@ -134,7 +138,8 @@ def main():
         stack.enter_context(FakeTensorMode())
         for name, options in CASES.items():
             print(json.dumps({"case": name} | capture(**options)))
-        print(json.dumps({"case": "experts"} | capture_experts()))
+        for name, activation in EXPERTS.items():
+            print(json.dumps({"case": name} | capture_experts(activation)))
 
 
 if __name__ == "__main__":

@@ -61,11 +61,12 @@ def solve(stack, **options):
     leaves = stack.leaves()
     x, *factors = leaves
     y = dora_experts(x, stack.weight, *factors, stack.ends, scaling=stack.scaling, bias=stack.bias, **options)
-    return _collect(y, leaves, stack.grad_y)
+    return _collect(y, leaves, stack.grad_y[:, : y.shape[1]])
 
 
-def exact(stack):
-    """In fp64: W' of each expert, m / ‖V‖ ⊙ V with the norm detached; each token times its own, one after the other."""
+def exact(stack, activation=None):
+    """In fp64: W' of each expert, m / ‖V‖ ⊙ V with the norm detached; each token times its own, one after the other.
+    With an activation, a function, its value for the first half of the features times the second."""
     leaves = stack.leaves(torch.Tensor.double)
     x, lora_A, lora_B, magnitude = leaves
     adapted = stack.weight.double() + stack.scaling * torch.einsum("eor,eri->eoi", lora_B, lora_A)
@@ -74,7 +75,10 @@ def exact(stack):
     y = torch.stack(rows) if rows else x @ merged[0].T
     if stack.bias is not None:
         y = y + stack.bias.double()[stack.experts]
-    return _collect(y, leaves, stack.grad_y.double())
+    if activation is not None:
+        gate, up = y.chunk(2, dim=1)
+        y = activation(gate) * up
+    return _collect(y, leaves, stack.grad_y[:, : y.shape[1]].double())
 
 
 def _collect(y, leaves, grad_y):

@@ -8,6 +8,8 @@ have two stages, so the same inputs give the same bits.
 
 from .base_weight import decode
 from .cast import scaled_cast
+from .expert_glu_bwd import expert_glu_bwd
+from .expert_glu_fwd import expert_glu_fwd
 from .expert_norm import expert_norm
 from .expert_rescale_bwd import expert_rescale_bwd
 from .expert_rescale_fwd import expert_rescale_fwd
@@ -23,6 +25,8 @@ from .weight_norm import weight_norm
 
 __all__ = [
     "decode",
+    "expert_glu_bwd",
+    "expert_glu_fwd",
     "expert_norm",
     "expert_rescale_bwd",
     "expert_rescale_fwd",

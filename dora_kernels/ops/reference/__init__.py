@@ -6,6 +6,8 @@ equations are those of `ops.dora_linear`. Sums and products are fp32 (fp64 where
 
 from .base_weight import decode
 from .cast import scaled_cast
+from .expert_glu_bwd import expert_glu_bwd
+from .expert_glu_fwd import expert_glu_fwd
 from .expert_norm import expert_norm
 from .expert_rescale_bwd import expert_rescale_bwd
 from .expert_rescale_fwd import expert_rescale_fwd
@@ -20,6 +22,8 @@ from .weight_norm import weight_norm
 
 __all__ = [
     "decode",
+    "expert_glu_bwd",
+    "expert_glu_fwd",
     "expert_norm",
     "expert_rescale_bwd",
     "expert_rescale_fwd",
