@@ -76,6 +76,12 @@ def test_dispatch_decides_by_the_bytes_that_are_counted(space, gated):
             unfuse_gates(model)
         return model
 
+    def base():
+        # By our function, too: what transformers' own launches is another matter in each release.
+        model = field["frozen base"]()
+        adapt_experts(model.experts, {})
+        return model
+
     def moved(build):
         made = count(build, shape, tokens, BF16, ROOFS["h200"])["operations"].values()
         return sum(operation.memory for operations in made for operation in operations)
@@ -86,8 +92,8 @@ def test_dispatch_decides_by_the_bytes_that_are_counted(space, gated):
     of_gate, of_down = experts_overhead(shape.experts, gated), experts_overhead(shape.experts)
     predicted = 2 * (of_gate(space, gate_up) + of_down(space, down))
     # The base computes its gate, too, as weight space does.
-    base = moved(field["frozen base"]) - 2 * (of_gate("weight", gate_up) - of_down("weight", gate_up))
-    assert 1 <= (moved(ours) - base) / predicted < 1.03
+    ungated = moved(base) - 2 * (of_gate("weight", gate_up) - of_down("weight", gate_up))
+    assert 1 <= (moved(ours) - ungated) / predicted < 1.03
 
 
 def test_many_tokens_of_large_experts_are_counted_in_weight_space():
