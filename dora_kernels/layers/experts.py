@@ -20,6 +20,7 @@ from ..ops.grouped import grouped_mm
 from ..ops.output import OutputUse
 from ..ops.types import NormScale, Rounding
 from .frozen import Freezable
+from .support import why_wrapped
 
 IMPLEMENTATION = "dora_kernels"
 """The name in transformers' registry."""
@@ -59,7 +60,7 @@ class DoraExperts(Freezable):
         self._owner, self.name = (experts,), name
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.space, self.impl, self.rounding, self.salt, self.output_use = space, impl, rounding, salt, OutputUse()
-        self.activation: str | None = None  # of the gate, where the call computes act(gate) ⊙ up too: `fuse_gates`
+        self.fused_gate: tuple[nn.Module, str] | None = None  # the activation, and its name: see `fuse_gates`
         E, N, K = self.stack.shape
         dtype = torch.float64 if self.stack.dtype == torch.float64 else torch.float32
         options = {"device": self.stack.device, "dtype": dtype}
@@ -103,6 +104,13 @@ class DoraExperts(Freezable):
         with dispatch.operations_for(self.stack, self.impl) as (ops, stack):
             norms = ops.expert_norm(stack[expert, None], *factors, self.scaling)
         return NormScale(norms.norm[0], norms.scale[0])
+
+    @property
+    def activation(self) -> str | None:
+        """Of the gate, where the call computes act(gate) ⊙ up, too: not where it was replaced or hooked since."""
+        function, name = self.fused_gate or (None, None)
+        is_own = name is not None and self.experts.act_fn is function
+        return name if is_own and why_wrapped(function, kept=True) is None else None
 
     def reason(self, tokens: int) -> str:
         """What a call runs on so many of the model's tokens in the present mode, and why."""
@@ -173,13 +181,14 @@ def fuse_gates(model: nn.Module) -> None:
     """Lets the adapters of gate and up compute act(gate) ⊙ up, where that is all that their module makes of them."""
     for adapter in adapted_experts(model).values():
         if adapter.name == "gate_up_proj":
-            adapter.activation = _activation_of_gate(adapter.experts)
+            name = _activation_of_gate(adapter.experts)
+            adapter.fused_gate = None if name is None else (adapter.experts.act_fn, name)
 
 
 def unfuse_gates(model: nn.Module) -> None:
     """Undoes `fuse_gates`."""
     for adapter in adapted_experts(model).values():
-        adapter.activation = None
+        adapter.fused_gate = None
 
 
 def _activation_of_gate(experts: nn.Module) -> str | None:

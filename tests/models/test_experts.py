@@ -130,6 +130,23 @@ def test_another_activation_is_a_pass_of_its_own():
         assert relative_error(model(BATCH).logits, expected) <= ORACLE_FP64_MODEL
 
 
+def test_an_activation_that_was_changed_since_is_the_one_that_runs():
+    model = adapted("Mixtral", space="token")
+    experts = model.model.layers[0].mlp.experts
+    gate_up = adapted_experts(model)["model.layers.0.mlp.experts.gate_up_proj"]
+    before = model(BATCH).logits
+    handle = experts.act_fn.register_forward_hook(lambda module, args, output: output * 2)
+    assert gate_up.activation is None
+    hooked = model(BATCH).logits
+    handle.remove()
+    assert gate_up.activation == "silu" and torch.equal(model(BATCH).logits, before)
+    experts.act_fn = torch.nn.Sequential(experts.act_fn, torch.nn.Tanh())
+    assert gate_up.activation is None
+    replaced = model(BATCH).logits
+    for changed in (hooked, replaced):
+        assert relative_error(changed, before) > 1e-3
+
+
 @pytest.mark.parametrize("stack", ["gate_up_proj", "down_proj"])
 @pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
 def test_beside_a_stack_that_stays_frozen(name, stack):
