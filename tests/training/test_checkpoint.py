@@ -16,6 +16,7 @@ from training.checkpoints.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from training.checkpoints.lock import check_folder
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -198,3 +199,14 @@ def test_links_are_taken_away_and_not_followed(tmp_path):
     write_atomic(out / "log", "ours")
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint-1", "log"]
     assert (outside / "file").read_text() == "not ours" and (out / "log").read_text() == "ours"
+
+
+def test_an_output_folder_that_cannot_be_is_refused_first(tmp_path, monkeypatch):
+    check_folder(tmp_path / "new" / "run", resume=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"`--output_dir` \S+file/run cannot be a run's folder: \S+file is no folder"):
+        check_folder(tmp_path / "file" / "run", resume=False)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        check_folder(tmp_path / "new", resume=False)
+    assert not (tmp_path / "new").exists()

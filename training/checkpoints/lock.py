@@ -12,7 +12,11 @@ LOCK = ".lock"
 
 
 def check_folder(output_dir: Path, resume: bool) -> None:
-    """Raise ValueError if a new run would write beside the checkpoints of another."""
+    """Raise ValueError if it cannot be a folder, or a new run would write beside the checkpoints of another."""
+    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written to" if there.is_dir() else "is no folder"
+        raise ValueError(f"`--output_dir` {output_dir} cannot be a run's folder: {there} {why}")
     if not resume and (there := list_checkpoints(output_dir)):
         raise ValueError(
             f"{output_dir} holds {there[0].name} of an earlier run: "
