@@ -22,7 +22,7 @@ class AccumulatingCallback(TrainerCallback):
     The scope ends with its step: a run that is resumed between two steps computes what an unbroken one does.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._scope = ExitStack()
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
