@@ -10,7 +10,7 @@ import math
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor  # counting
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # counting
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..ops import dispatch
@@ -195,8 +195,9 @@ def _activation_of_gate(experts: nn.Module) -> str | None:
     own_gate = type(experts)._apply_gate.__module__ != ALL_EXPERTS_FUNCTIONS.__module__
     if own_gate or experts.has_bias or list(experts.act_fn.parameters()):
         return None
-    x = torch.linspace(-4, 4, 17, dtype=torch.float64)
-    return next((name for name, function in ACTIVATIONS.items() if torch.equal(experts.act_fn(x), function(x))), None)
+    with unset_fake_temporarily():  # a model may be planned on tensors without values
+        y = experts.act_fn(x := torch.linspace(-4, 4, 17, dtype=torch.float64, device="cpu"))
+        return next((name for name, function in ACTIVATIONS.items() if torch.equal(y, function(x))), None)
 
 
 def release_experts(experts: nn.Module) -> None:
@@ -259,9 +260,8 @@ def dora_experts_forward(
     ends = torch.searchsorted(experts, numbers, right=True, out_int32=True)
     first = "gate_up_proj" if self.has_gate else "up_proj"
     product = _linear(self, first, hidden_states[order // top_k], experts, ends)
-    if first in self.dora and self.dora[first].activation is not None:
-        activated = product
-    else:
+    activated = product
+    if first not in self.dora or self.dora[first].activation is None:
         activated = self._apply_gate(product) if self.has_gate else self.act_fn(product)
     out = _linear(self, "down_proj", activated, experts, ends)
     if getattr(self, "has_post_expert_norm", False):

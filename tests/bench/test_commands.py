@@ -108,7 +108,8 @@ def test_report_shows_every_row_and_draws(tiny, tmp_path, capsys, monkeypatch):
     for row in rows_of(tiny):
         assert row["contestant"] in text
     assert "mean % from PEFT DoRA, last half" in text and "CPU" in text
-    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"cpu-0-roofline.png", "cpu-0-losses.png"}
+    drawn = ("roofline", "losses", "memory")
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {f"cpu-0-{name}.png" for name in drawn}
 
 
 def test_four_bit_weights(tmp_path):

@@ -9,7 +9,7 @@ from dora_kernels.ops.types import GluFactors
 from tests.support.buffers import LAYOUTS
 from tests.support.oracle import relative_error
 from tests.support.twins import DTYPES, compare
-from tests.tolerances import ORACLE_FP64
+from tests.tolerances import ORACLE_FP64, TWIN
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 # (tokens, features of gate and of up, rank)
@@ -51,14 +51,14 @@ def passes(M, N, R, dtype=FP32, adapter_dtype=None, *, bias=False, one_h=False):
 
 
 def compare_both(grad_a, gate, up, factors, bias, norm, space, activation):
-    """Forward and backward; the a of both is the same."""
+    """Forward and backward; the a of both is the same, but for the order in which tiles of two shapes sum h Bᵀ."""
     rounded, dtype = gate.dtype, factors.lora_B[0].dtype
     used = factors if space == "token" else None
     (a,) = compare("glu_fwd", gate, up, used, bias, activation=activation)
     options = {"space": space, "activation": activation, "dtype": dtype}
     # act(gate) is rounded: where the order of a sum moves it, dm and dB move with it.
     *_, again = compare("glu_bwd", grad_a, gate, up, factors, bias, norm, written=(0,), rounded=rounded, **options)
-    assert torch.equal(a, again)
+    assert relative_error(again, a) <= TWIN[rounded]
 
 
 @every_space

@@ -128,14 +128,11 @@ def test_a_fresh_adapter_leaves_the_models_bits(dtype, biases, impl):
 @pytest.mark.parametrize("biases", ["", "qkv", "k"], ids=["no-bias", "biases", "one-bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_outputs_are_those_of_the_layers(dtype, biases, space):
-    """In token space to the bit; the stacked product may be summed in another order."""
+    """The product with a stacked A or W' may be summed in another order: which, the CPU decides."""
     problem = make_siblings(24, 64, dtype, torch.float32, biases)
     found, alone = solve(*problem, space=space), one_by_one(*problem, space=space)
     for name in SIZES:
-        if space == "token":
-            assert torch.equal(found[name], alone[name])
-        else:
-            assert relative_error(found[name], alone[name]) <= TWIN[dtype]
+        assert relative_error(found[name], alone[name]) <= TWIN[dtype]
 
 
 IN_FORWARD = {

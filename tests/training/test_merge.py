@@ -139,7 +139,7 @@ def test_the_class_is_the_one_that_the_adapter_fits(make, auto, task, options, t
 def test_a_head_that_nobody_stored_is_refused(tmp_path):
     base = base_folder(tmp_path / "base")
     model = AutoModelForSequenceClassification.from_pretrained(base, pad_token_id=0)
-    our = dk.apply_dora(model, dk.DoraConfig(target_modules=["q_proj"]))
+    our = dk.apply_dora(model, dk.DoraConfig(target_modules=["q_proj"], modules_to_save=[]))
     dk.save_adapter(our, tmp_path / "adapter")
     _edit(tmp_path / "adapter" / "adapter_config.json", task_type="SEQ_CLS")
     with pytest.raises(SystemExit, match=r"LlamaForSequenceClassification has score\.weight, which is neither in the"):

@@ -319,7 +319,7 @@ def test_what_differs_from_what_one_expects_is_said():
     [
         (["--cutoff_len=0"], "should be a positive integer value but the value passed is 0"),
         (["--batch_size=-1"], "should be a positive integer value but the value passed is -1"),
-        (["--lora_r=x"], "argument --lora_r/--lora-r: invalid int value: 'x'"),
+        (["--lora_r=x"], "argument --lora_r: invalid int value: 'x'"),
         (["--card=nan"], "should be a positive number of GiB but the value passed is nan"),
         (["--batch=2"], "unrecognized arguments: --batch=2"),
         (["--use_liger", "--whole_logits"], "`--use_liger` does not go with --whole_logits"),
