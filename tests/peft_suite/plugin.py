@@ -54,8 +54,8 @@ def pytest_runtest_call(item):
 def _fp32_bar():
     """Inside, `torch.allclose` admits the noise of fp32 sums.
 
-    For tests that compare what FSDP left to PEFT with what is fused after loading, at a relative 1e-5: log-probabilities
-    near 0, of logits of up to 20, whose last bit is 2e-6. On some CPUs both sums agree to the bit, on others not.
+    For tests that compare what FSDP left to PEFT with what is fused after loading, at a relative 1e-5, in
+    log-probabilities near 0 of logits of up to 20. On some CPUs both sums agree to the bit, on others not.
     """
     exact = torch.allclose
 
