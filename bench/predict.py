@@ -14,27 +14,18 @@ it: `python -m bench predict --gpu h200 --output bench/results/predict-h200.txt`
 
 import argparse
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 from . import block, experts, kernels, layer, model
-from .contestants import block as block_field
-from .contestants import layer as layer_field
-from .contestants import model as model_field
 from .contestants.layer import DTYPES
 from .counting.gpus import ROOFS, Roofs, by_bytes_and_flops
-from .counting.layer_counts import count, saved_by
-from .counting.model_counts import predict_step, seconds_by_roof
+from .counting.predicted import Limit, predict, predict_model
 from .counting.roofs import longest
-from .counting.traffic import Operation
 from .measuring.shapes import (
     EXPERTS,
     MODELS,
-    BlockShape,
     ExpertShape,
     Preset,
     Run,
@@ -42,14 +33,11 @@ from .measuring.shapes import (
     block_shape,
     layer_shapes,
 )
-from .measuring.timing import attempt
 from .offline import check_compilable
 from .rows.compare import group_table, title
 from .rows.records import groups, read_rows
 from .rows.tables import mebibytes, milliseconds, ratio, table
 
-Limit = Callable[[Operation, Roofs], tuple[str, float]]
-"""The roof of a launch, and its seconds."""
 MARK = "*"
 NOTES = {
     longest: f"{MARK} kernels of the base, PEFT and PyTorch are counted by bytes and FLOPs alone, ours by four roofs",
@@ -186,57 +174,6 @@ def seconds_of_ours(results: dict[str, dict]) -> Iterator[str]:
         if name.startswith("ours") and "roofs" in row:
             by_roof = sorted(row["roofs"].items(), key=lambda item: -item[1])
             yield f"{name}, ms by roof: " + ", ".join(f"{roof} {milliseconds(time)}" for roof, time in by_roof)
-
-
-def predict_model(run: Run, dtype: torch.dtype, roofs: Roofs, limit: Limit = longest) -> dict[str, dict]:
-    """By contestant, in the form of a measured result, with the seconds under each roof as "roofs"."""
-    results = {}
-    for name, contestant in model_field.contestants(dtype, run.rank).items():
-        # A patched layer refuses tensors without data, and runs what ours runs; nothing drifts here.
-        if not name.endswith(("patched", "again")):
-            row, failure = attempt(
-                lambda c=contestant: predict_step(run, c, dtype, roofs.capability, lambda o: limit(o, roofs))
-            )
-            results[name] = fitting(row, roofs) if row else {"failed": failure}
-    return results
-
-
-def fitting(row: dict, roofs: Roofs) -> dict:
-    """The row of a step; where frozen weights and peak are more than the GPU's memory, one that failed."""
-    held = row["frozen_bytes"] + row["peak_bytes"]
-    if held <= roofs.memory:
-        return row
-    why = f"would not fit: {held / 2**30:.1f} GiB of {roofs.memory / 2**30:.1f} GiB"
-    return {"failed": why, "peak_bytes": row["peak_bytes"], "layer": row["layer"]}
-
-
-def predict(
-    shape: Shape | BlockShape, tokens: int, rank: int, dtype: torch.dtype, roofs: Roofs, limit: Limit = longest
-) -> dict[str, dict]:
-    """By contestant, in the form of a measured result, with the launches of each part as "launches" and the seconds
-    under each roof as "roofs". Of a block, how many launches there are and what they save stands as "block"."""
-    is_block = isinstance(shape, BlockShape)
-    if is_block:
-        field = block_field.counted(shape.name, dtype)
-    else:
-        field = layer_field.contestants(dtype, torch.device("cuda"), reference=False)
-    # A patched layer refuses tensors without data, and runs what ours runs; Axolotl's kernel has no account here.
-    field = {name: c for name, c in field.items() if not name.endswith("patched") and not name.startswith("Axolotl")}
-    results = {}
-    for name, contestant in field.items():
-        counted, failure = attempt(lambda c=contestant: count(c, shape, tokens, rank, dtype, roofs.capability))
-        if failure:
-            results[name] = {"failed": failure}
-            continue
-        parts, peak = counted
-        limited = {part: seconds_by_roof(made, lambda o: limit(o, roofs)) for part, made in parts.items()}
-        whole = sum(limited.values(), Counter())
-        medians = {part: {"median": by_roof.total()} for part, by_roof in (limited | {"total": whole}).items()}
-        results[name] = {"seconds": medians, "roofs": whole, "peak_bytes": peak, "launches": parts}
-        if is_block:
-            results[name]["saved_bytes"] = saved_by(contestant, shape, tokens, rank, dtype, roofs.capability)
-            results[name]["block"] = {"launches": {part: len(made) for part, made in parts.items()}}
-    return results
 
 
 def launches_of_ours(results: dict[str, dict], roofs: Roofs, limit: Limit) -> Iterator[str]:

@@ -16,8 +16,8 @@ sys.path.insert(0, str(ROOT))
 
 from bench import kernels, plots  # noqa: E402 (the clone's, which stands above)
 from bench.counting.gpus import ROOFS, by_bytes_and_flops  # noqa: E402
+from bench.counting.predicted import predict, predict_model  # noqa: E402
 from bench.measuring.shapes import Run, layer_shapes  # noqa: E402
-from bench.predict import predict, predict_model  # noqa: E402
 from bench.rows.records import groups, read_rows  # noqa: E402
 
 FOLDER = Path(__file__).parent / "plots"

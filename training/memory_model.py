@@ -96,7 +96,8 @@ class Planned:
 
 
 def _notes(model: PreTrainedModel, dora: dk.DoraConfig) -> Iterator[str]:
-    if (attention := model.config._attn_implementation) != "sdpa":
+    has_attention = hasattr(model.config, "num_attention_heads")
+    if has_attention and (attention := model.config._attn_implementation) != "sdpa":
         yield f"attention is {attention}: its scores are counted"
     if experts := frozen_experts(model):
         if dora.target_parameters:

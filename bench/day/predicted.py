@@ -9,10 +9,10 @@ from .. import kernels, roofs
 from ..contestants.layer import DTYPES
 from ..counting.accounting import ACCOUNTS
 from ..counting.gpus import CAPABILITIES, ROOFS, Roofs, by_bytes_and_flops
+from ..counting.predicted import Limit
 from ..counting.roofs import longest
 from ..counting.traffic import Operation
 from ..measuring.shapes import Shape
-from ..predict import Limit
 from ..rows.compare import title
 from ..rows.tables import table
 

@@ -2,9 +2,9 @@
 
 from .. import block, kernels, layer, model, questions, roofs
 from ..counting.gpus import by_bytes_and_flops
+from ..counting.predicted import Limit
 from ..measuring import clocks
 from ..measuring.shapes import Run, model_flops
-from ..predict import Limit
 from ..report import machine_of, section, software
 from ..rows.compare import seconds, title
 from ..rows.records import groups, read_rows

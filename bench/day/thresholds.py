@@ -21,7 +21,7 @@ from dora_kernels.ops.problem import Problem
 from .. import kernels, questions, roofs
 from ..contestants.layer import DTYPES
 from ..counting.gpus import by_bytes_and_flops
-from ..predict import Limit
+from ..counting.predicted import Limit
 from ..rows.compare import seconds
 from ..rows.records import groups, read_rows
 from . import predicted

@@ -13,6 +13,7 @@ from bench import predict, report, step
 from bench.__main__ import COMMANDS, main
 from bench.contestants import layer as contestants
 from bench.counting import gpus
+from bench.counting.traffic import Operation
 from bench.installation import ROOT
 from bench.measuring import timing
 from bench.measuring.memory import peak_bytes
@@ -240,7 +241,7 @@ def test_cuda_is_asked_for_by_name():
 
 def test_predicted_seconds_are_the_longest_of_three():
     roofs = gpus.ROOFS["h200"]
-    operation = predict.Operation("mm", memory=0, loaded=0, flops=0, rate="bf16")
+    operation = Operation("mm", memory=0, loaded=0, flops=0, rate="bf16")
     assert gpus.seconds(operation, roofs) == roofs.launch
     assert gpus.seconds(operation._replace(memory=4_300_000_000), roofs) == pytest.approx(1e-3)
     assert gpus.seconds(operation._replace(flops=790 * 10**9), roofs) == pytest.approx(1e-3)

@@ -8,6 +8,7 @@ import torch
 from bench import predict
 from bench.__main__ import main
 from bench.contestants import model as model_field
+from bench.counting import predicted
 from bench.counting.gpus import ROOFS, by_bytes_and_flops
 from bench.counting.roofs import longest
 from bench.counting.traffic import Operation
@@ -30,13 +31,13 @@ def test_what_exceeds_the_memory_would_not_fit(monkeypatch):
     monkeypatch.setattr(model_field, "contestants", lambda dtype, rank: three)
     base = model_field.build_base(run, BF16, torch.device("meta"))
     weights = sum(parameter.nbytes for parameter in base.parameters())
-    ample = predict.predict_model(run, BF16, H200, by_bytes_and_flops)
+    ample = predicted.predict_model(run, BF16, H200, by_bytes_and_flops)
     assert not any("failed" in row for row in ample.values())
     # Beside the weights lie the batch's ids and the rotary frequencies.
     assert all(0 <= row["frozen_bytes"] - weights < 4096 for row in ample.values())
     ours = ample[OURS]
     memory = ours["frozen_bytes"] + ours["peak_bytes"]
-    tight = predict.predict_model(run, BF16, H200._replace(memory=memory), by_bytes_and_flops)
+    tight = predicted.predict_model(run, BF16, H200._replace(memory=memory), by_bytes_and_flops)
     more = {name for name, row in ample.items() if row["frozen_bytes"] + row["peak_bytes"] > memory}
     assert more == {PEFTS}
     assert {name for name, row in tight.items() if "seconds" not in row} == more
@@ -52,8 +53,8 @@ def test_every_gpu_has_its_data_sheets_memory():
     assert found == {"h200": 141, "h100": 80, "a100": 80, "4090": 24, "b200": 180}
     layer = {"launches": {"forward": 1, "backward": 2}, "saved_bytes": 1 << 20}
     held = {"seconds": {}, "frozen_bytes": 100 << 30, "layer": layer}
-    assert predict.fitting(held | {"peak_bytes": 41 << 30}, H200)["frozen_bytes"]
-    row = predict.fitting(held | {"peak_bytes": 42 << 30}, H200)
+    assert predicted.fitting(held | {"peak_bytes": 41 << 30}, H200)["frozen_bytes"]
+    row = predicted.fitting(held | {"peak_bytes": 42 << 30}, H200)
     assert row == {"failed": "would not fit: 142.0 GiB of 141.0 GiB", "peak_bytes": 42 << 30, "layer": layer}
 
 
