@@ -42,6 +42,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: compiled kernels on a CUDA GPU; run them with `pytest -m gpu`")
+    config.addinivalue_line("markers", "slow: left to the scorecard's row `slow`; run them with `pytest -m slow`")
     # numpy's, from within the interpreter: NaN and infinity are inputs here, and a GPU says nothing.
     config.addinivalue_line(
         "filterwarnings", "ignore:(invalid value|divide by zero|overflow) encountered:RuntimeWarning"

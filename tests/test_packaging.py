@@ -59,11 +59,13 @@ def test_what_the_wheel_says_of_itself(wheel):
     assert "==" not in triton.partition(";")[0]
 
 
+@pytest.mark.slow
 def test_the_wheel_is_whole_and_has_one_name_each(binaries, tree, tmp_path):
     said = checked(binaries / "python", ROOT / "tests/support/installed.py", "wheel", tree, cwd=tmp_path)
     assert said.endswith("work from the wheel install\n")
 
 
+@pytest.mark.slow
 def test_an_editable_install_has_one_name_each(tree, tmp_path):
     bin_ = environment(tmp_path / "venv", built("editable", tree, tmp_path / "wheel"))
     said = checked(bin_ / "python", ROOT / "tests/support/installed.py", "editable", tree, cwd=tmp_path)
@@ -95,6 +97,7 @@ def interrupted(words, folder, variables):
     return said
 
 
+@pytest.mark.slow
 def test_the_quickstart_works_as_printed(binaries, tmp_path):
     """A messy CSV, Ctrl-C, resume, merge, and loading by transformers, by the installed commands alone."""
     variables = inside(binaries) | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -117,6 +117,7 @@ def overlapping(figure):
     return [(a, b) for (a, one), (b, two) in itertools.combinations(boxes, 2) if one.overlaps(two)]
 
 
+@pytest.mark.slow
 def test_labels_do_not_collide(tmp_path, monkeypatch):
     """On the densest axes, those of the preset `full`, and in the other kinds of plot."""
     figures, savefig = [], Figure.savefig

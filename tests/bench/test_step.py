@@ -31,6 +31,7 @@ def test_ours_learns_as_peft_does():
     assert lora != pytest.approx(peft, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_bf16_learns_as_fp32_does():
     reference = losses(step.FP32_BASE, "bf16")
     assert reference != losses("PEFT DoRA", "fp32")  # its base was rounded to bf16

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, Mistral
 import dora_kernels as dk
 from dora_kernels.blocks import mlp as room
 from dora_kernels.blocks.fuse import fused_blocks
+from tests.support.marks import slow
 from tests.support.nf4 import linear_4bit
 from tests.support.peft_models import dora_config, peft_model, step, trained
 from tests.support.tiny_models import checkpoint_activations
@@ -103,7 +104,7 @@ def quantized(model):
     return model
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma", "phi3", "nf4"])
+@pytest.mark.parametrize("family", [slow("llama"), slow("qwen2"), slow("gemma"), "phi3", "nf4"])
 def test_losses_are_those_of_peft(family, calls):
     """The real kernels, interpreted, through `patch_peft` and, from PEFT's files, through `apply_dora`."""
 

@@ -11,6 +11,7 @@ from dora_kernels.blocks.siblings import shared_inputs
 from tests.blocks.test_mlp import adapted, differences
 from tests.blocks.test_mlp import calls as mlp_calls  # noqa: F401 (a fixture)
 from tests.blocks.test_siblings import calls  # noqa: F401 (a fixture)
+from tests.support.marks import slow
 from tests.support.peft_models import peft_model, step
 from tests.support.tiny_models import checkpoint_activations
 from tests.tolerances import SAME_FP32
@@ -45,7 +46,7 @@ def test_activation_checkpointing_of_a_model(use_reentrant, calls):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("space", ["token", "weight"])
+@pytest.mark.parametrize("space", ["token", slow("weight")])
 def test_the_model_compiles_whole(space, calls, mlp_calls):
     """With its MLPs, which are blocks, too."""
     model = adapted(dtype=torch.float32, space=space)

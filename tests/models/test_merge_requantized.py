@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 
 import dora_kernels as dk
 from dora_kernels.ops.base_weights import keep_packing
-from tests.models.test_qdora import folder, load, logits_of, randomise  # noqa: F401
+from tests.models.test_qdora import folder, load, randomise  # noqa: F401
+from tests.models.test_qdora_merge import logits_of
 from tests.ops.test_fp8_compressed import linear as compressed_fp8
 from tests.support import fp8, nf4
 from tests.support.int4 import linear_compressed

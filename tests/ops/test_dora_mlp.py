@@ -9,6 +9,7 @@ from dora_kernels.ops.dora_mlp import dora_mlp, plan_mlp
 from dora_kernels.ops.members import Member
 from dora_kernels.ops.output import OutputUse
 from dora_kernels.ops.types import NEAREST
+from tests.support.marks import slow
 from tests.support.mlp import ACTIVATIONS, exact, make_mlp, parts, solved
 from tests.support.oracle import relative_error
 from tests.tolerances import ORACLE_FP64
@@ -149,7 +150,7 @@ def test_a_graph_that_is_kept_can_be_walked_again(space):
 
 
 @every_space
-@pytest.mark.parametrize("stacked", [False, True], ids=["two-layers", "stacked"])
+@pytest.mark.parametrize("stacked", [False, slow(True)], ids=["two-layers", "stacked"])
 def test_it_compiles_whole(stacked, space):
     x, grad_y, *members = make_mlp(6, 8, 16, 2, torch.float32, stacked=stacked)
     expected = _solve(x, grad_y, *members, activation="silu", space=space)

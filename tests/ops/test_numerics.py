@@ -8,6 +8,7 @@ import torch
 
 import dora_kernels as dk
 from tests.support.beside_peft import MIXES, draw, errors_of_all, root_mean_square, ways
+from tests.support.marks import slow
 from tests.support.oracle import NAMES, make_problem
 from tests.tolerances import PEFT_FACTOR, PEFT_FACTOR_FP32_ADAPTERS, SINGLE_CASE_FACTOR, UNIT_ROUNDOFF
 
@@ -16,7 +17,7 @@ from tests.tolerances import PEFT_FACTOR, PEFT_FACTOR_FP32_ADAPTERS, SINGLE_CASE
 CASES, CASES_FP32 = 12, 36
 
 
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("mix", [mix if "autocast" in mix else slow(mix) for mix in MIXES])
 def test_error_against_fp64_beside_pefts(mix):
     dtype, adapter_dtype, autocast = MIXES[mix]
     unit = UNIT_ROUNDOFF[dtype]

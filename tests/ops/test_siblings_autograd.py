@@ -5,6 +5,7 @@ import torch
 
 from dora_kernels.ops.dora_siblings import dora_siblings
 from dora_kernels.ops.output import OutputUse
+from tests.support.marks import slow
 from tests.support.mlp import FACTORS
 from tests.support.oracle import relative_error
 from tests.support.siblings import SIZES, exact, leaves, make_siblings, solve, solved, worst
@@ -118,7 +119,7 @@ def test_a_graph_that_is_kept_can_be_walked_again(space):
 
 
 @every_space
-@pytest.mark.parametrize("biases", ["", "qkv"], ids=["no-bias", "biases"])
+@pytest.mark.parametrize("biases", [slow(""), "qkv"], ids=["no-bias", "biases"])
 def test_it_compiles_whole(biases, space):
     x, grads, members = make_siblings(6, 8, torch.float32, biases=biases)
     expected = solve(x, grads, members, space=space)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dora_kernels.ops import dispatch
 from dora_kernels.peft import patch_peft, patched_peft, unpatch_peft
+from tests.support.marks import slow
 from tests.support.peft_models import count_fused, dora_config, infer, peft_model, step
 from tests.support.tiny_models import llama
 
@@ -224,7 +225,7 @@ def test_an_untested_version_is_warned_of(monkeypatch):
         patch_peft(peft_model())
 
 
-@pytest.mark.parametrize("call", ["patch_peft(Linear(2, 2))", "patched_peft().__enter__()"])
+@pytest.mark.parametrize("call", ["patch_peft(Linear(2, 2))", slow("patched_peft().__enter__()")])
 def test_without_peft(call, tmp_path):
     program = f"""
 import sys

@@ -36,6 +36,7 @@ NAMES = (
     "determinism",
     "order",
     "families",
+    "slow",
 )
 
 

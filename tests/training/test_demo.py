@@ -58,6 +58,7 @@ def test_the_base_knows_what_it_was_taught():
     assert exact_match(given, rows) >= 0.4
 
 
+@pytest.mark.slow
 def test_a_demo_that_does_not_learn_exits_non_zero(tmp_path, capsys):
     flags = ["--learning_rate", "0", "--max_steps", "2", "--eval_step", "0", "--output_dir", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match=r"the demo did not learn: exact match went from 0\.0% to 0\.0%") as error:

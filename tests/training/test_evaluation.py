@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 
 from dora_kernels.ops import reference
+from tests.support.marks import slow
 from tests.support.training_runs import data, numbers, run  # noqa: F401
 from training.finetune.trainer import DoraTrainer
 
@@ -42,7 +43,7 @@ def norms(monkeypatch):
     return counts
 
 
-@pytest.mark.parametrize("engine", [[], ["--use_peft"]], ids=["ours", "peft"])
+@pytest.mark.parametrize("engine", [[], slow(["--use_peft"])], ids=["ours", "peft"])
 def test_once_per_layer_and_evaluation(data, tmp_path, norms, monkeypatch, engine):  # noqa: F811
     once = run(data, tmp_path / "once", *engine, **FLAGS)
     assert norms == [14, 14, 14]

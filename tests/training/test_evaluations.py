@@ -1,5 +1,7 @@
 """How often a run is evaluated where nobody says, and the advice that it begins with."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoConfig
@@ -61,10 +63,30 @@ def small(tmp_path):
 def test_a_batch_that_fits_the_gpu_is_suggested(small):
     (said,) = batch_advice(Flags(base_model=small, cutoff_len=512), 24)
     assert "is predicted to fit --batch_size" in said and "--batch_size 16 --gradient_accumulation_steps 1" in said
-    assert list(batch_advice(Flags(base_model=small, cutoff_len=512, batch_size=16), 24)) == []
-    (said,) = batch_advice(Flags(base_model=small, cutoff_len=2048, batch_size=512), 4)
-    assert said.startswith("predicted peak ") and "is predicted to fit" in said
     assert list(batch_advice(Flags(base_model="gpt2-that-is-not-here"), 24)) == []
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "kept", "again", "said"),
+    [
+        (16, 40, 90, []),  # it is large enough
+        (2, 2, 8, []),
+        (64, 40, 90, ["--batch_size 40 is predicted to fit"]),
+        (64, 0, 9, ["--batch_size 9 --activation_checkpointing is predicted to fit"]),
+        (64, 0, 0, ["--batch_size 1 --quantize is predicted to fit"]),
+        (2, 40, 90, ["--batch_size 16 --gradient_accumulation_steps 1 uses it better"]),
+    ],
+)
+def test_what_is_suggested_of_the_batches_that_fit(small, monkeypatch, batch_size, kept, again, said):
+    fitting = {False: kept, True: again}
+    monkeypatch.setattr(
+        "training.finetune.advice.largest_batch",
+        lambda *_, activation_checkpointing, **__: fitting[activation_checkpointing],
+    )
+    monkeypatch.setattr("training.finetune.advice.planned_model", lambda *_, **__: None)
+    monkeypatch.setattr("training.finetune.advice.predict", lambda *_, **__: SimpleNamespace(peak=30 << 30))
+    found = list(batch_advice(Flags(base_model=small, cutoff_len=512, batch_size=batch_size), 24))
+    assert len(found) == len(said) and all(map(str.endswith, found, said)), found
 
 
 @pytest.mark.parametrize("rank, rate, warned", [(16, 3e-4, False), (256, 3e-4, True), (256, 1e-4, False)])

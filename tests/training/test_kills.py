@@ -4,7 +4,10 @@ import re
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_killed_and_stopped_runs_end_with_the_same_bits():
     words = [sys.executable, "-m", "tests.support.kill_training", "--points", "4", "--stops", "1", "--seed", "0"]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=600)

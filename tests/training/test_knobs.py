@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from tests.support.marks import slow
 from tests.support.training_runs import arguments, data, metrics, one_layer_base, run  # noqa: F401
 from training.__main__ import main
 from training.checkpoints.checkpoint import list_checkpoints
@@ -61,6 +62,7 @@ def test_early_stopping_counts_evaluations_without_a_lower_loss(data, base, tmp_
     assert "stopped early at step 6: 2 evaluations without a lower loss than step 2's" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_early_stopping_goes_on_counting_after_a_resume(data, base, tmp_path, trainers):  # noqa: F811
     flags = {"base_model": base, "learning_rate": 0, "eval_step": 2, "max_steps": 20, "early_stopping": 3}
     run(data, tmp_path, **flags, save_step=2)
@@ -76,7 +78,7 @@ def test_early_stopping_goes_on_counting_after_a_resume(data, base, tmp_path, tr
     assert [row["step"] for row in metrics(tmp_path) if "eval_loss" in row] == [0, 2, 4, 6, 8]
 
 
-@pytest.mark.parametrize("optimizer", ["adafactor", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adafactor", slow("sgd")])
 def test_another_optimizer_resumes_to_the_same_bits(data, base, tmp_path, optimizer):  # noqa: F811
     """Adafactor keeps numbers beside its tensors, SGD keeps nothing."""
     words = ["--set", f"optim={optimizer}"]

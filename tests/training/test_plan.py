@@ -24,6 +24,7 @@ from transformers import (
 from triton.runtime.interpreter import InterpretedFunction
 
 import dora_kernels as dk
+from tests.support.marks import slow
 from tests.support.stand_in_gpu import users_of_mm_fp32
 from tests.support.tiny_models import checkpoint_activations
 from tests.tolerances import PLAN
@@ -202,10 +203,13 @@ OTHERS = {
     "gpt2": GPT2Config(vocab_size=160, n_embd=64, n_layer=3, n_head=4, attn_pdrop=0.0),
     "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
 }
+SLOW = ("gpt_neox", "mixtral")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("config", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize(
+    "config", [slow(config) if name in SLOW else config for name, config in OTHERS.items()], ids=OTHERS
+)
 def test_any_family(config, checkpointing):
     assert_predicted(config, 2, 128, checkpointing=checkpointing)
 

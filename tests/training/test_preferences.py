@@ -7,6 +7,7 @@ import signal
 import pytest
 from transformers import AutoTokenizer
 
+from tests.support.marks import slow
 from tests.support.training_runs import arguments, demo_rows, metrics, numbers, one_layer_base, run, write_rows
 from training import demo
 from training.__main__ import main
@@ -42,7 +43,7 @@ def test_the_losses_are_those_of_pefts_own_code(task, base, tmp_path):
     assert f"- {task}\n" in (tmp_path / "ours/README.md").read_text()
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["dpo", slow("kto"), slow("orpo")])
 def test_a_stopped_run_ends_with_the_same_bits(task, base, tmp_path, monkeypatch):
     data = write_rows(tmp_path / "rows.jsonl", preferences(task))
     flags = {"base_model": base, "task": task, "max_steps": 4, "eval_step": 2, "save_step": 100, "val_set_size": 4}

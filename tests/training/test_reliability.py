@@ -12,6 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 import dora_kernels as dk
+from tests.support.marks import slow
 from tests.support.training_runs import arguments, demo_rows, metrics, numbers, one_layer_base, run, write_rows
 from training import commands, demo
 from training.__main__ import main
@@ -94,7 +95,7 @@ def whole(data, long, tmp_path_factory):
 
 
 @ENGINES
-@pytest.mark.parametrize("stop", [2, 4, 6], ids=lambda step: f"step {step}")
+@pytest.mark.parametrize("stop", [slow(2), 4, slow(6)], ids=["step 2", "step 4", "step 6"])
 def test_sigterm_saves_and_the_printed_command_ends_with_the_same_bits(
     data, long, whole, tmp_path, monkeypatch, capsys, engine, stop
 ):
@@ -161,6 +162,7 @@ def test_ctrl_c_while_a_command_starts_is_one_line(monkeypatch, capsys, command)
     assert ended.value.code == INTERRUPTED and capsys.readouterr().err == "\ninterrupted: nothing was done\n"
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_demo_saves_what_continues_to_the_same_bits(tmp_path, monkeypatch, capsys):
     flags = ["--max_steps", "4", "--batch_size", "2", "--eval_step", "0", "--learning_rate", "0"]
     summed = loop.summed_loss

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dora_kernels as dk
+from tests.support.marks import slow
 from tests.support.training_runs import arguments, data, demo_rows, metrics, numbers, one_layer_base, run, write_rows  # noqa: F401
 from tests.tolerances import MERGED_LOGITS, SAME_FP32
 from training import demo
@@ -154,7 +155,9 @@ def test_lora_is_not_continued_as_dora(data, whole, tmp_path):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    "engine", [[], ["--use_peft"], ["--use_peft", "--no-fused"]], ids=["ours", "peft", "peft unfused"]
+    "engine",
+    [[], slow(["--use_peft"]), slow(["--use_peft", "--no-fused"])],
+    ids=["ours", "peft", "peft unfused"],
 )
 def test_a_quantised_run(data, whole, tmp_path, engine):  # noqa: F811
     rows = run(data, tmp_path, *engine, "--quantize")
@@ -169,6 +172,7 @@ def test_a_quantised_run(data, whole, tmp_path, engine):  # noqa: F811
     assert resumed == rows
 
 
+@pytest.mark.slow
 def test_the_references_command(tmp_path, monkeypatch, capsys):
     """As printed, on the CPU, with its placeholders filled in and a stub for the hub. Compiling to machine code takes
     minutes here, so the compiler's last stage is left out: the graphs are captured and run eagerly, of one layer. The

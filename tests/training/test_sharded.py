@@ -67,6 +67,7 @@ def one(data, tmp_path_factory):  # noqa: F811
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_sharded_is_the_command_in_one(runs, one):
     folder, _ = runs
     sharded = metrics(folder / "whole")
@@ -77,6 +78,7 @@ def test_the_command_sharded_is_the_command_in_one(runs, one):
     assert {path.name for path in (folder / "whole").iterdir()} == {path.name for path in one.iterdir()}
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_whole(runs, one):
     folder, _ = runs
     checkpoint = folder / "whole" / "checkpoint-4"
@@ -94,6 +96,7 @@ def test_what_is_saved_is_whole(runs, one):
     assert torch.equal(layer.lora_B, tensors["base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"])
 
 
+@pytest.mark.slow
 def test_a_sharded_run_resumes_exactly(runs):
     folder, said = runs
     assert said.count("resuming from") == 1
@@ -102,6 +105,7 @@ def test_a_sharded_run_resumes_exactly(runs):
         assert (folder / "resumed" / file).read_bytes() == (folder / "whole" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_launched_by_accelerate_with_a_bf16_base_of_which_one_process_reads(runs):
     """That its fp32 adapters stay so is asserted there."""
     folder, said = runs
@@ -117,6 +121,7 @@ def test_launched_by_accelerate_with_a_bf16_base_of_which_one_process_reads(runs
     assert torch.equal(layer.lora_magnitude_vector["default"].weight, stored)
 
 
+@pytest.mark.slow
 def test_a_nan_in_one_process_of_a_sharded_run_stops_both(runs):
     _, said = runs
     named, other = sorted((line for line in said.splitlines() if " said error: " in line), reverse=True)
