@@ -6,12 +6,14 @@ import sys
 
 import pytest
 
+from tests.support.marks import slow
 
-@pytest.mark.slow
-def test_killed_and_stopped_runs_end_with_the_same_bits():
-    words = [sys.executable, "-m", "tests.support.kill_training", "--points", "4", "--stops", "1", "--seed", "0"]
+
+@pytest.mark.parametrize(("kills", "stops"), [(2, 0), slow(4, 1)])
+def test_killed_and_stopped_runs_end_with_the_same_bits(kills, stops):
+    words = [sys.executable, "-m", "tests.support.kill_training", f"--points={kills}", f"--stops={stops}", "--seed=0"]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    kills, stops = ended.stdout.splitlines()
-    number, in_a_save = map(int, re.match(r"SIGKILL points: (\d+), .* in a save: (\d+),", kills).groups())
-    assert number >= 4 and in_a_save >= 1 and stops.startswith("SIGTERM points: 1"), ended.stdout
+    killed, stopped = ended.stdout.splitlines()
+    number, in_a_save = map(int, re.match(r"SIGKILL points: (\d+), .* in a save: (\d+),", killed).groups())
+    assert number >= kills and in_a_save >= 1 and stopped.startswith(f"SIGTERM points: {stops}"), ended.stdout
