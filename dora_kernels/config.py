@@ -37,6 +37,9 @@ class DoraConfig:
         dropout_mode: "lora" drops the input of the LoRA branch only (one base GEMM); "peft" is PEFT's meaning (two).
         space, impl, rounding: see `dora_linear`.
         nf4_parity: see `dora_linear`; of no effect on other bases.
+        merge_aware: train what will be served. Each forward multiplies with W' quantised in the base's own format, its
+            scales kept, as `export --to` that format writes it; over a dense base, rounded to its dtype. Gradients
+            pass straight through. Linear layers in weight space: no dropout, no experts, no `nf4_parity`.
         fuse_blocks: "auto" computes a gated MLP, and layers of one input, by one function while they train, where the
             model's own does that; False computes each layer alone.
 
@@ -61,6 +64,7 @@ class DoraConfig:
     fuse_blocks: str | bool = "auto"
     target_parameters: list[str] | None = None
     expert_rank: str = "full"
+    merge_aware: bool = False
 
     def __post_init__(self):
         _check_rank("`r`", self.r)
@@ -69,7 +73,7 @@ class DoraConfig:
             raise TypeError(f"`lora_dropout` should be a number, got {self.lora_dropout!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` should be a probability in [0, 1), got {self.lora_dropout}")
-        for name in ("use_rslora", "nf4_parity"):
+        for name in ("use_rslora", "nf4_parity", "merge_aware"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` should be True or False, got {getattr(self, name)!r}")
         check_blocks("fuse_blocks", self.fuse_blocks)
@@ -83,10 +87,23 @@ class DoraConfig:
             raise ValueError('`target_modules` should name at least one module; "all-linear" takes every linear layer')
         if self.expert_rank != "full" and not self.target_parameters:
             raise ValueError(f'`expert_rank` should be "full" without `target_parameters`, got {self.expert_rank!r}')
+        if self.merge_aware:
+            self._check_merge_aware()
         self.exclude_modules = _names("exclude_modules", self.exclude_modules, regex=True)
         self.modules_to_save = _names("modules_to_save", self.modules_to_save, regex=False)
         self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, _check_rank)
         self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, _check_alpha)
+
+    def _check_merge_aware(self) -> None:
+        against = {
+            "lora_dropout": self.lora_dropout > 0 and "drops the input of A and B, and the merged weight has none",
+            "space": self.space == "token" and "has no merged weight in token space",
+            "nf4_parity": self.nf4_parity and "rounds what is decoded, which no checkpoint in NF4 does",
+            "target_parameters": self.target_parameters and "are experts, which no export quantises",
+        }
+        for name, reason in against.items():
+            if reason:
+                raise ValueError(f"`{name}` {reason}: leave it or `merge_aware` out")
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "DoraConfig":

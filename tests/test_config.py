@@ -9,6 +9,7 @@ import pytest
 from dora_kernels.config import DoraConfig
 
 OURS_ALONE = {"dropout_mode", "space", "impl", "rounding", "nf4_parity", "fuse_blocks", "expert_rank"}
+OURS_ALONE |= {"merge_aware"}
 
 
 def test_every_field_is_pefts_or_the_engines_own():
@@ -56,6 +57,7 @@ def test_every_field_is_pefts_or_the_engines_own():
         ("expert_rank", "top", ValueError, "one of full, active"),
         ("expert_rank", "active", ValueError, '"full" without `target_parameters`'),
         ("nf4_parity", "yes", TypeError, "`nf4_parity` should be True or False"),
+        ("merge_aware", "fp8", TypeError, "`merge_aware` should be True or False"),
     ],
     ids=lambda value: str(value)[:24] if not isinstance(value, type) else value.__name__,
 )
@@ -90,3 +92,19 @@ def test_the_lists_are_the_configs_own():
     assert config.target_modules == ["q_proj"]
     assert DoraConfig(target_modules={"b", "a"}).target_modules == ["a", "b"]
     assert DoraConfig(target_modules=("b", "a", "b")).target_modules == ["b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lora_dropout": 0.1}, "`lora_dropout` drops the input of A and B"),
+        ({"space": "token"}, "`space` has no merged weight in token space"),
+        ({"nf4_parity": True}, "`nf4_parity` rounds what is decoded"),
+        ({"target_modules": [], "target_parameters": ["down_proj"]}, "`target_parameters` are experts"),
+    ],
+    ids=["dropout", "space", "parity", "experts"],
+)
+def test_what_has_no_merged_weight_to_quantise_is_refused(fields, message):
+    with pytest.raises(ValueError, match=f"{message}.*: leave it or `merge_aware` out"):
+        DoraConfig(**fields, merge_aware=True)
+    assert DoraConfig(space="weight", merge_aware=True).merge_aware

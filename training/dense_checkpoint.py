@@ -72,8 +72,9 @@ def _merged(path: str, weight, adapted: Adapter, dtype: torch.dtype, errors: Upd
     if path not in adapted.layers:
         return dense_weight(weight, dtype)
     factors, dense = adapted.layers[path], dense_weight(weight, torch.float32)
-    exact = merged_weight(weight, *factors, dtype=torch.float32, rounding=Rounding("nearest"))
-    merged = merged_weight(weight, *factors, dtype=dtype, rounding=adapted.rounding(path))
+    options = {"merge_aware": adapted.merge_aware}
+    exact = merged_weight(weight, *factors, dtype=torch.float32, rounding=Rounding("nearest"), **options)
+    merged = merged_weight(weight, *factors, dtype=dtype, rounding=adapted.rounding(path), **options)
     errors.add(path, exact - dense, merged.float() - dense)
     return merged
 

@@ -22,7 +22,7 @@ from dora_kernels.adapters.peft_config import read_config
 from dora_kernels.adapters.save_load import MAGNITUDE, PREFIX, SCALE, WEIGHTS_NAME
 from dora_kernels.models.targets import rank_and_alpha
 from dora_kernels.ops.base_weights import weight_of
-from dora_kernels.ops.dispatch import dense_weight, merged_weight
+from dora_kernels.ops.dispatch import dense_weight, unquantised_weight
 from dora_kernels.ops.requantize import requantized
 from dora_kernels.ops.types import Rounding
 
@@ -109,10 +109,11 @@ class Checkpoint:
 
 @dataclass
 class Adapter:
-    """A DoRA adapter's files: A, B, m and s by the path of their layer, and how W' is rounded."""
+    """A DoRA adapter's files: A, B, m and s by the path of their layer, and how W' is rounded, or served."""
 
     layers: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]]
     mode: str
+    merge_aware: bool
 
     @classmethod
     def of(cls, folder: Path) -> "Adapter":
@@ -129,7 +130,7 @@ class Adapter:
             rank, alpha = rank_and_alpha(config, path)
             scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
             layers[path] = found["lora_A"], found["lora_B"], found[MAGNITUDE], scaling
-        return cls(layers, config.rounding)
+        return cls(layers, config.rounding, config.merge_aware)
 
     def rounding(self, path: str) -> Rounding:
         """As the layer at `path` rounds in a model."""
@@ -143,7 +144,8 @@ def write(base: str, adapter: Path, to: str, output: Path) -> UpdateErrors:
         ValueError: a base in another format, or that cannot be read; an adapter with more than DoRA layers.
     """
     checkpoint, errors = Checkpoint.of(base, to), UpdateErrors()
-    layers = Adapter.of(adapter).layers
+    adapted = Adapter.of(adapter)
+    layers = adapted.layers
     for path in layers:
         checkpoint.weight(path)  # before anything is written
     for file in checkpoint.folder.iterdir():
@@ -155,16 +157,18 @@ def write(base: str, adapter: Path, to: str, output: Path) -> UpdateErrors:
                 tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
             for path, factors in layers.items():
                 if (key := f"{path}.{checkpoint.codes}") in tensors:
-                    tensors[key] = _merged_codes(path, checkpoint.weight(path), factors, errors)
+                    tensors[key] = _merged_codes(path, checkpoint.weight(path), factors, adapted.merge_aware, errors)
                     bar.update()
             save_file(tensors, output / name, metadata=metadata)
     return errors
 
 
 @torch.no_grad()
-def _merged_codes(path: str, weight, factors, errors: UpdateErrors) -> torch.Tensor:
+def _merged_codes(path: str, weight, factors, merge_aware: bool, errors: UpdateErrors) -> torch.Tensor:
     dense = dense_weight(weight, torch.float32)
-    merged = merged_weight(weight, *factors, dtype=torch.float32, rounding=Rounding("nearest"), impl="auto")
+    merged = unquantised_weight(weight, *factors)
     packed = requantized(weight, merged)
-    errors.add(path, merged - dense, dense_weight(packed, torch.float32) - dense)
+    decoded = dense_weight(packed, torch.float32)
+    # What was trained with these codes loses nothing by them.
+    errors.add(path, (decoded if merge_aware else merged) - dense, decoded - dense)
     return packed.codes

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..config import DoraConfig
-from .peft_config import CONFIG_NAME, HONOURED
+from .peft_config import CONFIG_NAME, HONOURED, OURS
 
 MOST_HEADER = 100_000_000  # what safetensors reads of one at most
 OF_TENSORS, OF_CONFIG = "dora_kernels.sha256", "dora_kernels.config_sha256"
@@ -29,6 +29,7 @@ def digests(tensors: Mapping[str, torch.Tensor], config: DoraConfig) -> dict[str
     fields = {name: getattr(config, name) for name in HONOURED}
     if fields["target_parameters"] is None:  # files of models without experts say nothing of them
         del fields["target_parameters"]
+    fields |= {name: True for name in OURS if getattr(config, name)}
     fields = json.dumps(fields, sort_keys=True)
     return {OF_TENSORS: of_tensors.hexdigest(), OF_CONFIG: hashlib.sha256(fields.encode()).hexdigest()}
 

@@ -33,6 +33,8 @@ HONOURED = (
     "modules_to_save",
     "target_parameters",
 )
+OURS = ("merge_aware",)
+"""What the engine adds where it is on: PEFT passes over it, with a warning, and loads the same adapter."""
 # Fields that say where the adapter came from or how it was initialised, not what it computes.
 IRRELEVANT = (
     "auto_mapping",
@@ -77,6 +79,7 @@ def adapter_fields(model: nn.Module) -> dict:
         "alpha_pattern": config.alpha_pattern or {},
         "fan_in_fan_out": bool(linear) and all(layer.fan_in_fan_out for layer in linear),
     }
+    fields |= {name: True for name in OURS if getattr(config, name)}
     if task_type is None:
         fields["auto_mapping"] = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     return fields
@@ -89,10 +92,15 @@ def write_config(fields: dict, directory: Path) -> None:
     except ImportError:
         (directory / CONFIG_NAME).write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
     else:
-        config = LoraConfig(**fields)
+        own = {name: value for name, value in fields.items() if name in OURS}
+        config = LoraConfig(**{name: value for name, value in fields.items() if name not in OURS})
         # PEFT holds them as sets and would write them in random order.
         config.target_modules, config.exclude_modules = fields["target_modules"], fields["exclude_modules"]
         config.save_pretrained(str(directory))
+        if own:
+            path = directory / CONFIG_NAME
+            written = json.loads(path.read_text(encoding="utf-8")) | own
+            path.write_text(json.dumps(written, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def warn_of_misread(model: nn.Module) -> None:
@@ -134,7 +142,7 @@ def read_config(directory: Path, keys: Iterable[str] | None = None) -> DoraConfi
             "PEFT (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     fields = _completed(fields, directory, keys)
-    known = (*HONOURED, *IRRELEVANT, "bias", "init_lora_weights")
+    known = (*HONOURED, *OURS, *IRRELEVANT, "bias", "init_lora_weights")
     # Fields of any PEFT version, later ones included, are off when null, false or empty.
     unsupported = {name: value for name, value in fields.items() if name not in known and value}
     if unsupported:
@@ -144,7 +152,7 @@ def read_config(directory: Path, keys: Iterable[str] | None = None) -> DoraConfi
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     try:
-        return DoraConfig.from_dict({name: fields[name] for name in HONOURED if fields.get(name) is not None})
+        return DoraConfig.from_dict({name: fields[name] for name in (*HONOURED, *OURS) if fields.get(name) is not None})
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
 

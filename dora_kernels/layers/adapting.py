@@ -3,7 +3,8 @@
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ..ops.base_weights import is_quantized
+from ..ops.base_weights import is_quantized, weight_of
+from ..ops.served import why_not_served
 from .conv import CONVOLUTIONS, DoraConv, why_not_conv, why_not_conv_class, why_not_rank
 from .dora_layer import DoraLayer
 from .embedding import DoraEmbedding, why_not_embedding, why_not_embedding_class
@@ -38,9 +39,17 @@ def why_not_adapted(module: nn.Module) -> str | None:
     return {DoraLinear: why_not, DoraConv: why_not_conv, DoraEmbedding: why_not_embedding}[layer_class(module)](module)
 
 
-def adapted(module: nn.Module, *, r: int, nf4_parity: bool = False, **options) -> DoraLayer:
+def why_not_merge_aware(module: nn.Module) -> str | None:
+    """Why the layer in the module's place cannot quantise its merged weight, or None."""
+    if layer_class(module) is not DoraLinear:
+        return f"is a {type(module).__name__}, and merge_aware is for linear layers"
+    reason = why_not_served(weight_of(module))
+    return None if reason is None else f"{reason}: merge_aware has no format for it"
+
+
+def adapted(module: nn.Module, *, r: int, nf4_parity: bool = False, merge_aware: bool = False, **options) -> DoraLayer:
     """The layer in the module's place; `options` as for `DoraLinear`."""
     kind = layer_class(module)
     if kind is DoraLinear:
-        return DoraLinear.from_linear(module, r=r, nf4_parity=nf4_parity, **options)
+        return DoraLinear.from_linear(module, r=r, nf4_parity=nf4_parity, merge_aware=merge_aware, **options)
     return kind(module, r=r, **options)

@@ -10,6 +10,7 @@ from torch import nn
 from ..ops import dispatch
 from ..ops.base_weights import Weight
 from ..ops.output import OutputUse
+from ..ops.served import served_norm
 from ..ops.types import NormScale, Rounding
 from .frozen import Freezable
 from .support import REMEDY, is_offloaded
@@ -34,6 +35,9 @@ class DoraLayer(Freezable):
 
     zeroed = "lora_B"
     """The factor that starts as zeros; the other one is drawn."""
+
+    merge_aware = False
+    """Whether it multiplies with W' as it will be served: see `dora_linear`."""
 
     in_features: int
     out_features: int
@@ -109,6 +113,8 @@ class DoraLayer(Freezable):
     def weight_norm(self) -> NormScale:
         """n = ‖W + s B A‖ and g = m / n, both [N], fp32 (fp64 for an fp64 layer)."""
         with dispatch.operations_for(self.base_weight, self.impl) as (ops, base):
+            if self.merge_aware:
+                return served_norm(ops, base, *self.factors, self.scaling)
             return ops.weight_norm(base, *self.factors, self.scaling)[0]
 
     def dense_base(self, dtype: torch.dtype) -> torch.Tensor:
@@ -117,7 +123,7 @@ class DoraLayer(Freezable):
 
     def merged_weight(self, dtype: torch.dtype | None = None, base: torch.Tensor | None = None) -> torch.Tensor:
         """W' = g ⊙ (W + s B A) [N, K], in fp32, rounded once to `dtype`, or to the weight's; `base` [N, K] takes the
-        place of W.
+        place of W. With `merge_aware` it is quantised as it will be served, and decoded, unless `base` is given.
 
         Raises:
             ValueError: there is none, see `why_not_merged`.
@@ -128,6 +134,7 @@ class DoraLayer(Freezable):
         return dispatch.merged_weight(
             weight, *self.factors, self.scaling,
             dtype=dtype, rounding=Rounding(self.rounding, self.salt), impl=self.impl,
+            merge_aware=self.merge_aware and base is None,
         )  # fmt: skip
 
     def from_matrix(self, matrix: torch.Tensor) -> torch.Tensor:

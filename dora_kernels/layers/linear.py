@@ -9,6 +9,7 @@ from ..ops.base_weights import Weight, bias_of, is_quantized, keep_packed, needs
 from ..ops.dora_linear import dora_linear
 from ..ops.members import BlockOptions, Member
 from ..ops.problem import problem_of
+from ..ops.served import why_not_served
 from ..ops.types import Rounding
 from .dora_layer import DoraLayer, check_rank
 from .support import LINEAR_CLASSES, is_offloaded, why_not_format, why_wrapped
@@ -27,7 +28,7 @@ class DoraLinear(DoraLayer):
         r: rank, at least 1.
         lora_alpha: the scaling s is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
         lora_dropout, dropout_mode, space, impl, rounding, salt: see `dora_linear`.
-        nf4_parity: see `dora_linear`.
+        nf4_parity, merge_aware: see `dora_linear`.
         adapter_dtype: dtype of the trained parameters; fp32 by default, whatever the base has.
         compute_dtype: x is cast to it, and the output back (4-bit layers); None computes in x's dtype.
         base_layer: instead of `weight`, a layer without which its weight cannot be read (8 bits, FP8, FP4, int4, HQQ);
@@ -48,6 +49,7 @@ class DoraLinear(DoraLayer):
         r: int,
         fan_in_fan_out: bool = False,
         nf4_parity: bool = False,
+        merge_aware: bool = False,
         compute_dtype: torch.dtype | None = None,
         base_layer: nn.Module | None = None,
         **adapter,
@@ -61,6 +63,9 @@ class DoraLinear(DoraLayer):
         base = self.base_weight
         if len(base.shape) != 2:
             raise ValueError(f"weight must be [out_features, in_features], got shape {list(base.shape)}")
+        if merge_aware and (reason := why_not_served(base)):
+            raise ValueError(f"merge_aware quantises the merged weight in its base's format, and this weight {reason}")
+        self.merge_aware = merge_aware
         self.add_adapter(base, self.shapes(*base.shape, r), r=r, **adapter)
 
     @staticmethod
@@ -92,6 +97,7 @@ class DoraLinear(DoraLayer):
             dtype=self.base_dtype,
             dropout=self.dropout_mode if self.training and self.lora_dropout > 0 else None,
             trains=self.training and any(parameter.requires_grad for parameter in self.parameters()),
+            merge_aware=self.merge_aware,
         )
         return dispatch.explained(dispatch.choose(problem, self.space, self.impl), weight)
 
@@ -101,6 +107,8 @@ class DoraLinear(DoraLayer):
             return reason
         if self.training and self.lora_dropout > 0:
             return "has dropout"
+        if self.merge_aware:
+            return "quantises its merged weight (merge_aware)"
         if self.frozen_scale is not None:
             return "keeps its norm inside frozen_adapters"
         if self.compute_dtype not in (None, dtype):
@@ -189,5 +197,6 @@ class DoraLinear(DoraLayer):
             salt=self.salt,
             frozen_scale=self.frozen_scale,
             output_use=self.output_use,
+            merge_aware=self.merge_aware,
         )
         return y.to(x.dtype) if self.keeps_dtype else y

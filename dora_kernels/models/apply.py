@@ -15,7 +15,7 @@ from torch import nn
 from ..blocks.fuse import fuse_blocks, unfuse_blocks
 from ..config import DoraConfig
 from ..layers import Model
-from ..layers.adapting import adapted, why_not_adapted, why_not_kind
+from ..layers.adapting import adapted, why_not_adapted, why_not_kind, why_not_merge_aware
 from ..layers.dora_layer import DoraLayer
 from ..layers.experts import DoraExperts, adapt_experts, adapted_experts, frozen_experts
 from ..layers.probe import Probe, probe
@@ -121,7 +121,7 @@ def check_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
             left_out[path] = (
                 "has a name that PEFT takes for another: named in `target_modules` it trains, for this library alone"
             )
-        elif reason := why_not_adapted(module) or why_overwritten(model, path):
+        elif reason := why_not_adapted(module) or why_overwritten(model, path) or _why_not_served(module, config):
             reasons[path] = reason
     if left_out and len(left_out) == len(targets) and not config.target_parameters:
         reasons = left_out
@@ -158,6 +158,10 @@ def _why_not_here(model: nn.Module, path: str, r: int, seen: Probe) -> str | Non
     return None
 
 
+def _why_not_served(module: nn.Module, config: DoraConfig) -> str | None:
+    return why_not_merge_aware(module) if config.merge_aware else None
+
+
 def _warn_of_left_out(model: nn.Module, left_out: dict[str, str], config: DoraConfig) -> None:
     if left_out:
         reasons = listed({f"{path} {reason}" for path, reason in left_out.items()}, "; ")
@@ -186,6 +190,7 @@ def _dora_layer(path: str, module: nn.Module, config: DoraConfig) -> DoraLayer:
         impl=config.impl,
         rounding=config.rounding,
         nf4_parity=config.nf4_parity,
+        merge_aware=config.merge_aware,
         # Layers of equal shape must not share a rounding pattern; the path is the same in every run and process.
         salt=zlib.crc32(path.encode()),
     )

@@ -34,7 +34,7 @@ class ReadHead(DoraLinear):
                 )
             self.merged = dora_weight(
                 self.base_weight, *self.factors, scaling=self.scaling, dtype=self.base_dtype,
-                rounding=Rounding(self.rounding, self.salt), impl=self.impl,
+                rounding=Rounding(self.rounding, self.salt), impl=self.impl, merge_aware=self.merge_aware,
             )  # fmt: skip
         return self.merged
 

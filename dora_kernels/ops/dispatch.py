@@ -17,6 +17,7 @@ from .base_weights import Packed, Weight, dense, note_of, readable
 from .gpus import HALF_PRODUCT_SPEEDUP, MIN_CAPABILITY, RANK_PER_BYTE, SHORTEST_LAUNCH, WEIGHT_SPACE_FACTOR
 from .overhead import Overhead, layer_overhead
 from .problem import Problem
+from .served import served_norm, served_weight, unquantised
 from .types import Rounding
 
 try:
@@ -63,6 +64,12 @@ def choose(problem: Problem, space: str = "auto", impl: str = "auto", overhead: 
         only_token = "dropout needs x Wᵀ and x Aᵀ apart"
     elif problem.dtype == torch.float16 and problem.trains_magnitude:
         only_token = "in fp16 the gradient of the magnitude underflows unless x Wᵀ is kept"
+    if problem.merge_aware:
+        if only_token or space == "token":
+            reason = only_token or 'space="token" was asked for'
+            raise ValueError(f"merge_aware quantises the merged weight, and so needs weight space: {reason}")
+        reason = "weight space: merge_aware quantises the merged weight as it will be served, in PyTorch"
+        return Plan("weight", impl, f"{reason}; {impl_reason}")
     if space == "weight" and only_token:
         raise ValueError(f'space="weight" cannot run this call: {only_token}; use space="token" or "auto"')
     if space != "auto":
@@ -112,11 +119,23 @@ def merged_weight(
     dtype: torch.dtype | None,
     rounding: Rounding,
     impl: str = "auto",
+    merge_aware: bool = False,
 ) -> torch.Tensor:
-    """W' = g ⊙ (W + s B A) [N, K], in fp32, rounded once to `dtype`, or to the weight's."""
+    """W' = g ⊙ (W + s B A) [N, K], in fp32, rounded once to `dtype`, or to the weight's; Q(W') with `merge_aware`."""
     with operations_for(weight, impl) as (ops, base):
         dtype = dtype or weight.dtype
+        if merge_aware:
+            return served_weight(ops, base, lora_A, lora_B, magnitude, scaling, dtype=dtype)[0]
         return ops.merge(base, lora_A, lora_B, magnitude, scaling, dtype=dtype, rounding=rounding)[0]
+
+
+def unquantised_weight(
+    weight: Weight, lora_A: torch.Tensor, lora_B: torch.Tensor, magnitude: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """W' [N, K] in fp32, as `merge_aware` and export quantise it."""
+    with operations_for(weight) as (ops, base):
+        norm_scale = served_norm(ops, base, lora_A, lora_B, magnitude, scaling)
+        return unquantised(ops, base, lora_A, lora_B, norm_scale, scaling)
 
 
 def choose_impl(device: torch.device, impl: str = "auto") -> tuple[str, str]:

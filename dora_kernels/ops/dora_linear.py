@@ -44,6 +44,7 @@ from .forms import (
 from .output import OutputUse, note_written, shared_with_the_model
 from .problem import problem_of
 from .recomputation import remember_norm, remembered_norm
+from .served import why_not_served
 from .types import NormScale, Rounding
 
 
@@ -63,8 +64,9 @@ class DoraLinearFunction(torch.autograd.Function):
         with dispatch.on_device_of(x), dispatch.without_autocast(x.device):
             y, saved = form(dispatch.implementation(call.impl), call, inputs, needs)
         factors = lora_A, lora_B, magnitude
-        remember_norm(call.output_use, factors, call.scaling, saved.norm_scale)
-        if given is None and call.trains:
+        if not call.merge_aware:  # its n is summed in another way
+            remember_norm(call.output_use, factors, call.scaling, saved.norm_scale)
+        if given is None and call.trains and not call.merge_aware:
             keep_norm(call.output_use, factors, call.scaling, saved.norm_scale)
         ctx.call = call
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:6]]
@@ -115,6 +117,7 @@ def dora_linear(
     salt: int = 0,
     frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None,
     output_use: OutputUse | None = None,
+    merge_aware: bool = False,
 ) -> torch.Tensor:
     """g ⊙ (x Wᵀ + s x Aᵀ Bᵀ) + b with g = m / ‖W + s B A‖, the norm detached (DoRA, arXiv 2402.09353 §4.3).
 
@@ -139,6 +142,8 @@ def dora_linear(
         frozen_scale: (n, g) of these very parameters, for inference only.
         output_use: shared by the calls of one layer. A backward that finds the output written over in place, which
             costs it one more GEMM, lets later calls return a copy.
+        merge_aware: multiply with W' as it will be served: quantised in the weight's own format, or rounded to its
+            dtype, to nearest, with a straight-through gradient. In weight space; PyTorch finds the codes.
 
     Returns:
         [..., out_features] in x's dtype (under autocast: autocast's).
@@ -151,6 +156,8 @@ def dora_linear(
     if type(weight).__name__ == "Params4bit":
         weight = of_params4bit(weight, weight.quant_state, nf4_parity=nf4_parity)
     check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_dropout, dropout_mode)
+    if merge_aware and (reason := why_not_served(weight)):
+        raise ValueError(f"merge_aware quantises the merged weight in its base's format, and this weight {reason}")
     dtype = dtype_of_call(x, weight)
     trainable = any(t is not None and t.requires_grad for t in (x, lora_A, lora_B, magnitude, bias))
     # Reentrant checkpointing runs the first forward without gradients: in training mode it must take the same form, and
@@ -160,15 +167,19 @@ def dora_linear(
         raise ValueError("frozen_scale is for inference: run under torch.no_grad(), or leave it out to train")
     dropout = dropout_mode if training and lora_dropout > 0 else None
     tokens = math.prod(x.shape[:-1])
-    problem = problem_of(weight, lora_A, magnitude, bias, tokens=tokens, dtype=dtype, dropout=dropout, trains=trains)
+    problem = problem_of(
+        weight, lora_A, magnitude, bias, tokens=tokens, dtype=dtype, dropout=dropout, trains=trains,
+        merge_aware=merge_aware,
+    )  # fmt: skip
     plan = dispatch.choose(problem, space, impl)
     # PEFT casts before it drops: the mask is the same either way.
     x_dropped = None if dropout is None else F.dropout(x, lora_dropout).to(dtype).reshape(tokens, x.shape[-1])
     x_flat = x.to(dtype).reshape(tokens, x.shape[-1])
     given = None if frozen_scale is None else NormScale(*frozen_scale)
-    if trains:
+    if trains and not merge_aware:
         given = known_norm(plan.impl, output_use, weight, (lora_A, lora_B, magnitude), float(scaling))
-    call = Call(plan.space, plan.impl, float(scaling), Rounding(rounding, int(salt)), dropout, trains, output_use)
+    rounded = Rounding(rounding, int(salt))
+    call = Call(plan.space, plan.impl, float(scaling), rounded, dropout, trains, output_use, merge_aware)
     y = DoraLinearFunction.apply(x_flat, x_dropped, lora_A, lora_B, magnitude, bias, weight, given, call)
     return y.view(*x.shape[:-1], weight.shape[0])
 

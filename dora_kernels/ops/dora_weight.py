@@ -11,6 +11,7 @@ import torch
 from . import dispatch
 from .base_weights import Weight, dense, readable
 from .chunked import mm_fp32, row_chunks
+from .served import served_weight
 from .types import Rounding
 
 
@@ -18,12 +19,14 @@ class DoraWeightFunction(torch.autograd.Function):
     """W' [N, K] in `dtype`, and the gradients of A, B and m. Beside W' itself nothing of its size is kept."""
 
     @staticmethod
-    def forward(ctx, lora_A, lora_B, magnitude, weight, scaling, dtype, rounding, impl):
+    def forward(ctx, lora_A, lora_B, magnitude, weight, scaling, dtype, rounding, impl, merge_aware):
         ops = dispatch.implementation(impl)
         with dispatch.on_device_of(lora_A), dispatch.without_autocast(lora_A.device):
-            merged, norm_scale = ops.merge(
-                readable(weight), lora_A, lora_B, magnitude, scaling, dtype=dtype, rounding=rounding
-            )
+            factors = readable(weight), lora_A, lora_B, magnitude, scaling
+            if merge_aware:
+                merged, norm_scale = served_weight(ops, *factors, dtype=dtype)
+            else:
+                merged, norm_scale = ops.merge(*factors, dtype=dtype, rounding=rounding)
         ctx.scaling, ctx.impl, ctx.magnitude_dtype = scaling, impl, magnitude.dtype
         # A quantised weight is no tensor: its library's memory, which nothing here writes.
         ctx.quantized = None if isinstance(weight, torch.Tensor) else weight
@@ -54,7 +57,7 @@ class DoraWeightFunction(torch.autograd.Function):
                 # V is zero there: no gradient passes, as in `dora_linear`.
                 zero = norm < torch.finfo(norm.dtype).tiny
                 grad_magnitude = torch.where(zero, torch.zeros_like(sums), sums / norm).to(ctx.magnitude_dtype)
-        return grad_A, grad_B, grad_magnitude, None, None, None, None, None
+        return grad_A, grad_B, grad_magnitude, None, None, None, None, None, None
 
 
 def dora_weight(
@@ -67,10 +70,13 @@ def dora_weight(
     dtype: torch.dtype,
     rounding: Rounding,
     impl: str = "auto",
+    merge_aware: bool = False,
 ) -> torch.Tensor:
     """W' [out_features, in_features] in `dtype`, differentiable in `lora_A`, `lora_B` and `magnitude`, once.
 
     The arguments are those of `dora_linear`.
     """
     impl, _ = dispatch.choose_impl(weight.device, impl)
-    return DoraWeightFunction.apply(lora_A, lora_B, magnitude, weight, float(scaling), dtype, rounding, impl)
+    return DoraWeightFunction.apply(
+        lora_A, lora_B, magnitude, weight, float(scaling), dtype, rounding, impl, merge_aware
+    )

@@ -10,6 +10,7 @@ from .base_weights import Weight, dense, readable
 from .chunked import mm_fp32
 from .output import OutputUse
 from .recomputation import is_selective, keeps_merged
+from .served import served_weight
 from .types import NormScale, Rounding
 
 
@@ -23,6 +24,7 @@ class Call(NamedTuple):
     dropout: str | None  # the mode, where dropout is active
     trains: bool
     output_use: OutputUse | None = None
+    merge_aware: bool = False
 
 
 class Inputs(NamedTuple):
@@ -83,7 +85,7 @@ class Saved(NamedTuple):
     def for_backward(self, needs: Gradients) -> "Saved":
         """Without what no gradient needs."""
         return self._replace(
-            lora_x=self.lora_x if needs.lora_A else None,
+            lora_x=self.lora_x if needs.lora_A or (needs.magnitude and self.product is None) else None,
             h=self.h if needs.lora_B or needs.magnitude else None,
             base_out=self.base_out if needs.magnitude else None,
             output=self.output if needs.magnitude else None,
@@ -164,14 +166,14 @@ def token_backward_without_A(
 def weight_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients) -> tuple[torch.Tensor, Saved]:
     """W' = g ⊙ (W + s B A) [N, K], then y = x W'ᵀ + b. h = x Aᵀ [M, R], for dB alone, waits for the backward."""
     x, _, lora_A, lora_B, magnitude, bias, weight, given = inputs
-    merged, norm_scale = ops.merge(
-        readable(weight), lora_A, lora_B, magnitude, call.scaling,
-        dtype=x.dtype, rounding=call.rounding, norm_scale=given,
-    )  # fmt: skip
+    merged, norm_scale = _merge(ops, call, weight, lora_A, lora_B, magnitude, x.dtype, given)
     # Where dA is not asked for, h is smaller to keep than x.
     h = _lora_product(ops, call, x, lora_A) if needs.lora_B and not needs.lora_A else None
     bias = None if bias is None else bias.to(x.dtype)
-    if needs.magnitude and bias is not None:
+    if call.merge_aware:
+        # dm is not read off y, which has the quantisation's error in it.
+        output, y = None, F.linear(x, merged, bias)
+    elif needs.magnitude and bias is not None:
         output = x @ merged.T
         y = output + bias
     else:
@@ -183,11 +185,16 @@ def weight_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients
 def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Saved, asked: Gradients) -> Gradients:
     """dm, dB and db in one pass; dh = dy (s g ⊙ B) [M, R] for dA alone; dx = dy W' [M, K].
 
-    W' is merged again with the saved n and g, unless the recomputation of a checkpointed forward kept it.
+    W' is merged again with the saved n and g, unless the recomputation of a checkpointed forward kept it. Where W' is
+    quantised, dm = Σ dy ⊙ (z + s h Bᵀ) / n takes z = x Wᵀ, one more GEMM: see `served`.
     """
     if asked.magnitude is not None and saved.product is None:
-        saved = saved._replace(output=F.linear(saved.lora_x, merged_again(ops, call, saved, grad_y.dtype)))
-    if asked.lora_B is not None and saved.h is None:
+        if call.merge_aware:
+            saved = saved._replace(base_out=F.linear(saved.lora_x, dense(saved.weight, grad_y.dtype, ops)))
+        else:
+            saved = saved._replace(output=F.linear(saved.lora_x, merged_again(ops, call, saved, grad_y.dtype)))
+    needs_h = asked.lora_B is not None or saved.base_out is not None
+    if needs_h and saved.h is None:
         saved = saved._replace(h=_lora_product(ops, call, saved.lora_x, saved.lora_A))
     grad_magnitude, grad_B, grad_bias, _ = rescale_backward(ops, call, grad_y, saved, asked)
     grad_x = grad_A = None
@@ -203,10 +210,17 @@ def merged_again(ops, call, saved, dtype):
     """W' [N, K], to the bits of the forward: what a recomputation left, or merged again."""
     if saved.merged is not None:
         return saved.merged
+    return _merge(ops, call, saved.weight, saved.lora_A, saved.lora_B, None, dtype, saved.norm_scale)[0]
+
+
+def _merge(ops, call, weight, lora_A, lora_B, magnitude, dtype, norm_scale):
+    """W' [N, K], or Q(W'), and n and g."""
+    weight = readable(weight)
+    if call.merge_aware:
+        return served_weight(ops, weight, lora_A, lora_B, magnitude, call.scaling, dtype=dtype, norm_scale=norm_scale)
     return ops.merge(
-        readable(saved.weight), saved.lora_A, saved.lora_B, None, call.scaling, dtype=dtype,
-        rounding=call.rounding, norm_scale=saved.norm_scale,
-    )[0]  # fmt: skip
+        weight, lora_A, lora_B, magnitude, call.scaling, dtype=dtype, rounding=call.rounding, norm_scale=norm_scale
+    )
 
 
 def _lora_product(ops, call, x, lora_A):

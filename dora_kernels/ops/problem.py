@@ -22,6 +22,7 @@ class Problem(NamedTuple):
     trains: bool = True
     trains_magnitude: bool = True
     is_packed: bool = False  # the weight is quantised, and the operations decode it
+    merge_aware: bool = False  # W' is quantised as it will be served
 
 
 def problem_of(
@@ -34,6 +35,7 @@ def problem_of(
     dtype: torch.dtype,
     dropout: str | None,
     trains: bool,
+    merge_aware: bool = False,
 ) -> Problem:
     """The problem of a call with these tensors, computed in `dtype`."""
     return Problem(
@@ -48,4 +50,5 @@ def problem_of(
         trains=trains,
         trains_magnitude=trains and magnitude.requires_grad,
         is_packed=is_packed(weight),
+        merge_aware=merge_aware,
     )

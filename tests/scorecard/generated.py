@@ -41,6 +41,10 @@ def strategies() -> dict:
         "impl": st.sampled_from(["auto", "triton", "reference", "cuda"]),
         "rounding": st.sampled_from(["dithered", "nearest", "up"]),
         "nf4_parity": st.booleans(),
+        "merge_aware": st.booleans(),
+        "fuse_blocks": st.sampled_from(["auto", False, "on"]),
+        "target_parameters": st.one_of(st.none(), st.lists(names, max_size=2)),
+        "expert_rank": st.sampled_from(["full", "active", "half"]),
     }
     assert sound.keys() == {field.name for field in fields(dk.DoraConfig)}
     unsound = st.dictionaries(st.one_of(st.sampled_from(list(sound)), st.sampled_from(["rank", "alpha", "R"])), wild)

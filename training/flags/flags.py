@@ -98,6 +98,11 @@ class Flags(Hardware, Adapter, Training, Data, Run):
         for name, package in needed:
             if getattr(self, name) and find_spec(package) is None:
                 raise ValueError(f"`--{name}` needs {package}: pip install {package.replace('_', '-')}")
+        if self.merge_aware and self.by_peft:
+            raise ValueError(
+                "`--merge_aware` is for the engine's DoRA: PEFT, which --use_peft, --no_use_dora and other tasks than "
+                "sft take, has no merged weight to quantise"
+            )
         if self.lora_target_parameters and self.by_peft:
             raise ValueError(
                 "`--lora_target_parameters` is for the engine's DoRA: PEFT, which --use_peft, --no_use_dora and other "
@@ -144,6 +149,7 @@ class Flags(Hardware, Adapter, Training, Data, Run):
             impl=self.impl,
             rounding=self.rounding,
             fuse_blocks=self.blocks,
+            merge_aware=self.merge_aware,
         )
 
     @property
@@ -225,5 +231,6 @@ def _with_flag_names(text: str) -> str:
         "target_parameters": "lora_target_parameters",
     }.items():
         text = text.replace(f"`{field_}`", f"`--{flag_}`")
-    same = "lora_alpha|expert_rank|lora_dropout|impl|exclude_modules|modules_to_save|rank_pattern|alpha_pattern"
+    same = "lora_alpha|expert_rank|lora_dropout|impl|exclude_modules|modules_to_save|rank_pattern|alpha_pattern|space"
+    same += "|merge_aware"
     return re.sub(rf"`({same})`", r"`--\1`", text)

@@ -132,6 +132,9 @@ class Adapter:
     modules_to_save: str = flag(
         "", "comma-separated modules to train in full and save with the adapter", "lora_modules_to_save"
     )
+    merge_aware: bool = flag(
+        False, "train with the merged weight quantised in the base's format, as `export --to` that format writes it"
+    )
     rank_pattern: str = flag("", "other ranks by module name: q_proj=32,v_proj=8")
     alpha_pattern: str = flag("", "other alphas by module name")
 
