@@ -71,6 +71,8 @@ def _engine_adapter(model: PreTrainedModel, flags: Flags) -> Adapter:
 
 
 def _blocks_of(model: torch.nn.Module) -> str:
+    if getattr(getattr(model, "dora_config", None), "merge_aware", False):
+        return "; merged weights are quantised as they will be served"
     mlps = sum(isinstance(block, FusedMlp) for block in fused_blocks(model).values())
     return f", {mlps} MLP{'s' * (mlps > 1)} as one function each" if mlps else ""
 
