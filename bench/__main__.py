@@ -22,6 +22,7 @@ COMMANDS = {
     "roofs": "measure what a GPU reaches: copies, L2, products of each format, the shortest launch",
     "day": "all that is measured on a GPU at hand, in slices of some minutes; --rehearse runs it on a CPU",
     "step": "train the embedded model, ours and PEFT's on the same data and seed: loss curves",
+    "recovery": "train the embedded model in each format, merge-aware and not: what merging back keeps of the tune",
     "questions": "time the choices that the design rests on, each against its alternative",
     "predict": "the tables of kernels, layer, block, model and experts for a GPU that is not here, from counted bytes",
     "report": "tables and plots from committed results",

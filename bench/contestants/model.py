@@ -14,11 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dora_kernels as dk
 
+from ..installation import training
 from ..measuring.shapes import MODELS, Run
 from ..measuring.timing import release
 from ..rows.compare import FUSED_GLU
 from .fused_glu import fuse_glu, why_no_fused_glu
 from .layer import ALPHA_OVER_RANK, DTYPE_NAMES, patch
+
+layers = training("quantised_linear")
 
 POSITIONS = 64  # whose logits are compared
 Adapt = Callable[[nn.Module], nn.Module]
@@ -26,7 +29,7 @@ Adapt = Callable[[nn.Module], nn.Module]
 
 
 def build_base(run: Run, dtype: torch.dtype, device: torch.device, vocabulary: int = 0) -> nn.Module:
-    """The frozen model, random weights in `dtype`, its linear layers in 4 bits if asked for.
+    """The frozen model, random weights in `dtype`, its linear layers in the format that is asked for.
 
     `vocabulary`: another size than the model's own.
     """
@@ -46,32 +49,41 @@ def build_base(run: Run, dtype: torch.dtype, device: torch.device, vocabulary: i
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if run.quantize:
-        quantize(model, dtype, device)
+        quantize(model, run.quantize, dtype)
     return model.requires_grad_(False)
 
 
-def quantize(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Replaces the decoder's linear layers by bitsandbytes' NF4 ones, as loading with `load_in_4bit` would."""
+def quantize(model: nn.Module, form: str, dtype: torch.dtype) -> None:
+    """Replaces the decoder's linear layers by those of a format: bitsandbytes' NF4, as loading with `load_in_4bit`
+    would, or one of `training.quantised_linear`."""
+    for parent in list(model.model.modules()):
+        for name, linear in list(parent.named_children()):
+            if isinstance(linear, nn.Linear):
+                nf4 = form == "nf4"
+                setattr(parent, name, in_nf4(linear, dtype) if nf4 else layers.quantised_linear(linear, form))
+    if form == "nf4":
+        model.is_loaded_in_4bit = True  # by which PEFT knows
+    release()
+
+
+def in_nf4(linear: nn.Linear, dtype: torch.dtype) -> nn.Module:
+    """bitsandbytes' NF4 layer of this one's values, which computes in `dtype`. Raises RuntimeError without the
+    library."""
     try:
         import bitsandbytes
     except ImportError as error:
         raise RuntimeError(f"--quantize nf4 needs bitsandbytes, which cannot be imported: {error}") from None
-    for parent in list(model.model.modules()):
-        for name, linear in list(parent.named_children()):
-            if isinstance(linear, nn.Linear):
-                four_bit = bitsandbytes.nn.Linear4bit(
-                    linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype,
-                    quant_type="nf4", device="meta",
-                )  # fmt: skip
-                if device.type == "meta":
-                    four_bit.weight = empty_nf4(linear.weight)
-                else:
-                    data = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
-                    four_bit.weight = data.to(device)
-                four_bit.bias = linear.bias
-                setattr(parent, name, four_bit)
-    model.is_loaded_in_4bit = True  # by which PEFT knows
-    release()
+    four_bit = bitsandbytes.nn.Linear4bit(
+        linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype, quant_type="nf4",
+        device="meta",
+    )  # fmt: skip
+    if linear.weight.is_meta:
+        four_bit.weight = empty_nf4(linear.weight)
+    else:
+        data = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        four_bit.weight = data.to(linear.weight.device)
+    four_bit.bias = linear.bias
+    return four_bit
 
 
 def empty_nf4(weight: torch.Tensor) -> nn.Parameter:
