@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 import dora_kernels as dk
@@ -27,8 +26,8 @@ from dora_kernels.layers.support import why_not_class
 from dora_kernels.models.expert_targets import how_to_adapt
 from dora_kernels.models.targets import find_targets
 
+from .planning.formats import weight_bytes
 from .planning.losses import LOSSES
-from .planning.nf4 import linears_to_quantize, nf4_bytes
 from .planning.step import Counted, CountedModel, Step
 
 # The share of a card's memory that a step may use. The rest is for the CUDA context, libraries and fragmentation. An
@@ -56,16 +55,16 @@ class Memory(NamedTuple):
 class Planned:
     """A model to be counted, and what was counted of it. `notes` are sentences on what is not as one might expect."""
 
-    def __init__(self, model: PreTrainedModel, dora: dk.DoraConfig, quantize: bool):
+    def __init__(self, model: PreTrainedModel, dora: dk.DoraConfig, base_format: str):
         targets = find_targets(model, dora) if dora.target_modules else {}
         self.config, self.can_checkpoint = model.config, model.supports_gradient_checkpointing
-        self.weights = weight_bytes(model, quantize)
+        self.weights = weight_bytes(model, base_format)
         self.notes = list(_notes(model, dora))
         self._steps: dict[tuple, dict[int, Step]] = {}
         for path in targets:
             why_not_class(model.get_submodule(path))  # remembered: it tries out small layers, which need values
         with self._refused(but=ValueError):  # which names the targets
-            self._model = CountedModel(model, dora, list(targets), quantize)
+            self._model = CountedModel(model, dora, list(targets), base_format)
         self.trained = self._model.trained()
         if left_out := len(targets) - self.trained.layers:
             self.notes.append(f"{left_out} of {len(targets)} linear layers stay frozen: training says why")
@@ -106,8 +105,8 @@ def _notes(model: PreTrainedModel, dora: dk.DoraConfig) -> Iterator[str]:
             yield f"{sum(experts.values()):,} parameters of fused experts stay frozen: {how_to_adapt(model)}"
 
 
-def planned_model(config: PretrainedConfig, dora: dk.DoraConfig | None = None, *, quantize: bool = False) -> Planned:
-    """The model of `config`, with the adapters of `dora`.
+def planned_model(config: PretrainedConfig, dora: dk.DoraConfig | None = None, *, base_format: str = "") -> Planned:
+    """The model of `config`, with the adapters of `dora`; its linear layers in one of `formats.NAMES`, or in bf16.
 
     Raises:
         ValueError: transformers cannot build the model, its layers cannot be adapted, or not be counted.
@@ -120,7 +119,7 @@ def planned_model(config: PretrainedConfig, dora: dk.DoraConfig | None = None, *
         raise ValueError(
             f"no causal language model can be built of this {config.model_type} config: {reason}"
         ) from None
-    return Planned(model, dora or dk.DoraConfig(), quantize)
+    return Planned(model, dora or dk.DoraConfig(), base_format)
 
 
 def predict(
@@ -160,11 +159,3 @@ def largest_batch(planned: Planned, card_gib: float, **step) -> int:
     while peak(too_many) <= budget:
         fitting, too_many = too_many, 2 * too_many
     return fitting - 1 + bisect_right(range(fitting, too_many), budget, key=peak)
-
-
-def weight_bytes(model: nn.Module, quantize: bool) -> int:
-    """Bytes of the base in bf16, or with `quantize` its linear layers but the head in NF4."""
-    total = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    for linear in linears_to_quantize(model).values() if quantize else ():
-        total += nf4_bytes(linear.weight.numel()) - linear.weight.nbytes
-    return total

@@ -17,6 +17,7 @@ import dora_kernels as dk
 from .command_line import command_line, module_names
 from .known_models import KNOWN_MODELS, ModelSizes
 from .memory_model import Planned, largest_batch, planned_model, predict
+from .planning.formats import NAMES, base_format_of
 from .spelling import spelled
 
 MANY_TOKENS = 2**20
@@ -48,6 +49,10 @@ class Flags:
 
     base_model: str = HfArg(default="", help="folder with a config.json, that file, or a hub id; no weights are read")
     quantize: bool = HfArg(default=False, help="base in 4 bits (NF4, double quantisation)")
+    base_format: Literal["", "nf4", "fp8", "int4", "nvfp4", "mxfp4"] = HfArg(
+        default="", help="format of the base's linear layers; default: what its config says, else bf16"
+    )
+    merge_aware: bool = HfArg(default=False, help="quantise the merged weight in every step, as it will be served")
     cutoff_len: int = HfArg(default=512, help="tokens of a row; all rows are taken to be full")
     batch_size: int = HfArg(default=1, help="rows per forward pass")
     lora_r: int = HfArg(default=16, help="rank of the adapter")
@@ -73,8 +78,14 @@ class Flags:
         for size in self.card:
             if not 0 < size < math.inf:
                 raise ValueError(f"`--card` should be a positive number of GiB but the value passed is {size:g}")
+        if self.quantize and self.base_format not in ("", "nf4"):
+            raise ValueError(f"`--quantize` is NF4, and does not go with --base_format {self.base_format}")
         if self.use_liger and self.whole_logits:
             raise ValueError("`--use_liger` does not go with --whole_logits: leave one of them out")
+
+    def format_of(self, config: PretrainedConfig) -> str:
+        """One of `formats.NAMES`, or "" for bf16. Raises ValueError for a base that is quantised in another way."""
+        return "nf4" if self.quantize else self.base_format or base_format_of(config)
 
     @property
     def loss(self) -> str:
@@ -107,13 +118,14 @@ def read_config(base_model: str) -> PretrainedConfig:
 
 def report(config: PretrainedConfig, flags: Flags) -> Iterator[str]:
     """Memory by part, and the largest batch of each card."""
-    planned = _planned(config, flags)
+    base_format = flags.format_of(config)
+    planned = _planned(config, flags, base_format)
     ways = [False, True] if flags.activation_checkpointing is None else [flags.activation_checkpointing]
     if not planned.can_checkpoint:
         ways = [False]
     steps = [{"cutoff_len": flags.cutoff_len, "activation_checkpointing": way, "loss": flags.loss} for way in ways]
     yield (
-        f"{config.model_type}, base in {'NF4' if flags.quantize else 'bf16'}; DoRA of rank {flags.lora_r} on "
+        f"{config.model_type}, base in {NAMES.get(base_format, 'bf16')}; DoRA of rank {flags.lora_r} on "
         f"{planned.trained.layers} layers; {flags.batch_size} × {flags.cutoff_len} tokens"
     )
     yield from planned.notes
@@ -137,8 +149,8 @@ def table(flags: Flags) -> Iterator[str]:
     yield "| prediction | peak at batch 1 | " + " | ".join(f"{card:g} GB" for card in cards) + " |"
     yield "|---|---|" + "---|" * len(cards)
     for name, config in EXAMPLES.items():
-        for quantize in (False, True):
-            planned = _planned(config, flags, quantize)
+        for base_format in ("", "nf4", "fp8"):
+            planned = _planned(config, flags, base_format)
             steps = [
                 {"cutoff_len": flags.cutoff_len, "activation_checkpointing": way, "loss": flags.loss}
                 for way in (True, False)
@@ -146,10 +158,10 @@ def table(flags: Flags) -> Iterator[str]:
             peaks = " / ".join(_size(predict(planned, batch_size=1, **step).peak) for step in steps)
             batches = [_largest(planned, cards, step) for step in steps]
             cells = [" / ".join(map(_batch, both)) for both in zip(*batches)]
-            yield f"| {name}, {'NF4' if quantize else 'bf16'} | {peaks} | " + " | ".join(cells) + " |"
+            yield f"| {name}, {NAMES.get(base_format, 'bf16')} | {peaks} | " + " | ".join(cells) + " |"
 
 
-def _planned(config: PretrainedConfig, flags: Flags, quantize: bool | None = None) -> Planned:
+def _planned(config: PretrainedConfig, flags: Flags, base_format: str) -> Planned:
     return planned_model(
         config,
         dk.DoraConfig(
@@ -157,8 +169,9 @@ def _planned(config: PretrainedConfig, flags: Flags, quantize: bool | None = Non
             target_modules=module_names(flags.lora_target_modules),
             target_parameters=module_names(flags.lora_target_parameters) if flags.lora_target_parameters else None,
             fuse_blocks=flags.fuse_blocks == "auto" and "auto",
+            merge_aware=flags.merge_aware,
         ),
-        quantize=flags.quantize if quantize is None else quantize,
+        base_format=base_format,
     )
 
 

@@ -29,9 +29,11 @@ from tests.support.stand_in_gpu import users_of_mm_fp32
 from tests.support.tiny_models import checkpoint_activations
 from tests.tolerances import PLAN
 from training import memory_model
-from training.memory_model import nf4_bytes, planned_model, predict
+from training.memory_model import planned_model, predict
 from training.plan import main
 from training.planning import losses, step
+from training.planning.nf4 import nf4_bytes
+from training.quantised_linear import quantised_linear
 
 SIZES = {
     "vocab_size": 160,
@@ -103,11 +105,21 @@ def quantized(model):
     return model
 
 
-def count(config, batch_size, cutoff_len, *, quantize=False, checkpointing=False, loss="whole", **options):
+def in_format(model, base_format):
+    """Every linear but the head in the format."""
+    if base_format == "nf4":
+        return quantized(model)
+    for path, module in list(model.named_modules()):
+        if base_format and isinstance(module, torch.nn.Linear) and path != "lm_head":
+            model.set_submodule(path, quantised_linear(module, base_format))
+    return model
+
+
+def count(config, batch_size, cutoff_len, *, base_format="", checkpointing=False, loss="whole", **options):
     """Bytes before the step, with all gradients and moments; and the peak of the step, as training takes it."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     adapter = dk.DoraConfig(**{"r": RANK} | options, impl="triton")
-    model = dk.apply_dora(quantized(model) if quantize else model, adapter).train()
+    model = dk.apply_dora(in_format(model, base_format), adapter).train()
     if checkpointing:
         checkpoint_activations(model)
     forward = prepare(model, loss)
@@ -150,12 +162,12 @@ def prepare(model, loss):
     return lambda tokens: model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
 
-def assert_predicted(config, batch_size, cutoff_len, *, quantize=False, checkpointing=False, loss="whole", **options):
+def assert_predicted(config, batch_size, cutoff_len, *, base_format="", checkpointing=False, loss="whole", **options):
     """`options` are `DoraConfig`'s."""
     step = {"checkpointing": checkpointing, "loss": loss}
-    before, peak = count(config, batch_size, cutoff_len, quantize=quantize, **step, **options)
+    before, peak = count(config, batch_size, cutoff_len, base_format=base_format, **step, **options)
     plan = predict(
-        planned_model(config, dk.DoraConfig(**{"r": RANK} | options), quantize=quantize),
+        planned_model(config, dk.DoraConfig(**{"r": RANK} | options), base_format=base_format),
         batch_size=batch_size,
         cutoff_len=cutoff_len,
         activation_checkpointing=checkpointing,
@@ -170,15 +182,15 @@ def assert_predicted(config, batch_size, cutoff_len, *, quantize=False, checkpoi
 
 @pytest.mark.parametrize("shape", [(1, 128), (2, 128), (4, 96)], ids=str)
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("quantize", [False, True], ids=["dense", "nf4"])
-def test_the_peak_of_a_step(quantize, checkpointing, shape):
-    assert_predicted(LlamaConfig(**SIZES), *shape, quantize=quantize, checkpointing=checkpointing)
+@pytest.mark.parametrize("base_format", ["", "nf4"], ids=["dense", "nf4"])
+def test_the_peak_of_a_step(base_format, checkpointing, shape):
+    assert_predicted(LlamaConfig(**SIZES), *shape, base_format=base_format, checkpointing=checkpointing)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("quantize", [False, True], ids=["dense", "nf4"])
-def test_the_peak_of_a_step_without_blocks(quantize, checkpointing):
-    step = {"quantize": quantize, "checkpointing": checkpointing}
+@pytest.mark.parametrize("base_format", ["", "nf4"], ids=["dense", "nf4"])
+def test_the_peak_of_a_step_without_blocks(base_format, checkpointing):
+    step = {"base_format": base_format, "checkpointing": checkpointing}
     assert_predicted(LlamaConfig(**SIZES), 2, 128, fuse_blocks=False, **step)
 
 
@@ -225,12 +237,12 @@ def test_what_lies_outside_the_decoder():
 
 
 @pytest.mark.parametrize(
-    ("quantize", "intermediate_size", "tokens"), [(False, 512, 256), (True, 1024, 128)], ids=["dense", "nf4"]
+    ("base_format", "intermediate_size", "tokens"), [("", 512, 256), ("nf4", 1024, 128)], ids=["dense", "nf4"]
 )
-def test_few_tokens_for_the_weight(quantize, intermediate_size, tokens):
+def test_few_tokens_for_the_weight(base_format, intermediate_size, tokens):
     """Dense weights run in token space and a norm's backward is the highest; of NF4 it is W' beside the tokens' own."""
     sizes = {"hidden_size": 512, "intermediate_size": intermediate_size, "num_hidden_layers": 1}
-    assert_predicted(LlamaConfig(**SIZES | sizes), 1, tokens, quantize=quantize, checkpointing=True)
+    assert_predicted(LlamaConfig(**SIZES | sizes), 1, tokens, base_format=base_format, checkpointing=True)
 
 
 def test_tied_embeddings_count_once():
@@ -344,3 +356,46 @@ def test_what_cannot_be_is_one_sentence(arguments, message, tmp_path, capsys):
     said = str(stopped.value) if isinstance(stopped.value.code, str) else capsys.readouterr().err
     assert message.format(tmp=tmp_path) in said
     assert "\n" not in said.strip().split("error: ")[-1]
+
+
+FORMAT_SIZES = {"hidden_size": 128, "intermediate_size": 256}
+"""Which groups of 128 and of 32 divide."""
+
+
+@pytest.mark.parametrize("merge_aware", [False, True], ids=["plain", "merge_aware"])
+@pytest.mark.parametrize("base_format", ["fp8", "int4", "nvfp4", "mxfp4"])
+def test_the_peak_of_a_step_over_a_format(base_format, merge_aware):
+    step = {"base_format": base_format, "merge_aware": merge_aware, "checkpointing": merge_aware}
+    assert_predicted(LlamaConfig(**SIZES | FORMAT_SIZES), 2, 128, **step)
+
+
+def test_the_peak_of_a_step_that_is_merge_aware():
+    assert_predicted(LlamaConfig(**SIZES), 2, 128, merge_aware=True)
+    assert_predicted(LlamaConfig(**SIZES), 2, 128, base_format="nf4", merge_aware=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (None, "bf16"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "FP8"),
+        ({"quant_method": "gptq", "bits": 4}, "int4"),
+        ({"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}, "MXFP4"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "NVFP4"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "NF4"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_format_is_what_the_config_says(fields, expected, tmp_path, capsys):
+    LlamaConfig(**SIZES | FORMAT_SIZES, quantization_config=fields).save_pretrained(tmp_path)
+    main([f"--base_model={tmp_path}", "--card=24"])
+    assert f"llama, base in {expected}; DoRA" in capsys.readouterr().out
+
+
+def test_a_format_that_is_not_known_is_refused(tmp_path):
+    LlamaConfig(**SIZES, quantization_config={"quant_method": "aqlm"}).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="the base is quantised by aqlm, which cannot be planned"):
+        main([f"--base_model={tmp_path}"])
+    main([f"--base_model={tmp_path}", "--base_format=nf4", "--card=24"])
+    with pytest.raises(SystemExit, match="`--quantize` is NF4, and does not go with --base_format fp8"):
+        main([f"--base_model={tmp_path}", "--base_format=fp8", "--quantize"])

@@ -7,6 +7,7 @@ from transformers import AutoConfig
 
 from ..flags import Flags
 from ..memory_model import largest_batch, planned_model, predict
+from ..planning.formats import base_format_of
 
 HIGH_RANK, HIGH_RATE = 128, 2e-4
 """From this rank on, runs with this learning rate have been reported to diverge."""
@@ -28,7 +29,7 @@ def batch_advice(flags: Flags, card_gib: float) -> Iterator[str]:
     """Whether the run fits a card of so many GiB, and which batch would fill it, by `dora-plan`'s prediction."""
     try:
         config = AutoConfig.from_pretrained(flags.base_model, trust_remote_code=flags.trust_remote_code)
-        plan = planned_model(config, flags.dora, quantize=flags.quantize)
+        plan = planned_model(config, flags.dora, base_format="nf4" if flags.quantize else base_format_of(config))
     except (ValueError, OSError):
         return  # a model that cannot be counted
     step = {"cutoff_len": flags.cutoff_len, "loss": "liger" if flags.use_liger else "tiled"}

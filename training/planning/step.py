@@ -27,9 +27,10 @@ from dora_kernels.models.targets import unmatched_targets
 from .attention import fused_attention
 from .decoder import Passing, Running, examples, kinds, reduce
 from .fake_gpu import fake_gpu, fake_module, fake_tensor
+from .formats import layer_in
 from .held import HeldBytes
 from .losses import STAND_INS, TRL_TILE
-from .nf4 import Nf4Linear, linears_to_quantize
+from .nf4 import linears_to_quantize
 
 aten, prim = torch.ops.aten, torch.ops.prim
 MOST_OPERATIONS = 20_000
@@ -132,7 +133,7 @@ class CountedModel:
         ValueError: its layers cannot be adapted, or not be counted.
     """
 
-    def __init__(self, model: PreTrainedModel, config: dk.DoraConfig, targets: list[str], quantize: bool):
+    def __init__(self, model: PreTrainedModel, config: dk.DoraConfig, targets: list[str], base_format: str):
         self.model, self._mode = model, FakeTensorMode()
         self._examples = examples(kinds(model, targets))
         reduce(model, self._examples)
@@ -142,8 +143,8 @@ class CountedModel:
         with fake_gpu(mode=self._mode), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fake_module(model, fake_tensor)
-            for path, linear in linears_to_quantize(model).items() if quantize else ():
-                model.set_submodule(path, Nf4Linear(linear))
+            for path, linear in linears_to_quantize(model).items() if base_format else ():
+                model.set_submodule(path, layer_in(linear, base_format))
             dk.apply_dora(model, config).train()
             for parameter in model.parameters():
                 if parameter.requires_grad:
