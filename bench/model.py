@@ -17,7 +17,7 @@ from .contestants.model import Contestant, First, Trained, adapted, build_base, 
 from .gates.layer import error
 from .gates.model import Gate, worst
 from .measuring.memory import peak_bytes
-from .measuring.shapes import MODELS, Run
+from .measuring.shapes import MODELS, QUANTISED, Run
 from .measuring.timing import attempt, interleaved, release
 from .rows.compare import group_table
 from .rows.session import Session
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sequence", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward")
-    parser.add_argument("--quantize", choices=["nf4"], default="", help="4-bit base weights, by bitsandbytes")
+    parser.add_argument("--quantize", choices=QUANTISED, default="", help="format of the base's linear layers")
 
 
 def main(args: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ from .counting.roofs import longest
 from .measuring.shapes import (
     EXPERTS,
     MODELS,
+    QUANTISED,
     ExpertShape,
     Preset,
     Run,
@@ -156,7 +157,9 @@ def _table(found: dict[str, dict], args: argparse.Namespace) -> Iterator[str]:
 
 
 def _models(args: argparse.Namespace) -> Iterator[str]:
-    for rank, quantize, checkpointing in itertools.product(args.ranks, ("", "nf4"), (False, True)):
+    dense_and_nf4 = itertools.product(args.ranks, ("", "nf4"), (False, True))
+    # Other formats at one rank: what differs is the decoder.
+    for rank, quantize, checkpointing in (*dense_and_nf4, *((args.ranks[0], form, True) for form in QUANTISED[1:])):
         run = Run(args.model, args.layers, args.batch, args.sequence, rank, checkpointing, quantize)
         found = predict_model(run, DTYPES[args.dtype], ROOFS[args.gpu], limit_of(args))
         of_run = title(run._asdict() | {"dtype": args.dtype})

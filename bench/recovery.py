@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dora_kernels as dk
 from dora_kernels.models.modules import dora_layers
+from dora_kernels.ops.base_weights import keep_packing
 
 from .contestants.model import in_nf4
 from .installation import training
@@ -26,14 +27,14 @@ from .rows.tables import table
 demo, batches, loop, evaluate = map(training, ("demo", "minimal.batches", "minimal.loop", "minimal.evaluate"))
 quantised_linear = training("quantised_linear")
 
-FORMATS = ("nf4", "fp8", "int4", "nvfp4")
+FORMATS = ("nf4", "int4", "fp8", "nvfp4")
 CUTOFF, EVALUATION_BATCH = 256, 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--formats", choices=FORMATS, nargs="+", default=list(FORMATS))
-    parser.add_argument("--rates", type=float, nargs="+", default=[5e-3, 2e-4], help="peak learning rates")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 1e-4], help="peak learning rates")
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -112,4 +113,5 @@ def base(name: str) -> nn.Module:
         if isinstance(linear, nn.Linear):
             layer = in_nf4(linear, torch.float32) if name == "nf4" else quantised_linear.quantised_linear(linear, name)
             model.model.set_submodule(path, layer)
+    keep_packing(model)
     return model

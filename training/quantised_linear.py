@@ -47,11 +47,11 @@ class DecodedProduct(torch.autograd.Function):
         return grad_y @ dense_weight(weight_of(ctx.layer), grad_y.dtype), None
 
 
-class QuantisedLinear(nn.Module):
-    """What the formats share."""
+class QuantisedLinear(nn.Linear):
+    """What the formats share: linear layers, as the libraries' own are."""
 
     def __init__(self, linear: nn.Linear | Conv1D):
-        super().__init__()
+        nn.Module.__init__(self)
         weight = linear.weight.detach()
         self.out_features, self.in_features = weight.shape if isinstance(linear, nn.Linear) else weight.T.shape
         self.bias = linear.bias

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import dora_kernels as dk
+from dora_kernels.ops.base_weights import is_known_to_peft
 
 from ..installation import training
 from ..measuring.shapes import MODELS, Run
@@ -165,6 +166,9 @@ def contestants(dtype: torch.dtype, rank: int) -> dict[str, Contestant]:
 
     def by_peft(dora: bool, fp32_adapters: bool, patched: bool = False):
         def adapt(model):
+            if dora and not all(map(is_known_to_peft, model.modules())):
+                # Said here, for PEFT fails by the weight's values, which a prediction has not.
+                raise NotImplementedError("PEFT cannot build DoRA over this format")
             config = peft.LoraConfig(
                 r=rank,
                 lora_alpha=ALPHA_OVER_RANK * rank,

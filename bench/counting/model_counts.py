@@ -37,7 +37,7 @@ def count_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability:
     with ExitStack() as stack:
         # Without values a norm cannot be computed, and for counting it need not.
         stack.enter_context(mock.patch.object(dora_kernels.models.apply, "check_model", lambda model: None))
-        if run.quantize:
+        if run.quantize == "nf4":
             from bitsandbytes.nn import Params4bit
 
             # PEFT copies a 4-bit layer to look at it, which has no way without values.

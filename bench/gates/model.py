@@ -13,6 +13,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 import dora_kernels as dk
+from dora_kernels.ops.base_weights import is_quantized, weight_of
+from dora_kernels.ops.dispatch import dense_weight
 
 from ..contestants.layer import ALPHA_OVER_RANK, factors_of
 from ..contestants.model import Contestant, Trained, adapted, build_base
@@ -140,8 +142,11 @@ class _ExactLinear(nn.Module):
 
 def dense(module: nn.Linear) -> torch.Tensor:
     """A linear's weight [N, K]; in 4 bits as the format defines it: bitsandbytes 0.50 decodes rows of broken blocks
-    wrongly on a CPU."""
-    weight, state = module.weight.data, getattr(module.weight, "quant_state", None)
+    wrongly on a CPU. Other formats are decoded in PyTorch, which the tests hold to their libraries' own decoders."""
+    state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if is_quantized(module) and state is None:
+        return dense_weight(weight_of(module), torch.float32, impl="reference")
+    weight = module.weight.data
     if state is None:
         return weight
     from bitsandbytes.functional import dequantize_blockwise

@@ -103,6 +103,10 @@ EXPERTS = {
 }
 
 
+QUANTISED = ("nf4", "fp8", "int4", "nvfp4", "mxfp4")
+"""The formats of a base: bitsandbytes' NF4, and those of `training.quantised_linear`."""
+
+
 class Run(NamedTuple):
     """One training step of a whole model."""
 
@@ -112,7 +116,7 @@ class Run(NamedTuple):
     sequence: int
     rank: int
     checkpointing: bool = False
-    quantize: str = ""  # "" or "nf4"
+    quantize: str = ""  # one of `QUANTISED`, or none of them
 
 
 def model_flops(run: Run) -> int:

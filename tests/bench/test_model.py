@@ -31,6 +31,8 @@ CPU = torch.device("cpu")
 CASES = {
     "ours": ("ours fp32, auto", Run("tiny", 0, 2, 64, 4)),
     "ours, nf4, checkpointed, high rank": ("ours fp32, auto", Run("tiny", 0, 1, 20, 64, True, "nf4")),
+    "ours, fp8": ("ours fp32, auto", Run("tiny", 0, 2, 64, 4, True, "fp8")),
+    "frozen, nvfp4": ("frozen base", Run("tiny", 0, 2, 64, 4, False, "nvfp4")),
     "PEFT DoRA": ("PEFT DoRA fp32, autocast", Run("tiny", 0, 2, 64, 4)),
     "fused GLU": (FUSED_GLU, Run("tiny", 0, 2, 64, 4)),
 }
@@ -47,7 +49,7 @@ def sums(step):
 def test_two_depths_give_every_depth(name, run, monkeypatch):
     # A loss so large that at few layers it is the highest, and at six layers with a high rank the gradients are.
     monkeypatch.setitem(MODELS, "tiny", MODELS["tiny"]._replace(vocab_size=4096))
-    if run.quantize:
+    if run.quantize == "nf4":
         pytest.importorskip("bitsandbytes")
     contestant = model_field.contestants(BF16, run.rank)[name]
     two, three, six = (count_step(run, contestant, BF16, HOPPER, layers) for layers in (2, 3, 6))
@@ -151,6 +153,19 @@ def test_four_bit_products_are_counted_as_a_gpu_runs_them():
     for part in ("forward", "backward"):
         assert sums(packed)[part][2] == sums(plain)[part][2]
         assert sum(o.name == "dequantize_4bit" for o in packed.parts[part]) == 2 * 7
+
+
+@pytest.mark.parametrize("form", ["fp8", "int4", "nvfp4"])
+def test_a_format_is_held_to_fp64_over_its_decoded_weights(form):
+    run = Run("tiny", 0, 1, 16, 4, False, form)
+    field = model_field.contestants(torch.float32, 4)
+    gate = model_gate.Gate(run, torch.float32, CPU)
+    assert gate.broken(gate.errors(field["ours fp32, auto"])) is None
+    dense = model_gate.Gate(run._replace(quantize=""), torch.float32, CPU)
+    path = "model.layers.0.mlp.down_proj"
+    assert 1e-3 < relative_error(*(model_gate.dense(each.base.get_submodule(path)) for each in (gate, dense))) < 0.2
+    base = field["frozen base"].adapt(gate.base)
+    assert torch.isfinite(base(torch.arange(6)[None]).logits).all()
 
 
 def wrong_contestants():
