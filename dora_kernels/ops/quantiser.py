@@ -28,8 +28,8 @@ def _fp4(ops: ModuleType, weight: Fp4Weight, matrix: torch.Tensor) -> Fp4Weight:
     # Every code that of 1: each element is then its scale, to the last bit.
     scales = ops.decode(weight._replace(codes=torch.full_like(weight.codes, 0x22), dtype=torch.float32), torch.float32)
     values, wanted = torch.tensor(VALUES, device=matrix.device), _divided(matrix, scales)
-    codes = torch.bucketize(wanted.abs(), (values[1:] + values[:-1]) / 2)
-    codes = torch.where((wanted < 0) & (codes > 0), codes + 8, codes).to(torch.uint8).view(len(matrix), -1, 2)
+    codes = torch.bucketize(wanted.abs(), (values[1:] + values[:-1]) / 2, out_int32=True).to(torch.uint8)
+    codes = torch.where((wanted < 0) & (codes > 0), codes + 8, codes).view(len(matrix), -1, 2)
     return weight._replace(codes=codes[..., 0] | (codes[..., 1] << 4))
 
 
@@ -48,7 +48,7 @@ def _nf4(ops: ModuleType, weight: Nf4Weight, matrix: torch.Tensor) -> Nf4Weight:
     # Every nibble the last code: each element is then that value times its block's absmax.
     last = (17 * order[-1]).to(torch.uint8).expand_as(weight.packed).contiguous()
     absmax = ops.decode(weight._replace(packed=last, parity=False), torch.float32) / values[-1]
-    ranks = torch.bucketize(_divided(matrix, absmax), (values[1:] + values[:-1]) / 2)
+    ranks = torch.bucketize(_divided(matrix, absmax), (values[1:] + values[:-1]) / 2, out_int32=True)
     nibbles = order.to(torch.uint8)[ranks].flatten()
     nibbles = torch.nn.functional.pad(nibbles, (0, -len(nibbles) % 2)).view(-1, 2)
     return weight._replace(packed=(nibbles[:, 0] << 4) | nibbles[:, 1])

@@ -99,7 +99,9 @@ def checked(weight: Int4Weight, kind: str) -> Int4Weight:
 
 def packed_words(codes: torch.Tensor, dim: int, interleaved: bool) -> torch.Tensor:
     """Codes from 0 to 15, eight along `dim` in each word of 32 bits; those that a last word lacks are 0."""
-    eights = F.pad(codes.movedim(dim, -1), (0, -codes.shape[dim] % 8)).unflatten(-1, (-1, 8)).long()
-    places = torch.tensor(INTERLEAVED if interleaved else range(8), device=codes.device)
-    words = (eights[..., places] << (4 * torch.arange(8, device=codes.device))).sum(-1)
-    return (words - ((words >> 31) << 32)).int().movedim(-1, dim)
+    eights = F.pad(codes.movedim(dim, -1), (0, -codes.shape[dim] % 8)).unflatten(-1, (-1, 8)).int()
+    if interleaved:
+        eights = eights[..., torch.tensor(INTERLEAVED, device=codes.device)]
+    # In 32 bits: they share no bit, and the highest is the sign.
+    shifts = 4 * torch.arange(8, device=codes.device, dtype=torch.int32)
+    return (eights << shifts).sum(-1, dtype=torch.int32).movedim(-1, dim)
