@@ -1,14 +1,14 @@
 """Walking and changing a model's modules."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 from ..layers.dora_layer import DoraLayer
 from ..layers.support import REMEDY, is_offloaded
-from ..ops.base_weights import sharding_of
+from ..ops.base_weights import is_quantized, sharding_of
 
 
 def dora_layers(model: nn.Module) -> dict[str, DoraLayer]:
@@ -34,9 +34,17 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(
                 f"{where} is offloaded by accelerate, so its weights are not there to be adapted; {REMEDY}"
             )
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+    for name, tensor in _weights(model):
+        if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device, without values; load the model's weights first")
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """All parameters, and what quantised layers hold as buffers, by name."""
+    yield from model.named_parameters()
+    for path, module in model.named_modules():
+        if is_quantized(module):
+            yield from ((f"{path}.{name}".strip("."), buffer) for name, buffer in module.named_buffers(recurse=False))
 
 
 def check_not_sharded(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

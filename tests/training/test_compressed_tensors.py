@@ -18,8 +18,8 @@ from training.exporting import Sources
 pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-GROUP = {"pack-quantized": 16, "nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32}
-TO = {"pack-quantized": "int4", "nvfp4-pack-quantized": "fp4", "mxfp4-pack-quantized": "fp4"}
+GROUP = {"pack-quantized": 16, "nvfp4-pack-quantized": 16, "mxfp4-pack-quantized": 32, "float-quantized": None}
+TO = {"pack-quantized": "int4", "nvfp4-pack-quantized": "fp4", "mxfp4-pack-quantized": "fp4", "float-quantized": "fp8"}
 every_form = pytest.mark.parametrize("form", TO)
 
 
@@ -30,6 +30,8 @@ def scheme_of(form):
         "num_bits": 4, "type": "int" if TO[form] == "int4" else "float", "symmetric": True,
         "group_size": GROUP[form], "strategy": "tensor_group" if form.startswith("nv") else "group",
     }  # fmt: skip
+    if TO[form] == "fp8":
+        fields |= {"num_bits": 8, "strategy": "channel"}
     return fields, QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**fields), format=form)
 
 
@@ -48,11 +50,13 @@ def packed_base(folder, form):
         if not key.endswith("_proj.weight"):
             tensors[key] = tensor
             continue
-        largest = tensor.unflatten(1, (-1, GROUP[form])).abs().amax(-1)
+        largest = tensor.unflatten(1, (-1, GROUP[form] or tensor.shape[1])).abs().amax(-1)
         parts = {"weight": tensor, "weight_scale": (largest / 7.5).to(tensor.dtype)}
         if form.startswith("nv"):
             parts["weight_global_scale"] = (448 * 6 / tensor.abs().max().float()).view(1)
             parts["weight_scale"] = (largest / 6 * parts["weight_global_scale"]).to(torch.float8_e4m3fn).float()
+        elif TO[form] == "fp8":
+            parts["weight_scale"] = (largest / 448).to(tensor.dtype)
         elif form.startswith("mx"):
             parts["weight_scale"] = 2.0 ** torch.ceil(torch.log2(largest / 6))
         packed = compressor_of(form).compress(parts, scheme)
@@ -78,7 +82,7 @@ def by_the_library(layer, form):
 def test_trained_saved_exported_and_loaded_again(form, data, tmp_path):  # noqa: F811
     base, out = packed_base(tmp_path / "base", form), tmp_path / "out"
     for path, layer in AutoModelForCausalLM.from_pretrained(base).named_modules():
-        if hasattr(layer, "weight_packed"):
+        if hasattr(layer, "weight_scale"):
             weight = weight_of(layer)
             assert torch.equal(dense_weight(weight, weight.dtype), by_the_library(layer, form)), path
     run(data, out, base_model=base, val_set_size=0, eval_step=None, max_steps=3)
