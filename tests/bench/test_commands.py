@@ -245,3 +245,12 @@ def test_predicted_seconds_are_the_longest_of_three():
     assert gpus.seconds(operation, roofs) == roofs.launch
     assert gpus.seconds(operation._replace(memory=4_300_000_000), roofs) == pytest.approx(1e-3)
     assert gpus.seconds(operation._replace(flops=790 * 10**9), roofs) == pytest.approx(1e-3)
+
+
+def test_recovery_compares_four_losses(tmp_path, capsys):
+    output = tmp_path / "recovery.txt"
+    words = ["--formats", "int4", "--rates", "0.02", "--steps", "3", "--rank", "2", "--batch", "2"]
+    assert main(["recovery", *words, "--output", str(output)]) == 0
+    row = next(line for line in output.read_text().splitlines() if line.startswith("| int4"))
+    base, unmerged, requantised, merge_aware = map(float, row.split("|")[3:7])
+    assert len({base, unmerged, requantised, merge_aware}) == 4 and max(requantised, merge_aware) < base
