@@ -179,3 +179,20 @@ def test_a_layer_says_what_runs():
     plan = layer.plan(tokens=4)
     assert plan.space == "weight" and "merge_aware quantises the merged weight as it will be served" in plan.reason
     assert "quantises its merged weight" in layer.as_member(BF16)
+
+
+@pytest.mark.parametrize("name", ["FP8", "int4 AWQ", "dense"])
+def test_compiled_it_is_one_graph_and_the_same(name):
+    problem, _ = problem_of(name)
+    problem.weight = problem.weight.float() if name == "dense" else problem.weight
+
+    def call(x, lora_A, lora_B, magnitude):
+        return dk.dora_linear(x, problem.weight, lora_A, lora_B, magnitude, scaling=2.0, merge_aware=True)
+
+    found = []
+    torch._dynamo.reset()
+    for function in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
+        leaves = problem.leaves()[:4]
+        y = function(*leaves)
+        found.append((y, *torch.autograd.grad(y, leaves, problem.grad_y)))
+    assert all(map(torch.equal, *found))
