@@ -105,6 +105,8 @@ def test_a_fresh_adapter_is_the_product_with_the_base(name, impl):
     ops = kernels if impl == "triton" else reference
     problem.magnitude = served_norm(ops, problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 2.0).norm
     assert torch.equal(quantised(problem, ops), reference.decode(problem.weight, FP32))
+    factors = problem.lora_A, problem.lora_B, problem.magnitude
+    assert (served_norm(ops, problem.weight, *factors, 2.0).scale == 1).all()
 
 
 @pytest.mark.parametrize("asked", [("dm",), ("dA",), ("dB",), ("dx",), ("dA", "dm"), ("db",)], ids="-".join)
