@@ -16,6 +16,7 @@ from dora_kernels.ops.base_weights import keep_packing
 from tests.models.test_qdora import folder  # noqa: F401
 from tests.models.test_qdora import load as load_nf4
 from tests.support.adapter_folders import base_folder, load, printed_errors
+from tests.support.marks import slow
 from tests.support.training_runs import data, run  # noqa: F401
 from tests.training.test_compressed_tensors import TO, by_the_library, packed_base
 from tests.training.test_quantised_checkpoint import KINDS, bases, of_layer
@@ -94,7 +95,7 @@ def test_what_was_trained_is_exported_to_the_bit(kind, tmp_path, capsys):
             assert torch.equal(tensor, layers[path].merged_weight(tensor.dtype))
 
 
-@pytest.mark.parametrize("form", TO)
+@pytest.mark.parametrize("form", ["pack-quantized", *map(slow, sorted(TO.keys() - {"pack-quantized"}))])
 def test_from_the_command_line_to_what_the_library_loads(form, data, tmp_path):  # noqa: F811
     base, out = packed_base(tmp_path / "base", form), tmp_path / "out"
     run(data, out, "--merge_aware", base_model=base, val_set_size=0, eval_step=None, max_steps=3)

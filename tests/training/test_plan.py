@@ -364,7 +364,12 @@ FORMAT_SIZES = {"hidden_size": 128, "intermediate_size": 256}
 
 @pytest.mark.parametrize(
     ("base_format", "merge_aware"),
-    [("fp8", False), ("int4", False), ("nvfp4", False), ("mxfp4", False), ("fp8", True), ("nf4", True), ("", True)],
+    [
+        ("fp8", False),
+        ("int4", False),
+        ("fp8", True),
+        *(slow(*case) for case in (("nvfp4", False), ("mxfp4", False), ("nf4", True), ("", True))),
+    ],
 )
 def test_the_peak_of_a_step_over_a_format(base_format, merge_aware):
     step = {"base_format": base_format, "merge_aware": merge_aware, "checkpointing": merge_aware}
