@@ -3,6 +3,7 @@
 import math
 import os
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -138,6 +139,7 @@ def load_adapter(model: Model, directory: str | os.PathLike) -> Model:
     check_digests(directory / WEIGHTS_NAME, header, tensors, config)
     if layers:
         _check_scaling(layers, config)
+        _warn_of_merge_aware(layers, config)
     else:
         adapt(model, fitting)
     with torch.no_grad():
@@ -275,6 +277,17 @@ def _check_scaling(layers: dict[str, DoraLayer], config: DoraConfig) -> None:
                 f"{path}: the model has r={layer.r}, lora_alpha={layer.lora_alpha}, use_rslora={layer.use_rslora}, the "
                 f"adapter's config r={r}, lora_alpha={lora_alpha}, use_rslora={config.use_rslora}"
             )
+
+
+def _warn_of_merge_aware(layers: dict[str, DoraLayer], config: DoraConfig) -> None:
+    others = [path for path, layer in layers.items() if getattr(layer, "merge_aware", False) != config.merge_aware]
+    if others:
+        trained = "with" if config.merge_aware else "without"
+        warnings.warn(
+            f"the adapter was trained {trained} merge_aware, and {len(others)} layers of the model ({others[0]}) "
+            "differ: they keep their own setting",
+            stacklevel=3,
+        )
 
 
 def _listed(names: list[str], most: int = 3) -> str:

@@ -169,6 +169,8 @@ def test_the_file_says_it_and_peft_passes_over_it(small, tmp_path):
         loaded = peft.PeftModel.from_pretrained(load(tmp_path / "plain"), adapter)
     assert any("merge_aware" in str(warning.message) for warning in caught)
     assert all(torch.isfinite(parameter).all() for parameter in loaded.parameters())
+    with pytest.warns(UserWarning, match=r"trained with merge_aware, and 4 layers of the model .* differ"):
+        dk.load_adapter(make(), adapter)
     # A config that was changed is refused.
     fields = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(fields | {"merge_aware": False}))
