@@ -18,7 +18,7 @@ FLOORS = [
 OPS_FLOORS = [
     {"__init__", "base_weights", "chunked", "convolution", "gpus", "output", "types"},
     {"accumulation", "grouped"},
-    {"checks", "kernels", "problem", "recomputation", "reference"},
+    {"checks", "kernels", "problem", "recomputation", "reference", "stacks"},
     {"overhead", "quantiser"},
     {"served"},
     {"dispatch", "forms", "members"},

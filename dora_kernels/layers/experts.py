@@ -10,22 +10,21 @@ import math
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily  # counting
+from torch._subclasses.fake_tensor import unset_fake_temporarily  # counting
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from ..ops import dispatch
-from ..ops.base_weights import sharding_of
+from ..ops.base_weights import is_fp8_experts
 from ..ops.dora_experts import ACTIVATIONS, dora_experts, plan_experts
-from ..ops.grouped import grouped_mm
 from ..ops.output import OutputUse
+from ..ops.stacks import Stack, stack_mm, stack_norm
 from ..ops.types import NormScale, Rounding
+from .expert_stacks import experts_per_token, stack_and_bias
 from .frozen import Freezable
 from .support import why_wrapped
 
 IMPLEMENTATION = "dora_kernels"
 """The name in transformers' registry."""
-STACKS = ("gate_up_proj", "up_proj", "down_proj")
-"""The fused parameters that the registry's functions read."""
 
 
 class DoraExperts(Freezable):
@@ -75,9 +74,19 @@ class DoraExperts(Freezable):
         return self._owner[0]
 
     @property
-    def stack(self) -> torch.Tensor:
+    def stack(self) -> Stack:
         """The frozen W [E, out_features, in_features], a view of the parameter where that is transposed."""
         return stack_and_bias(self.experts, self.name)[0]
+
+    @property
+    def why_not_merged(self) -> str | None:
+        """Why W' cannot take the stack's place, as what follows "it"; None if it can."""
+        if isinstance(self.stack, torch.Tensor):
+            return None
+        return (
+            "is a stack in FP8, in whose place transformers' module takes no matrices: load the base with "
+            "quantization_config=FineGrainedFP8Config(dequantize=True), and the adapter onto that"
+        )
 
     @property
     def scaling(self) -> float:
@@ -96,13 +105,14 @@ class DoraExperts(Freezable):
         """n = ‖W + s B A‖ and g = m / n, both [E, out_features], fp32 (fp64 for an fp64 stack)."""
         factors = self.lora_A, self.lora_B, self.magnitude
         with dispatch.operations_for(self.stack, self.impl) as (ops, stack):
-            return ops.expert_norm(stack, *factors, self.scaling)
+            return stack_norm(ops, stack, *factors, self.scaling)
 
     def expert_norm(self, expert: int) -> NormScale:
         """n and g of one expert, both [out_features]."""
-        factors = self.lora_A[expert, None], self.lora_B[expert, None], self.magnitude[expert, None]
+        alone = slice(expert, expert + 1)
+        factors = self.lora_A[alone], self.lora_B[alone], self.magnitude[alone]
         with dispatch.operations_for(self.stack, self.impl) as (ops, stack):
-            norms = ops.expert_norm(stack[expert, None], *factors, self.scaling)
+            norms = stack_norm(ops, stack[alone], *factors, self.scaling)
         return NormScale(norms.norm[0], norms.scale[0])
 
     @property
@@ -112,16 +122,23 @@ class DoraExperts(Freezable):
         is_own = name is not None and self.experts.act_fn is function
         return name if is_own and why_wrapped(function, kept=True) is None else None
 
-    def reason(self, tokens: int) -> str:
-        """What a call runs on so many of the model's tokens in the present mode, and why."""
+    def stack_plan(self, tokens: int) -> dispatch.Plan:
+        """What a call runs on so many of the model's tokens in the present mode."""
         stack, bias = stack_and_bias(self.experts, self.name)
-        rows = tokens * (experts_per_token(self.experts) or 1)
-        plan = plan_experts(
-            stack, self.lora_A, self.magnitude, bias, tokens=rows, dtype=stack.dtype, trains=self.training,
-            space=self.space, impl=self.impl, gated=self.activation is not None,
+        return plan_experts(
+            stack, self.lora_A, self.magnitude, bias, tokens=self._rows(tokens), dtype=stack.dtype,
+            trains=self.training, space=self.space, impl=self.impl, gated=self.activation is not None,
         )  # fmt: skip
+
+    def _rows(self, tokens: int) -> int:
+        """Tokens, each counted once for each of its experts."""
+        return tokens * (experts_per_token(self.experts) or 1)
+
+    def reason(self, tokens: int) -> str:
+        """`stack_plan`, why, and what it takes for granted."""
+        plan, rows = self.stack_plan(tokens), self._rows(tokens)
         gate = f"; {self.activation}(gate) ⊙ up in the same pass" if self.activation and plan.space == "token" else ""
-        return f"{plan.reason}{gate}; {rows / len(stack):g} tokens an expert, if they are spread evenly"
+        return f"{plan.reason}{gate}; {rows / len(self.stack):g} tokens an expert, if they are spread evenly"
 
     def merged_expert(self, expert: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """W' = g ⊙ (W + s B A) [out_features, in_features] of one expert, in fp32, rounded once to `dtype`, or to the
@@ -131,9 +148,7 @@ class DoraExperts(Freezable):
             dtype=dtype, rounding=Rounding(self.rounding, self.salt + expert), impl=self.impl,
         )  # fmt: skip
 
-    def forward(
-        self, x: torch.Tensor, stack: torch.Tensor, bias: torch.Tensor | None, ends: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, stack: Stack, bias: torch.Tensor | None, ends: torch.Tensor) -> torch.Tensor:
         """[S, out_features] of tokens [S, in_features] sorted by expert, in the stack's dtype, or act(gate) ⊙ up of
         them; `ends` as in `dora_experts`. The module that is called gives its own stack and bias: a replica has
         others."""
@@ -149,19 +164,6 @@ class DoraExperts(Freezable):
         return f"experts={experts}, {out_features}×{in_features}, r={self.r}, scaling={self.scaling:g}"
 
 
-def experts_per_token(experts: nn.Module) -> int | None:
-    """The number of experts that a token goes to, where the model's config says so."""
-    chosen = getattr(experts.config, "num_experts_per_tok", None)
-    return chosen if isinstance(chosen, int) else None
-
-
-def stack_and_bias(experts: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """W [E, out_features, in_features], a view of the parameter where that is transposed, and b [E, out_features]."""
-    stack = getattr(experts, name)
-    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    return (stack.mT if experts.is_transposed else stack), bias
-
-
 class Adapters(nn.ModuleDict):
     """The `DoraExperts` of one experts' module, by the parameter's name, and the config it had."""
 
@@ -172,6 +174,10 @@ class Adapters(nn.ModuleDict):
 
 def adapt_experts(experts: nn.Module, adapters: dict[str, DoraExperts]) -> None:
     """Lets the experts' module compute with `adapters`."""
+    if is_fp8_experts(experts):
+        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS  # slow to import
+
+        ALL_FP8_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, dora_experts_forward)
     experts.dora = Adapters(adapters, experts.config)
     experts.config = copy.copy(experts.config)
     experts.config._experts_implementation_internal = IMPLEMENTATION
@@ -222,26 +228,11 @@ def frozen_experts(model: nn.Module) -> dict[str, int]:
     for path, module in model.named_modules():
         if not isinstance(module, DoraExperts) and "expert" in f"{path} {type(module).__name__}".lower():
             own = {name: p for name, p in module._parameters.items() if p is not None and p.ndim == 3}
-            stacks = [p.numel() for name, p in own.items() if name not in getattr(module, "dora", ())]
+            scales = {f"{name}_scale_inv" for name in own}
+            stacks = [p.numel() for name, p in own.items() if name not in {*getattr(module, "dora", ()), *scales}]
             if stacks:
                 found[path] = sum(stacks)
     return found
-
-
-def why_not_experts(module: nn.Module, name: str) -> str | None:
-    """Why the parameter `name` of `module` is no stack that can be adapted, as what follows its name; None if it is."""
-    stack, kind = module._parameters[name], type(module).__name__
-    if sharding := sharding_of(stack):
-        return f"is {sharding}"
-    if stack.ndim != 3:
-        return f"has shape {list(stack.shape)}: only stacks of experts [experts, …, …] can be adapted"
-    if type(stack) not in (nn.Parameter, FakeTensor) or not stack.is_floating_point() or stack.element_size() < 2:
-        return f"is quantised ({type(stack).__name__} of {stack.dtype} in {kind}): load the experts in 16 bits"
-    if name not in STACKS or not hasattr(module, "is_transposed") or not hasattr(module, "config"):
-        return f"is in {kind}, which transformers does not compute through its registry of experts"
-    if getattr(module, "_is_expert_parallel", False):
-        return "is split over processes (expert parallelism)"
-    return None
 
 
 def dora_experts_forward(
@@ -281,20 +272,26 @@ def _linear(module, name, x, experts, ends):
     stack, bias = stack_and_bias(module, name)
     if name in module.dora:
         return module.dora[name](x, stack, bias, ends)
-    y = FrozenExperts.apply(x.to(stack.dtype), stack.mT, ends)
+    y = FrozenExperts.apply(x.to(stack.dtype), stack, ends)
     return y if bias is None else y + bias[experts]
 
 
 class FrozenExperts(torch.autograd.Function):
-    """x W_eᵀ of sorted tokens with a stack [E, in, out] that does not train."""
+    """x W_eᵀ of sorted tokens with a stack [E, out, in] that does not train."""
 
     @staticmethod
     def forward(ctx, x, stack, ends):
-        ctx.save_for_backward(stack, ends)
-        with dispatch.without_autocast(x.device):
-            return grouped_mm(x, stack, ends)
+        ctx.quantized = None if isinstance(stack, torch.Tensor) else stack
+        ctx.save_for_backward(stack if ctx.quantized is None else None, ends)
+        return _product(x, stack, ends, transposed=True)
 
     @staticmethod
     def backward(ctx, grad_y):
         stack, ends = ctx.saved_tensors
-        return grouped_mm(grad_y, stack.mT, ends), None, None
+        return _product(grad_y, stack if ctx.quantized is None else ctx.quantized, ends, transposed=False), None, None
+
+
+def _product(x, stack, ends, transposed):
+    ops = dispatch.implementation(dispatch.choose_impl(x.device)[0])
+    with dispatch.on_device_of(x), dispatch.without_autocast(x.device):
+        return stack_mm(ops, x, stack, ends, transposed=transposed)

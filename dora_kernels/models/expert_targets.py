@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..config import DoraConfig
-from ..layers.experts import STACKS, experts_per_token, why_not_experts
+from ..layers.expert_stacks import STACKS, experts_per_token, parameter_names, why_not_experts
 from .modules import listed
 from .targets import rank_and_alpha
 
@@ -19,7 +19,7 @@ def check_parameters(model: nn.Module, config: DoraConfig) -> dict[str, tuple[nn
         return {}
     found, reasons, matched = {}, set(), set()
     for path, module in model.named_modules():
-        for name, _ in module.named_parameters(recurse=False):
+        for name in parameter_names(module):
             full = f"{path}.{name}".strip(".")
             if entries := {entry for entry in config.target_parameters if f".{full}".endswith(f".{entry}")}:
                 matched |= entries
@@ -71,6 +71,6 @@ def _stacks(model: nn.Module) -> dict[str, str | None]:
     return {
         f"{path}.{name}".strip("."): why_not_experts(module, name)
         for path, module in model.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if name in STACKS and parameter.ndim == 3
+        for name in parameter_names(module)
+        if name in STACKS and getattr(module._parameters.get(name), "ndim", 3) == 3
     }

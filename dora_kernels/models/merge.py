@@ -42,9 +42,9 @@ def merge_dora(
 
     Raises:
         ValueError: no DoRA layer (merged already, or never patched), one that no plain layer can stand for (a
-            convolution with groups), NaN or infinity in an adapter, `base` with dense weights or none with quantised
-            ones, a `dtype` that weights cannot have, or beside `keep_base` or "requantized", or tied weights in a model
-            whose config cannot describe them untied.
+            convolution with groups, a stack of experts in FP8), NaN or infinity in an adapter, `base` with dense
+            weights or none with quantised ones, a `dtype` that weights cannot have, or beside `keep_base` or
+            "requantized", or tied weights in a model whose config cannot describe them untied.
         RuntimeError: inside `frozen_adapters`. The model is then unchanged.
 
     If memory runs out half way, `keep_base` puts the merged layers back. Without it they stay merged, and the same call
@@ -61,7 +61,7 @@ def merge_dora(
         hint = "unmerge_dora takes the merge back" if hasattr(model, "dora_unmerged") else "call apply_dora first"
         raise ValueError(f"There is nothing to merge: the model has no DoRA layers, or was merged already; {hint}")
     check_finite(layers | stacks)
-    check_can_merge(layers)
+    check_can_merge(layers | stacks)
     original = check_base(model, layers, base)
     is_packed_again = base == REQUANTIZED
     broken = broken_ties(model)
@@ -219,7 +219,7 @@ def cast_parameters(model: Model, dtype: torch.dtype) -> None:
         model.config.dtype = dtype
 
 
-def check_can_merge(layers: dict[str, DoraLayer]) -> None:
+def check_can_merge(layers: dict[str, DoraLayer | DoraExperts]) -> None:
     """Raises ValueError, with the layer's name, where no plain layer computes what an adapted one does."""
     for path, layer in layers.items():
         if reason := layer.why_not_merged:

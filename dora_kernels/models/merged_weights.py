@@ -48,7 +48,10 @@ def merged_weights(
             raise ValueError(f"{path} cannot be merged: it {reason}")
         if hasattr(part, "base_layer") and path not in adapted:
             raise ValueError(f"{path} is PEFT's {type(part).__name__}, which is not fused: patch_peft says why")
-    if not adapted and not adapted_experts(model):
+    for path, adapter in (stacks := adapted_experts(model)).items():
+        if reason := adapter.why_not_merged:
+            raise ValueError(f"{path} cannot be merged: it {reason}")
+    if not adapted and not stacks:
         raise ValueError("The model has no DoRA layers: call apply_dora, or patch_peft a PEFT model, first")
     return _in_buckets(_merged(parts, dtype, dense_dtype(model)), bucket_bytes)
 

@@ -77,7 +77,7 @@ def choose(problem: Problem, space: str = "auto", impl: str = "auto", overhead: 
     if only_token:
         return Plan("token", impl, f"token space: {only_token}; {impl_reason}")
     if problem.is_packed:
-        return Plan("weight", impl, f"weight space: a 4-bit weight is written out once in either form; {impl_reason}")
+        return Plan("weight", impl, f"weight space: a packed weight is written out once in either form; {impl_reason}")
     capability = _capability(problem.device)
     rank_per_byte = RANK_PER_BYTE * (HALF_PRODUCT_SPEEDUP if problem.adapter_dtype.itemsize == 2 else 1)
     product = problem.rank / (rank_per_byte * problem.dtype.itemsize)

@@ -9,7 +9,8 @@ Where N are the features of gate and of up, act(gate) ⊙ up of them may take th
 same pass, and z is kept, not y.
 
 The stack W [E, N, K] is read and never written: nothing of its size is made, forward or backward. Token space takes one
-pass over the outputs of all experts. Weight space writes W' of one expert after the other, over the last one's.
+pass over the outputs of all experts. Weight space writes W' of one expert after the other, over the last one's. A stack
+in FP8 is decoded one expert after the other in either form.
 
 E is the number of experts, S that of tokens, each counted once for each of its experts.
 """
@@ -21,12 +22,13 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch
-from .base_weights import sharding_of
+from .base_weights import Fp8Stack, note_of, sharding_of
 from .grouped import expert_rows, grouped_mm
 from .output import OutputUse
 from .overhead import experts_overhead
 from .problem import Problem
 from .recomputation import is_selective, remember_norm, remembered_norm
+from .stacks import Stack, merged_mm, stack_mm, stack_norm
 from .types import NormScale, Rounding
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -58,16 +60,17 @@ class DoraExpertsFunction(torch.autograd.Function):
         with dispatch.on_device_of(x), dispatch.without_autocast(x.device):
             norms = given
             if norms is None:
-                norms = ops.expert_norm(weight, lora_A, lora_B, magnitude, call.scaling, ends=ends)
+                norms = stack_norm(ops, weight, lora_A, lora_B, magnitude, call.scaling, ends=ends)
                 remember_norm(call.use, (lora_A, lora_B, magnitude), call.scaling, norms)
             A, h, keeps_base = lora_A, None, False
             if call.space == "weight":
-                y = output = merged_mm(ops, call, x, weight, lora_A, lora_B, norms, ends, transposed=True)
+                factors = lora_A, lora_B, norms, call.scaling, call.rounding
+                y = output = merged_mm(ops, x, weight, *factors, ends, transposed=True)
                 if bias is not None:
                     y = _with_bias(output, bias, ends, in_place=not needs[3])
             else:
                 A = _cast(ops, call, lora_A, x.dtype)
-                base_out, h = grouped_mm(x, weight.mT, ends), grouped_mm(x, A.mT, ends)
+                base_out, h = stack_mm(ops, x, weight, ends, transposed=True), grouped_mm(x, A.mT, ends)
                 if call.activation is not None:
                     keeps_base = True
                     factors = h, lora_B, norms.scale, call.scaling, ends
@@ -81,12 +84,14 @@ class DoraExpertsFunction(torch.autograd.Function):
                 output = base_out if keeps_base else y
         ctx.call, ctx.dtypes = call, [tensor.dtype for tensor in (x, lora_A, lora_B, magnitude)]
         ctx.is_base, derives = keeps_base, call.activation is not None and any(needs)
+        # A quantised stack is no tensor: memory that nothing here writes.
+        ctx.quantized = None if isinstance(weight, torch.Tensor) else weight
         ctx.save_for_backward(
             # In weight space h waits for the backward: dB alone reads it.
             x if needs[1] or (h is None and needs[2]) else None,
             h if needs[2] or needs[3] or derives else None,
             output if needs[3] or derives else None,
-            A, lora_B, *norms, weight, ends,
+            A, lora_B, *norms, weight if ctx.quantized is None else None, ends,
         )  # fmt: skip
         return y
 
@@ -95,6 +100,7 @@ class DoraExpertsFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("dora_experts cannot differentiate twice: call backward without create_graph=True")
         call, (x, h, product, A, lora_B, norm, scale, weight, ends) = ctx.call, ctx.saved_tensors
+        weight = weight if ctx.quantized is None else ctx.quantized
         ops, (E, N, R), in_weight_space = dispatch.implementation(call.impl), lora_B.shape, call.space == "weight"
         needs_x, needs_A, needs_B, needs_m = ctx.needs_input_grad[:4]
         # s g ⊙ B is rounded once; in fp16 it may underflow while B is young, so there g comes in through dZ.
@@ -121,29 +127,12 @@ class DoraExpertsFunction(torch.autograd.Function):
             if needs_A:
                 grad_A = ops.expert_wgrad(grad_h, x, ends, dtype=ctx.dtypes[1])
             if needs_x and in_weight_space:
-                norms = NormScale(norm, scale)
-                grad_x = merged_mm(ops, call, grad_y, weight, A, lora_B, norms, ends, transposed=False)
+                factors = A, lora_B, NormScale(norm, scale), call.scaling, call.rounding
+                grad_x = merged_mm(ops, grad_y, weight, *factors, ends, transposed=False)
             elif needs_x:
                 # The small product's rounding is small beside the sum's.
-                grad_x = grouped_mm(grad_base, weight, ends).add_(grouped_mm(grad_h, A, ends))
+                grad_x = stack_mm(ops, grad_base, weight, ends, transposed=False).add_(grouped_mm(grad_h, A, ends))
         return grad_x, grad_A, grad_B, grad_m, None, None, None, None, None
-
-
-def merged_mm(ops, call, x, weight, lora_A, lora_B, norms, ends, *, transposed) -> torch.Tensor:
-    """Each row of x [S, …] with its expert's W' [N, K], or with W'ᵀ, in x's dtype.
-
-    One buffer holds the W' of the expert whose turn it is. The rows of each expert must be here: it waits for the GPU.
-    """
-    _, N, K = weight.shape
-    merged, out = x.new_empty(N, K), x.new_empty(len(x), N if transposed else K)
-    for expert, rows in expert_rows(ends):
-        own = call.rounding._replace(salt=call.rounding.salt + expert)
-        ops.merge(
-            weight[expert], lora_A[expert], lora_B[expert], None, call.scaling,
-            dtype=x.dtype, rounding=own, norm_scale=NormScale(norms.norm[expert], norms.scale[expert]), out=merged,
-        )  # fmt: skip
-        torch.mm(x[rows], merged.T if transposed else merged, out=out[rows])
-    return out
 
 
 def _with_bias(output, bias, ends, *, in_place):
@@ -162,7 +151,7 @@ def _cast(ops, call, lora_A, dtype):
 
 def dora_experts(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Stack,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
@@ -185,7 +174,7 @@ def dora_experts(
 
     Args:
         x: [S, in_features], sorted by expert, in the dtype of `weight`: fp16, bf16, fp32 or fp64.
-        weight: [E, out_features, in_features], of any strides, frozen.
+        weight: [E, out_features, in_features], of any strides, frozen; or an `Fp8Stack`.
         lora_A: [E, r, in_features]; lora_B: [E, out_features, r]; magnitude: [E, out_features]; fp32 or x's dtype.
         ends: [E] int32; the rows of expert e are ends[e − 1] … ends[e], and ends[E − 1] is S.
         bias: [E, out_features], frozen, added after the magnitude.
@@ -210,6 +199,8 @@ def dora_experts(
     trains = trainable and (training or torch.is_grad_enabled())
     if frozen_scale is not None and trains:
         raise ValueError("frozen_scale is for inference: run under torch.no_grad(), or leave it out to train")
+    if not isinstance(weight, torch.Tensor) and _cannot_wait(x):
+        raise ValueError("a stack in FP8 is decoded expert by expert: torch.compile and CUDA graphs cannot record it")
     gated = activation is not None and bias is None
     plan = plan_experts(
         weight, lora_A, magnitude, bias, tokens=len(x), dtype=x.dtype, trains=trains, impl=impl, gated=gated,
@@ -229,7 +220,7 @@ def dora_experts(
 
 
 def plan_experts(
-    weight: torch.Tensor,
+    weight: Stack,
     lora_A: torch.Tensor,
     magnitude: torch.Tensor,
     bias: torch.Tensor | None,
@@ -249,9 +240,10 @@ def plan_experts(
     problem = Problem(
         tokens, out_features, in_features, lora_A.shape[1], dtype, weight.device,
         adapter_dtype=lora_A.dtype, has_bias=bias is not None, trains=trains,
-        trains_magnitude=trains and magnitude.requires_grad,
+        trains_magnitude=trains and magnitude.requires_grad, is_packed=not isinstance(weight, torch.Tensor),
     )  # fmt: skip
-    return dispatch.choose(problem, space, impl, experts_overhead(experts, gated))
+    plan, note = dispatch.choose(problem, space, impl, experts_overhead(experts, gated)), note_of(weight)
+    return plan if note is None else plan._replace(reason=f"{plan.reason}; {note}")
 
 
 def _cannot_wait(x: torch.Tensor) -> bool:
@@ -261,12 +253,13 @@ def _cannot_wait(x: torch.Tensor) -> bool:
 
 def _check(x, weight, lora_A, lora_B, magnitude, ends, bias, rounding) -> None:
     """Raises a ValueError or TypeError that names the argument, what was expected and what came."""
-    tensors = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B, "magnitude": magnitude, "bias": bias, "x": x}
+    stored = weight.codes if isinstance(weight, Fp8Stack) else weight
+    tensors = {"weight": stored, "lora_A": lora_A, "lora_B": lora_B, "magnitude": magnitude, "bias": bias, "x": x}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     for name, tensor in tensors.items():
         if sharding := sharding_of(tensor):
             raise TypeError(f"{name} is {sharding}")
-    if weight.ndim != 3:
+    if len(weight.shape) != 3:
         raise ValueError(f"weight must be [experts, out_features, in_features], got shape {list(weight.shape)}")
     E, N, K = weight.shape
     R = lora_A.shape[1] if lora_A.ndim == 3 else 0
@@ -286,7 +279,8 @@ def _check(x, weight, lora_A, lora_B, magnitude, ends, bias, rounding) -> None:
     if x.dtype != weight.dtype:
         raise TypeError(f"x and weight must have one dtype, got x {x.dtype} and weight {weight.dtype}")
     for name, tensor in tensors.items():
-        if not tensor.dtype.is_floating_point or tensor.element_size() < 2:
+        is_decoded = tensor is stored and stored is not weight
+        if not (is_decoded or (tensor.dtype.is_floating_point and tensor.element_size() >= 2)):
             raise TypeError(f"{name} must be fp16, bf16, fp32 or fp64, got {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}; move one of them")

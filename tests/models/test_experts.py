@@ -12,7 +12,7 @@ from dora_kernels.layers.experts import adapted_experts
 from dora_kernels.ops import dispatch
 from tests.layers.test_data_parallel import replica_of
 from tests.support.oracle import relative_error
-from tests.support.tiny_experts import BATCH, FAMILIES, losses, tiny_experts
+from tests.support.tiny_experts import BATCH, FAMILIES, OTHERS, losses, tiny_experts
 from tests.support.tiny_models import checkpoint_activations
 from tests.tolerances import AFTER_ADAM_FP64, ORACLE_FP64, ORACLE_FP64_MODEL, SAME_FP32
 
@@ -83,6 +83,19 @@ def test_training_is_that_of_materialised_experts(name):
         for optimizer in optimizers:
             optimizer.step()
     assert max(relative_error(a.detach(), b.detach()) for a, b in pairs) <= AFTER_ADAM_FP64
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_gradients_of_further_models_are_those_of_materialised_experts(name):
+    model = adapted(name).train()
+    truth = Materialised(name, model)
+    found, expected = losses(model), losses(None, truth)
+    found.backward()
+    expected.backward()
+    assert relative_error(found.detach(), expected.detach()) <= ORACLE_FP64
+    for path, adapter in adapted_experts(model).items():
+        for factor, exact in zip(FACTORS, truth.factors[path], strict=True):
+            assert relative_error(getattr(adapter, factor).grad, exact.grad) <= ORACLE_FP64_MODEL
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -7,7 +7,9 @@ import torch
 
 import dora_kernels as dk
 from dora_kernels.layers.experts import DoraExperts, adapted_experts
+from dora_kernels.ops import chunked
 from tests.models.test_experts import adapted
+from tests.support.allocations import Allocations
 from tests.support.oracle import relative_error
 from tests.support.tiny_experts import BATCH, FAMILIES, tiny_experts
 from tests.tolerances import MERGED_LOGITS
@@ -41,6 +43,16 @@ def test_what_rounding_costs_is_logged_and_said_where_it_is_more_than_the_update
     with caplog.at_level(logging.WARNING):
         dk.merge_dora(model)
     assert "costs more than the whole update in 4 of 4 layers" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
+def test_a_merge_makes_no_second_stack(name, monkeypatch):
+    """The largest fresh tensor has the size of one expert's weight: gate's and up's."""
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 64)
+    model = adapted(name, FP32)
+    with Allocations() as made:
+        dk.merge_dora(model)
+    assert max(torch.Size(shape).numel() for shape, _ in made.made) == 2 * 24 * 16
 
 
 def test_unmerging_is_bit_exact():

@@ -11,6 +11,7 @@ from dora_kernels.ops import chunked, dispatch
 from dora_kernels.ops.dora_experts import dora_experts
 from dora_kernels.ops.kernels import expert_sums
 from tests.support.allocations import Allocations, without_the_interpreters
+from tests.support.buffers import count_launches
 from tests.support.experts import NAMES, exact, make_stack, solve
 from tests.support.oracle import errors, relative_error
 from tests.tolerances import ORACLE_FP32, ORACLE_FP64, SINGLE_CASE, TWIN
@@ -86,6 +87,14 @@ def test_norms_are_of_the_experts_that_have_tokens(impl):
     assert relative_error(every.scale, stack.magnitude / adapted.norm(dim=2)) <= ORACLE_FP32
     for part, whole in zip(some, every):
         assert not part[1].any() and torch.equal(part[[0, 2]], whole[[0, 2]])
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_the_norms_of_all_experts_are_one_launch(space):
+    stack = make_stack((4, 0, 3, 9, 1), 20, 24, 2)
+    with count_launches() as run:
+        solve(stack, space=space, impl="triton")
+    assert run["_expert_norm_kernel"] == 1 and not run["_weight_norm_kernel"]
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -163,4 +163,4 @@ def test_explain_says_how_the_weight_is_read():
     assert "NF4 is decoded in the same pass" in reason()
     assert "rounded first as PEFT does" in reason(nf4_parity=True)
     assert "bitsandbytes (fp4) dequantises the weight at each use" in reason(linear={"quant_type": "fp4"})
-    assert reason().startswith("layer (48×64, r=4): weight space: a 4-bit weight is written out once in either form")
+    assert reason().startswith("layer (48×64, r=4): weight space: a packed weight is written out once in either form")

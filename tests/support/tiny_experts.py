@@ -4,12 +4,18 @@ import torch
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
     OlmoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -52,12 +58,28 @@ FAMILIES = {
         {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8},
     ),
 }
+ROUTED = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+OTHERS = {
+    "Qwen2-MoE": (Qwen2MoeForCausalLM, Qwen2MoeConfig, ROUTED | {"shared_expert_intermediate_size": 8}),
+    "Qwen3.5-MoE": (
+        Qwen3_5MoeForCausalLM,
+        Qwen3_5MoeTextConfig,
+        ROUTED | {"shared_expert_intermediate_size": 8, "head_dim": 8, "layer_types": ["full_attention"] * 2},
+    ),
+    "GLM-4.5": (
+        Glm4MoeForCausalLM,
+        Glm4MoeConfig,
+        {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 8}
+        | {"first_k_dense_replace": 1},
+    ),
+}
+"""Further models whose experts go through the registry, in layouts that `FAMILIES` has, too."""
 BATCH = torch.arange(18).reshape(2, 9) * 7 % VOCAB
 
 
 def tiny_experts(name, dtype=torch.float64, **others):
     """The same weights on every call. PyTorch's grouped product has no fp64: transformers' own loop runs there."""
-    cls, config, sizes = FAMILIES[name]
+    cls, config, sizes = (FAMILIES | OTHERS)[name]
     state = torch.random.get_rng_state()
     torch.manual_seed(0)
     model = cls(config(**SIZES | sizes | others))

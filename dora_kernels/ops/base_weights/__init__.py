@@ -23,6 +23,7 @@ from .bitsandbytes_4bit import Nf4Weight, of_params4bit
 from .compressed_tensors import keep_packed, wrapped_forward
 from .fp4 import Fp4Weight
 from .fp8 import Fp8Weight
+from .fp8_experts import Fp8Stack, is_fp8_experts, read_fp8_stack, why_not_fp8_stack
 from .int4 import Int4Weight
 from .library import LibraryWeight
 from .sharding import sharding_of
@@ -30,6 +31,7 @@ from .sharding import sharding_of
 __all__ = [
     "FORMATS",
     "Fp4Weight",
+    "Fp8Stack",
     "Fp8Weight",
     "Int4Weight",
     "LibraryWeight",
@@ -38,6 +40,7 @@ __all__ = [
     "Weight",
     "bias_of",
     "dense",
+    "is_fp8_experts",
     "is_known_to_peft",
     "is_packed",
     "is_quantized",
@@ -46,10 +49,12 @@ __all__ = [
     "needs_its_layer",
     "note_of",
     "of_params4bit",
+    "read_fp8_stack",
     "readable",
     "sharding_of",
     "stored_rounding",
     "weight_of",
+    "why_not_fp8_stack",
     "wrapped_forward",
 ]
 
@@ -150,7 +155,7 @@ def stored_rounding(weight: Weight, rounding: str) -> str:
     return rounding if isinstance(weight, torch.Tensor) else weight.rounding(rounding)
 
 
-def note_of(weight: Weight) -> str | None:
+def note_of(weight: Weight | Fp8Stack) -> str | None:
     """What a reader of `explain` should know of the weight; None for a matrix."""
     return None if isinstance(weight, torch.Tensor) else weight.note
 
