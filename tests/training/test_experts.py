@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.tiny_experts import tiny_experts
-from tests.support.training_runs import arguments, data, run  # noqa: F401
+from tests.support.training_runs import arguments, data, metrics, numbers, run  # noqa: F401
+from tests.training.test_reliability import WEIGHTS, before_step
 from training import demo
 from training.__main__ import main
 from training.export import main as export
@@ -40,6 +41,30 @@ def test_a_run_trains_and_merges_experts(base, data, tmp_path):  # noqa: F811
     for to in ("lora", "int4"):
         with pytest.raises(SystemExit, match=f"`--to` {to} has no form for the adapters of fused experts"):
             export(["--base_model", str(base), "--adapter", str(out), "--output_dir", str(tmp_path / to), "--to", to])
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def killed(trainer, inputs):
+    raise Killed
+
+
+def test_a_killed_run_goes_on_to_the_same_losses_and_bits(base, data, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """In its fourth step: what the third trained is lost, and trained again. Experts' moments and m are resumed too."""
+    flags = {"base_model": base, "lora_target_parameters": STACKS, "max_steps": 5, "eval_step": 0}
+    whole = run(data, tmp_path / "whole", **flags)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 4, killed)
+        main(arguments(data, tmp_path / "killed", **flags))
+    assert not (tmp_path / "killed" / WEIGHTS).exists()
+    capsys.readouterr()
+    torch.manual_seed(999)
+    main(arguments(data, tmp_path / "killed", "--resume", **flags))
+    assert "checkpoint-2" in capsys.readouterr().out
+    assert len(whole) >= 5 and numbers(metrics(tmp_path / "killed")) == numbers(whole)
+    assert (tmp_path / "killed" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
 
 
 def test_a_run_divides_the_rank_over_the_experts_of_a_token(base, data, tmp_path):  # noqa: F811
