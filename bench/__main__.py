@@ -24,7 +24,7 @@ COMMANDS = {
     "step": "train the embedded model, ours and PEFT's on the same data and seed: loss curves",
     "recovery": "train the embedded model in each format, merge-aware and not: what merging back keeps of the tune",
     "questions": "time the choices that the design rests on, each against its alternative",
-    "predict": "the tables of kernels, layer, block, model and experts for a GPU that is not here, from counted bytes",
+    "predict": "the tables of kernels, layer, block, model, experts and a mixture, for a GPU that is not here",
     "report": "tables and plots from committed results",
     "offline": "compile every kernel for every GPU generation, without a GPU, and hold it to its limits",
     "tune": "propose launch configurations: timed on a GPU, else ranked by static figures",

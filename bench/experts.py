@@ -7,17 +7,15 @@ and memory are those of `layer`. `predict --tables experts` has the same for a G
 
 import argparse
 from collections import Counter
-from unittest import mock
 
 import torch
-
-from dora_kernels.ops import dora_experts, grouped
 
 from . import layer
 from .contestants.experts import contestants, counted, make_problem
 from .contestants.layer import DTYPES
 from .counting.gpus import Roofs, by_bytes_and_flops
 from .counting.model_counts import seconds_by_roof
+from .counting.routing import spread_evenly
 from .counting.traffic import counting, fake_module
 from .gates import experts as experts_gate
 from .measuring.shapes import ExpertShape
@@ -68,19 +66,7 @@ def predict(shape: ExpertShape, tokens: int, rank: int, dtype: torch.dtype, roof
 def count(build, shape: ExpertShape, tokens: int, dtype: torch.dtype, roofs: Roofs) -> dict:
     """Of one contestant, its tokens spread evenly."""
     module = build()
-    share = tokens * shape.chosen // shape.experts
-
-    def evenly(ends):
-        # Fake tensors hold no numbers.
-        yield from (
-            (expert, slice(expert * share, (expert + 1) * share)) for expert in range(len(ends) if share else 0)
-        )
-
-    with (
-        counting(roofs.capability) as counter,
-        mock.patch.object(dora_experts, "expert_rows", evenly),
-        mock.patch.object(grouped, "expert_rows", evenly),
-    ):
+    with counting(roofs.capability) as counter, spread_evenly(tokens * shape.chosen):
         fake_module(module)
         x = torch.empty(tokens, shape.hidden, dtype=dtype, requires_grad=True)
         chosen = torch.empty(tokens, shape.chosen, dtype=torch.int64)

@@ -3,8 +3,9 @@
 Contestants share the frozen weights. One at a time has its adapters and optimizer in memory, so that peak memory is its
 own; the frozen base is timed again at the end, and shows how far the machine has drifted. Memory is the peak beyond the
 frozen weights: adapters, gradients, optimizer and activations. Every contestant is held to fp64 first, loss and
-gradients, on two layers of the model (`model_gate.py`); one that fails is printed as failed. In the run itself it must
+gradients, on two layers of the model (`gates/model.py`); one that fails is printed as failed. In the run itself it must
 reproduce the base's loss and logits, of which a fresh adapter changes nothing, and keep finite parameters.
+A mixture's tokens are spread evenly over its experts, and the row says how many each has.
 """
 
 import argparse
@@ -13,11 +14,11 @@ import torch
 from torch import nn
 
 from .contestants.layer import DTYPES
-from .contestants.model import Contestant, First, Trained, adapted, build_base, contestants, left_out
+from .contestants.model import Contestant, First, Trained, adapted, build_base, field_of, left_out
 from .gates.layer import error
 from .gates.model import Gate, worst
 from .measuring.memory import peak_bytes
-from .measuring.shapes import MODELS, QUANTISED, Run
+from .measuring.shapes import MIXTURES, QUANTISED, WHOLE, Run
 from .measuring.timing import attempt, interleaved, release
 from .rows.compare import group_table
 from .rows.session import Session
@@ -35,9 +36,7 @@ Logits that have nothing to do with the base's are 1.4 away."""
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_session_arguments(parser)
-    parser.add_argument(
-        "--model", choices=MODELS, help="instead of the preset's runs: this model, with the flags below"
-    )
+    parser.add_argument("--model", choices=WHOLE, help="instead of the preset's runs: this model, with the flags below")
     parser.add_argument("--layers", type=int, default=0, help="decoder layers (default: the model's own number)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--sequence", type=int, default=512)
@@ -47,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.quantize and args.model in MIXTURES:
+        print(f"--quantize {args.quantize} does not go with --model {args.model}: its experts stay in 16 bits")
+        return 2
     session = Session(args)
     flags = (args.layers, args.batch, args.sequence, args.rank, args.checkpointing, args.quantize)
     run(session, (Run(args.model, *flags),) if args.model else None)
@@ -57,7 +59,7 @@ def run(session: Session, runs: tuple[Run, ...] | None = None) -> None:
     """Measures every run of the session's preset, or those given."""
     built: list[tuple[tuple, nn.Module]] = []  # one model at a time; runs that share it stand in a row
     for run in session.preset.runs if runs is None else runs:
-        case = run._asdict() | {"dtype": session.preset.dtype, "compiled": session.preset.compiled}
+        case = run.case(session.preset.dtype, session.preset.compiled)
         if session.skips(COMMAND, case):
             continue
 
@@ -76,11 +78,10 @@ def run(session: Session, runs: tuple[Run, ...] | None = None) -> None:
 def measure(base: nn.Module, run: Run, session: Session) -> dict[str, dict]:
     """By contestant: its loss, times and peak memory, or why it failed."""
     generator = torch.Generator(session.device).manual_seed(0)
-    vocabulary = MODELS[run.model].vocab_size
-    ids = torch.randint(vocabulary, (run.batch, run.sequence), generator=generator, device=session.device)
-    missing = left_out(session.device)
+    ids = torch.randint(run.sizes.vocab_size, (run.batch, run.sequence), generator=generator, device=session.device)
+    field = field_of(run, DTYPES[session.preset.dtype])
+    missing = {name: reason for name, reason in left_out(session.device).items() if name in field}
     print("\n".join(f"  {name}: left out; {reason}" for name, reason in missing.items()))
-    field = contestants(DTYPES[session.preset.dtype], run.rank)
     field = {name: contestant for name, contestant in field.items() if name not in missing}
     results = hold_to_fp64(field, run, session)
     expected = None  # the frozen base is the first

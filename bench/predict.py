@@ -1,5 +1,7 @@
 """PREDICTS the tables of `kernels`, `layer`, `block`, `model` and `experts` for a GPU that is not here.
 
+"mixture" is the table of `model` for a mixture of experts, whose tokens are spread evenly.
+
 A launch of our kernels takes the longest of four roofs, or a fixed time: the bytes that must come from memory, the
 bytes that programs load and store through L2, the issue slots and pipes that its instructions take, and its products
 on the tensor cores. Its instructions are those of the compiled kernel. Kernels of other libraries have the roofs of
@@ -14,7 +16,7 @@ it: `python -m bench predict --gpu h200 --output bench/results/predict-h200.txt`
 
 import argparse
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -44,13 +46,16 @@ NOTES = {
     longest: f"{MARK} kernels of the base, PEFT and PyTorch are counted by bytes and FLOPs alone, ours by four roofs",
     by_bytes_and_flops: f"{MARK} all kernels are counted by bytes and FLOPs alone",
 }
-TABLES = (kernels.COMMAND, layer.COMMAND, block.COMMAND, model.COMMAND, experts.COMMAND)
+EXPERTS_NOTE = ", but kernels of experts by bytes and FLOPs alone"
+MIXTURE = "mixture"
+"""The table of a whole mixture's step, which `model` measures."""
+TABLES = (kernels.COMMAND, layer.COMMAND, block.COMMAND, model.COMMAND, experts.COMMAND, MIXTURE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", choices=ROOFS, required=True)
     parser.add_argument("--model", choices=MODELS, default="llama-3-8b")
-    parser.add_argument("--mixture", choices=EXPERTS, default="qwen3-30b-a3b", help="the model of the experts")
+    parser.add_argument("--mixture", choices=EXPERTS, default="qwen3-30b-a3b", help="whose experts, and whose step")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 8192])
     parser.add_argument("--ranks", type=int, nargs="+", default=[16, 384])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -115,6 +120,8 @@ def sections(args: argparse.Namespace) -> Iterator[str]:
     for command in args.tables:
         if command == model.COMMAND:
             yield from _models(args)
+        elif command == MIXTURE:
+            yield from _steps(args.mixture, itertools.product(args.ranks, ("",), (False, True)), args)
         elif command == experts.COMMAND:
             yield from _experts(args)
         else:
@@ -159,16 +166,21 @@ def _table(found: dict[str, dict], args: argparse.Namespace) -> Iterator[str]:
 def _models(args: argparse.Namespace) -> Iterator[str]:
     dense_and_nf4 = itertools.product(args.ranks, ("", "nf4"), (False, True))
     # Other formats at one rank: what differs is the decoder.
-    for rank, quantize, checkpointing in (*dense_and_nf4, *((args.ranks[0], form, True) for form in QUANTISED[1:])):
-        run = Run(args.model, args.layers, args.batch, args.sequence, rank, checkpointing, quantize)
+    others = ((args.ranks[0], form, True) for form in QUANTISED[1:])
+    yield from _steps(args.model, (*dense_and_nf4, *others), args)
+
+
+def _steps(name: str, ways: Iterable[tuple[int, str, bool]], args: argparse.Namespace) -> Iterator[str]:
+    """`ways`: ranks, formats and whether activations are recomputed."""
+    for rank, quantize, checkpointing in ways:
+        run = Run(name, args.layers, args.batch, args.sequence, rank, checkpointing, quantize)
         found = predict_model(run, DTYPES[args.dtype], ROOFS[args.gpu], limit_of(args))
-        of_run = title(run._asdict() | {"dtype": args.dtype})
         lines = [
             group_table(found, tokens=run.batch * run.sequence, mark=MARK),
             *seconds_of_ours(found),
-            NOTES[limit_of(args)],
+            NOTES[limit_of(args)] + (EXPERTS_NOTE if run.is_mixture and limit_of(args) is longest else ""),
         ]
-        yield "\n".join([f"\nPREDICTION, model: {of_run}", *lines])
+        yield "\n".join([f"\nPREDICTION, model: {title(run.case(args.dtype))}", *lines])
 
 
 def seconds_of_ours(results: dict[str, dict]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import dora_kernels as dk
+from dora_kernels.layers.experts import DoraExperts
 
 from ..measuring.shapes import Shape
 
@@ -257,7 +258,7 @@ def _compiled(build: Callable[[Problem], Entry]) -> Callable[[Problem], Entry]:
 
 def factors_of(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The trained parameters of our layer, or of PEFT's, by the names of their gradients."""
-    if isinstance(layer, dk.DoraLinear):
+    if isinstance(layer, dk.DoraLinear | DoraExperts):
         return {"dA": layer.lora_A, "dB": layer.lora_B, "dm": layer.magnitude}
     parts = {"dA": layer.lora_A, "dB": layer.lora_B, "dm": layer.lora_magnitude_vector}
     return {name: part["default"].weight for name, part in parts.items() if "default" in part}

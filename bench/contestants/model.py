@@ -16,11 +16,12 @@ import dora_kernels as dk
 from dora_kernels.ops.base_weights import is_known_to_peft
 
 from ..installation import training
-from ..measuring.shapes import MODELS, Run
+from ..measuring.shapes import Run
 from ..measuring.timing import release
 from ..rows.compare import FUSED_GLU
 from .fused_glu import fuse_glu, why_no_fused_glu
 from .layer import ALPHA_OVER_RANK, DTYPE_NAMES, patch
+from .mixture import ATTENTION, STACKS, build_mixture
 
 layers = training("quantised_linear")
 
@@ -34,7 +35,11 @@ def build_base(run: Run, dtype: torch.dtype, device: torch.device, vocabulary: i
 
     `vocabulary`: another size than the model's own.
     """
-    m = MODELS[run.model]
+    if run.is_mixture:
+        if run.quantize:
+            raise ValueError(f"a mixture has no --quantize {run.quantize}, which leaves its experts in 16 bits")
+        return build_mixture(run, dtype, device, vocabulary).requires_grad_(False)
+    m = run.sizes
     config = LlamaConfig(
         vocab_size=vocabulary or m.vocab_size,
         hidden_size=m.hidden_size,
@@ -161,52 +166,78 @@ class Contestant(NamedTuple):
     autocast: torch.dtype | None = None
 
 
+def by_peft(rank: int, dora: bool, fp32_adapters: bool, patched: bool = False, **options) -> Adapt:
+    """PEFT's model, of all linear layers unless `options` say otherwise."""
+
+    def adapt(model):
+        if dora and not all(map(is_known_to_peft, model.modules())):
+            # Said here, for PEFT fails by the weight's values, which a prediction has not.
+            raise NotImplementedError("PEFT cannot build DoRA over this format")
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=ALPHA_OVER_RANK * rank,
+            use_dora=dora,
+            task_type="CAUSAL_LM",
+            **{"target_modules": "all-linear"} | options,
+        )
+        # At r = 384 adapters have a billion values: drawn on the GPU, not on the CPU.
+        device = next(model.parameters()).device
+        with device if device.type == "cuda" else nullcontext():
+            model = peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
+        if patched:
+            patch(model)
+        return model
+
+    return adapt
+
+
+def by_us(rank: int, **options) -> Adapt:
+    """Our model, likewise."""
+
+    def adapt(model):
+        options_of_all = {"r": rank, "lora_alpha": ALPHA_OVER_RANK * rank, "target_modules": "all-linear"}
+        return dk.apply_dora(model, dk.DoraConfig(**options_of_all | options))
+
+    return adapt
+
+
 def contestants(dtype: torch.dtype, rank: int) -> dict[str, Contestant]:
     """By name, in the order of the tables."""
-
-    def by_peft(dora: bool, fp32_adapters: bool, patched: bool = False):
-        def adapt(model):
-            if dora and not all(map(is_known_to_peft, model.modules())):
-                # Said here, for PEFT fails by the weight's values, which a prediction has not.
-                raise NotImplementedError("PEFT cannot build DoRA over this format")
-            config = peft.LoraConfig(
-                r=rank,
-                lora_alpha=ALPHA_OVER_RANK * rank,
-                target_modules="all-linear",
-                use_dora=dora,
-                task_type="CAUSAL_LM",
-            )
-            # At r = 384 adapters have a billion values: drawn on the GPU, not on the CPU.
-            device = next(model.parameters()).device
-            with device if device.type == "cuda" else nullcontext():
-                model = peft.get_peft_model(model, config, autocast_adapter_dtype=fp32_adapters)
-            if patched:
-                patch(model)
-            return model
-
-        return adapt
-
-    def by_us(**options):
-        def adapt(model):
-            config = dk.DoraConfig(r=rank, lora_alpha=ALPHA_OVER_RANK * rank, target_modules="all-linear", **options)
-            return dk.apply_dora(model, config)
-
-        return adapt
-
     field = {"frozen base": Contestant("base", lambda model: model), FUSED_GLU: Contestant("base", fuse_glu)}
     if dtype == torch.float32:
-        field["PEFT LoRA fp32"] = Contestant("lora", by_peft(False, True))
-        field["PEFT DoRA fp32"] = Contestant("dora", by_peft(True, True))
-        field["PEFT DoRA fp32, patched"] = Contestant("dora", by_peft(True, True, patched=True))
+        field["PEFT LoRA fp32"] = Contestant("lora", by_peft(rank, False, True))
+        field["PEFT DoRA fp32"] = Contestant("dora", by_peft(rank, True, True))
+        field["PEFT DoRA fp32, patched"] = Contestant("dora", by_peft(rank, True, True, patched=True))
     else:
         for kind, method in (("lora", "LoRA"), ("dora", "DoRA")):
-            field[f"PEFT {method} fp32, autocast"] = Contestant(kind, by_peft(kind == "dora", True), dtype)
-            field[f"PEFT {method} {DTYPE_NAMES[dtype]}"] = Contestant(kind, by_peft(kind == "dora", False))
-        field["PEFT DoRA fp32"] = Contestant("dora", by_peft(True, True))
-        field["PEFT DoRA fp32, autocast, patched"] = Contestant("dora", by_peft(True, True, patched=True), dtype)
-    field["ours fp32, auto"] = Contestant("dora", by_us())
-    field["ours fp32, layer by layer"] = Contestant("dora", by_us(fuse_blocks=False))
+            field[f"PEFT {method} fp32, autocast"] = Contestant(kind, by_peft(rank, kind == "dora", True), dtype)
+            field[f"PEFT {method} {DTYPE_NAMES[dtype]}"] = Contestant(kind, by_peft(rank, kind == "dora", False))
+        field["PEFT DoRA fp32"] = Contestant("dora", by_peft(rank, True, True))
+        field["PEFT DoRA fp32, autocast, patched"] = Contestant("dora", by_peft(rank, True, True, patched=True), dtype)
+    field["ours fp32, auto"] = Contestant("dora", by_us(rank))
+    field["ours fp32, layer by layer"] = Contestant("dora", by_us(rank, fuse_blocks=False))
     return field | {"frozen base, again": field["frozen base"]}
+
+
+def mixture_contestants(dtype: torch.dtype, rank: int) -> dict[str, Contestant]:
+    """Those of a mixture: attention and the experts are adapted. PEFT has no DoRA for experts, which its row says."""
+    # By name: PEFT's "all-linear" would adapt the router, too, and give gate and up twice the rank.
+    experts = {"target_modules": ATTENTION, "target_parameters": STACKS}
+    field = {"frozen base": Contestant("base", lambda model: model)}
+    if dtype == torch.float32:
+        field["PEFT LoRA fp32"] = Contestant("lora", by_peft(rank, False, True, **experts))
+    else:
+        field["PEFT LoRA fp32, autocast"] = Contestant("lora", by_peft(rank, False, True, **experts), dtype)
+        field[f"PEFT LoRA {DTYPE_NAMES[dtype]}"] = Contestant("lora", by_peft(rank, False, False, **experts))
+    field["PEFT DoRA fp32"] = Contestant("dora", by_peft(rank, True, True, **experts))
+    field["ours fp32, auto"] = Contestant("dora", by_us(rank, **experts))
+    field["ours fp32, layer by layer"] = Contestant("dora", by_us(rank, fuse_blocks=False, **experts))
+    return field | {"frozen base, again": field["frozen base"]}
+
+
+def field_of(run: Run, dtype: torch.dtype) -> dict[str, Contestant]:
+    """The contestants of a run."""
+    return (mixture_contestants if run.is_mixture else contestants)(dtype, run.rank)
 
 
 def left_out(device: torch.device) -> dict[str, str]:

@@ -17,6 +17,8 @@ from dora_kernels.ops.members import Member
 from dora_kernels.ops.output import OutputUse
 from dora_kernels.ops.types import Rounding
 
+from .routing import spread_evenly
+
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
 DTYPES = ((BF16, FP32), (BF16, BF16), (FP16, FP32), (FP16, FP16), (FP32, FP32), (FP64, FP64))
@@ -132,8 +134,9 @@ def _call_experts(case: Case) -> None:
     bias = torch.empty(E, N, dtype=case.dtype) if case.bias else None
     ends = torch.empty(E, dtype=torch.int32)
     options = {"scaling": 2.0, "bias": bias, "space": case.space, "impl": "triton", "rounding": case.rounding}
-    y = dora_experts(x, weight, *factors, ends, activation=case.mlp, **options)
-    y.backward(torch.empty_like(y))
+    with spread_evenly(case.tokens):
+        y = dora_experts(x, weight, *factors, ends, activation=case.mlp, **options)
+        y.backward(torch.empty_like(y))
 
 
 def _call_siblings(case: Case) -> None:

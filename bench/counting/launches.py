@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from dora_kernels.ops import chunked, dispatch, dora_experts
+from dora_kernels.ops import chunked, dispatch, dora_experts, stacks
 from dora_kernels.ops import gpus as launch_data
 
 from . import accounting
@@ -108,7 +108,8 @@ def sized_launches(cases: Iterable[Case], capability: tuple[int, int]) -> Iterat
         # The CPU's product of long factors in one piece: here it only costs time.
         patches.enter_context(mock.patch.object(chunked, "CHUNK_ELEMENTS", 1 << 62))
         # PyTorch's own launches; where a loop takes their place, it would ask how many tokens each expert has.
-        patches.enter_context(mock.patch.object(dora_experts, "grouped_mm", _shaped_product))
+        for module in (dora_experts, stacks):
+            patches.enter_context(mock.patch.object(module, "grouped_mm", _shaped_product))
         patches.enter_context(mock.patch.object(JITFunction, "run", recorder.hook()))
         for case in cases:
             call(case)

@@ -15,7 +15,8 @@ import torch
 import dora_kernels.models.apply
 
 from ..contestants.model import Contestant, Trained, adapted, build_base
-from ..measuring.shapes import MODELS, Run
+from ..measuring.shapes import Run
+from .routing import spread_evenly
 from .traffic import Operation, counting, fake_module
 
 COUNTED = 2  # layers; and one more
@@ -43,7 +44,8 @@ def count_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability:
             # PEFT copies a 4-bit layer to look at it, which has no way without values.
             stack.enter_context(mock.patch.object(Params4bit, "__deepcopy__", lambda self, memo: self))
         model = adapted(base, contestant.adapt, run.checkpointing)
-    with counting(capability) as counter:
+    rows = run.batch * run.sequence * (run.sizes.num_experts_per_tok if run.is_mixture else 0)
+    with counting(capability) as counter, spread_evenly(rows):
         ids = torch.empty(run.batch, run.sequence, dtype=torch.int64)
         fake_module(model)
         trained = Trained(model, ids, contestant.autocast, fused=True)
@@ -85,7 +87,7 @@ def seconds_by_roof(launches: Iterable[Operation], limit) -> Counter[str]:
 def predict_step(run: Run, contestant: Contestant, dtype: torch.dtype, capability: tuple[int, int], limit) -> dict:
     """In the form of a measured result, with "frozen_bytes", the seconds under each roof, and what one decoder layer
     launches and saves. `limit` gives the roof and the seconds of one launch."""
-    layers = run.layers or MODELS[run.model].num_hidden_layers
+    layers = run.layers or run.sizes.num_hidden_layers
     steps = [count_step(run, contestant, dtype, capability, COUNTED + more) for more in (0, 1)]
     limited = [{part: seconds_by_roof(made, limit) for part, made in step.parts.items()} for step in steps]
     times = {part: at_depth(*(step[part].total() for step in limited), layers) for part in steps[0].parts}

@@ -23,7 +23,7 @@ Limit = Callable[[Operation, Roofs], tuple[str, float]]
 def predict_model(run: Run, dtype: torch.dtype, roofs: Roofs, limit: Limit = longest) -> dict[str, dict]:
     """By contestant, in the form of a measured result, with the seconds under each roof as "roofs"."""
     results = {}
-    for name, contestant in model_field.contestants(dtype, run.rank).items():
+    for name, contestant in model_field.field_of(run, dtype).items():
         # A patched layer refuses tensors without data, and runs what ours runs; nothing drifts here.
         if not name.endswith(("patched", "again")):
             row, failure = attempt(

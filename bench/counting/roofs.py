@@ -1,7 +1,8 @@
 """The time of one launch under four roofs: memory, L2, instructions (issue slots and pipes), tensor cores.
 
 The longest is the prediction. Instructions are those of the very launch, compiled and disassembled; other libraries'
-kernels have no code here and are counted by bytes and FLOPs alone.
+kernels have no code here and are counted by bytes and FLOPs alone. So are those of experts: how often their loops run,
+the number of each expert's tokens says, which is data.
 """
 
 from collections import Counter
@@ -72,6 +73,8 @@ def longest(operation: Operation, roofs: Roofs) -> tuple[str, float]:
     Raises:
         ValueError: the operation is a kernel of ours that was counted where kernels are interpreted.
     """
+    if operation.name.startswith("expert_"):
+        return by_bytes_and_flops(operation, roofs)
     if operation.launch is not None:
         found = profile(operation.launch, roofs)
         return found.roof, found.seconds[found.roof]

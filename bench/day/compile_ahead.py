@@ -65,7 +65,8 @@ def run(day, step, seconds: float) -> Done:
 
 
 def cases(preset: str) -> Iterator[Case]:
-    """The calls whose kernels the day launches: of layers, of gated MLPs, of attention's layers that share an input."""
+    """The calls whose kernels the day launches: of layers, of gated MLPs, of attention's layers that share an input, of
+    experts."""
     of = PRESETS[preset]
     tokens, ranks = BREAK_EVEN[preset]
     sizes = {(shape, m, r) for _, shape, m, r in of.layers()}
@@ -78,19 +79,38 @@ def cases(preset: str) -> Iterator[Case]:
     for types in ((FP32, FP32), (FP16, FP32)):
         yield Case(*types, "token", of.ranks[0], shape.out_features, shape.in_features, 515)
     yield from _blocks(of)
+    yield from _experts(of)
     for packed in [{"nf4": "nested"}, *({"int4": kind} for kind in INT4)]:
         yield Case(BF16, FP32, "weight", of.ranks[0], shape.out_features, shape.in_features, 515, **packed)
 
 
 def _blocks(of: Preset) -> Iterator[Case]:
     found = {(block, m, r, space) for _, block, m, r in of.blocks() for space in ("token", "weight")}
-    for run in of.runs:
+    for run in (run for run in of.runs if not run.is_mixture):
         for name, sizes in block_sizes(run.model).items():
             found.add((BLOCKS[name](**sizes), run.batch * run.sequence, run.rank, "auto"))
     for block, m, r, space in sorted(found):
         first = block.layers[0]
         kind = {"mlp": "silu"} if block.name == "mlp" else {"siblings": block.outputs, "bias": first.bias}
         yield Case(BF16, FP32, space, r, first.out_features, first.in_features, m, **kind)
+
+
+def _experts(of: Preset) -> Iterator[Case]:
+    mixtures = [run for run in of.runs if run.is_mixture]
+    found = {(shape, m, r) for _, shape, m, r in of.experts()}
+    found |= {(run.sizes.experts, run.batch * run.sequence, run.rank) for run in mixtures}
+    for (experts, chosen, hidden, intermediate), m, r in sorted(found):
+        for space in ("token", "weight"):
+            gate_up = Case(BF16, FP32, space, r, 2 * intermediate, hidden, m * chosen, experts=experts)
+            down = gate_up._replace(out_features=hidden, in_features=intermediate)
+            yield from (gate_up._replace(mlp="silu"), gate_up, down)
+    for run in mixtures:
+        q, k, hidden = run.sizes.queries, run.sizes.keys, run.sizes.hidden_size
+        attention = Case(BF16, FP32, "auto", run.rank, q, hidden, run.batch * run.sequence)
+        yield attention._replace(siblings=(q, k, k))
+        yield attention
+        yield attention._replace(out_features=k)
+        yield attention._replace(out_features=hidden, in_features=q)
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """The day's report, from its files alone: the README's table first, then what stands behind it, and what went wrong."""
 
-from .. import block, kernels, layer, model, questions, roofs
+from .. import block, experts, kernels, layer, model, questions, roofs
 from ..counting.gpus import by_bytes_and_flops
 from ..counting.predicted import Limit
 from ..measuring import clocks
@@ -47,7 +47,7 @@ def parts(folder: Folder, found: list[dict[str, dict]], limit: Limit) -> list[st
         text += [f"{machine_of(found[0])}; {software(found)}", f"Before and after: {conditions(found)}"]
     text += ["## Headline", headline(of.get(model.COMMAND, []))]
     text += ["## Steps", progress(folder)]
-    for command in (model.COMMAND, block.COMMAND, layer.COMMAND, kernels.COMMAND):
+    for command in (model.COMMAND, experts.COMMAND, block.COMMAND, layer.COMMAND, kernels.COMMAND):
         if command in of:
             text += [f"## {command}", section(command, of[command], full=True)]
     for group in of.get(roofs.COMMAND, []):

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from .. import block, kernels, layer, model, questions, roofs
+from .. import block, experts, kernels, layer, model, questions, roofs
 from ..measuring.shapes import BREAK_EVEN, PRESETS, Preset
 from . import compile_ahead, gpu_tests, self_test, thresholds
 from .session import session_step
@@ -63,6 +63,8 @@ STEPS = (
          session_step(in_order(layer))),
     Step("block", "a gated MLP, and q, k and v, alone: together and layer by layer", 1.5,
          lambda day: len(list(PRESETS[day.preset].blocks())), 20, session_step(in_order(block))),
+    Step("experts", "a layer's fused experts, alone", 0.8,
+         lambda day: len(list(PRESETS[day.preset].experts())), 20, session_step(in_order(experts))),
     Step("model", "a training step of the whole model against every mode of PEFT", 6,
          lambda day: len(PRESETS[day.preset].runs), 120, session_step(model.run), 120),
     Step("questions", "what dispatch and the design rest on", 3, _asked, 2, session_step(_questions)),

@@ -3,9 +3,11 @@
 The model is the run's with two decoder layers and a small vocabulary, of the run's widths, rank and checkpointing; one
 row of at most 256 tokens passes through it, in the form (token or weight space) that the run's own number of tokens
 takes. Adapters are not fresh: the update is about a third of the weight, m is off its norm by 10 %.
+Stacks of experts count as linears do; for a mixture's gradients of A and B, PEFT has a layout of its own.
 """
 
 import copy
+from collections.abc import Iterator
 
 import peft
 import torch
@@ -13,12 +15,15 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 import dora_kernels as dk
+from dora_kernels.layers.experts import DoraExperts
 from dora_kernels.ops.base_weights import is_quantized, weight_of
 from dora_kernels.ops.dispatch import dense_weight
 
+from ..contestants.experts import STACKS, Stack, in_pefts_layout
 from ..contestants.layer import ALPHA_OVER_RANK, factors_of
 from ..contestants.model import Contestant, Trained, adapted, build_base
 from ..measuring.shapes import Run
+from .experts import ExactExperts
 from .layer import BAR, UNIT_ROUNDOFF, error
 
 LAYERS, VOCABULARY, TOKENS = 2, 512, 256
@@ -27,7 +32,7 @@ DEEPER = 2
 norms, products and residuals between them, each of which rounds. What is dropped or scaled wrong is further off."""
 
 Values = dict[str, dict[str, torch.Tensor]]
-"""Of each adapted linear, by its path in the base: values for "dA", "dB" and "dm"."""
+"""Of each adapted linear or stack, by its path in the base: values for "dA", "dB" and "dm"."""
 
 
 class Gate:
@@ -51,7 +56,7 @@ class Gate:
         with torch.no_grad():
             for path, values in self.values.items():
                 for name, parameter in parameters.get(path, {}).items():
-                    parameter.copy_(values[name])
+                    parameter.copy_(laid_out(name, values[name], parameter))
         take_the_forms_of(model, self.run.batch * self.run.sequence)
         trained = Trained(torch.compile(model) if self.compiled else model, self.ids, contestant.autocast)
         for part in trained.step():
@@ -59,7 +64,7 @@ class Gate:
                 break
         found = {f"{name} of {path}": p.grad for path, some in parameters.items() for name, p in some.items()}
         found["loss"] = trained.first.loss
-        return {name: error(found.get(name), value) for name, value in exact.items()}
+        return {name: error(found.get(name), laid_out(name, value, found.get(name))) for name, value in exact.items()}
 
     def broken(self, errors: dict[str, float]) -> str | None:
         """What fails, or None."""
@@ -82,25 +87,40 @@ def worst(errors: dict[str, float]) -> dict[str, float]:
 
 
 def make_values(base: nn.Module, rank: int, dtype: torch.dtype, generator: torch.Generator) -> Values:
-    """For every linear of the decoder layers, in fp32, of what `dtype` can represent: then one truth is everybody's."""
+    """For every linear and every stack of experts of the decoder layers, in fp32, of what `dtype` can represent: then
+    one truth is everybody's."""
     found: Values = {}
-    for path, module in base.model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        weight = dense(module)
-        N, K = weight.shape
+    for path, weight in adapted_weights(base.model):
+        *experts, N, K = weight.shape
 
         def normal(*size, scale=1.0, device=weight.device):
             return torch.randn(*size, generator=generator, device=device) * scale
 
-        size = weight.double().std().item()
+        norms = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float64)
+        size = (norms.square().sum() / weight.numel()).sqrt().item()
         values = {
-            "dA": normal(rank, K),
-            "dB": normal(N, rank, scale=0.3 * size / ALPHA_OVER_RANK / rank**0.5),
-            "dm": weight.double().norm(dim=1).float() * (1 + 0.1 * normal(N)),
+            "dA": normal(*experts, rank, K),
+            "dB": normal(*experts, N, rank, scale=0.3 * size / ALPHA_OVER_RANK / rank**0.5),
+            "dm": norms.float() * (1 + 0.1 * normal(*experts, N)),
         }
         found[f"model.{path}"] = {name: value.to(dtype).float() for name, value in values.items()}
     return found
+
+
+def adapted_weights(decoder: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """By path, each linear's weight [N, K] and each stack [E, N, K]."""
+    for path, module in decoder.named_modules():
+        if isinstance(module, nn.Linear):
+            yield path, dense(module)
+        elif hasattr(module, "gate_up_proj"):
+            yield from ((f"{path}.{name}", getattr(module, name)) for name in STACKS)
+
+
+def laid_out(name: str, value: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
+    """A stack's "dA" or "dB", or the gradient of one, in PEFT's layout where `like` is."""
+    if like is None or like.ndim == value.ndim:
+        return value
+    return in_pefts_layout(lora_A=value) if name.startswith("dA") else in_pefts_layout(lora_B=value)
 
 
 def truth(base: nn.Module, values: Values, kind: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -112,6 +132,11 @@ def truth(base: nn.Module, values: Values, kind: str, ids: torch.Tensor) -> dict
             exact = _ExactLinear(module, values[path], kind)
             model.set_submodule(path, exact)
             leaves |= {f"{name} of {path}": leaf for name, leaf in exact.leaves.items()}
+        elif f"{path}.down_proj" in values and hasattr(module, "gate_up_proj"):
+            stacks = {name: Stack(getattr(module, name), *values[f"{path}.{name}"].values()) for name in STACKS}
+            exact = ExactExperts(kind, stacks)
+            model.set_submodule(path, exact)
+            leaves |= {name.replace(" of ", f" of {path}."): leaf for name, leaf in exact.leaves.items()}
         elif hasattr(module, "variance_epsilon"):
             # transformers' own computes in fp32.
             norm = nn.RMSNorm(module.weight.shape, eps=module.variance_epsilon)
@@ -157,12 +182,16 @@ def dense(module: nn.Linear) -> torch.Tensor:
 
 
 def adapters(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """The trained parameters of each adapted linear, by its path in the base and the names of their gradients."""
-    return {
-        path.removeprefix("base_model.model."): factors_of(module)
-        for path, module in model.named_modules()
-        if isinstance(module, (dk.DoraLinear, peft.tuners.lora.LoraLayer))
-    }
+    """The trained parameters of each adapted linear or stack, by its path in the base and the names of their
+    gradients."""
+    found = {}
+    for path, module in model.named_modules():
+        path = path.removeprefix("base_model.model.")
+        if isinstance(module, peft.tuners.lora.ParamWrapper):
+            found[f"{path.replace('.base_layer', '')}.{module.parameter_name}"] = factors_of(module)
+        elif isinstance(module, (dk.DoraLinear, DoraExperts, peft.tuners.lora.LoraLayer)):
+            found[path.replace(".dora.", ".")] = factors_of(module)
+    return found
 
 
 def take_the_forms_of(model: nn.Module, tokens: int) -> None:
@@ -170,5 +199,7 @@ def take_the_forms_of(model: nn.Module, tokens: int) -> None:
     for module in model.modules():
         if isinstance(module, dk.DoraLinear):
             module.space = module.plan(tokens).space
+        elif isinstance(module, DoraExperts):
+            module.space = module.stack_plan(tokens).space
         elif hasattr(module, "dora_fusion"):
             module.dora_fusion.options["space"] = module.plan(tokens).space

@@ -96,11 +96,43 @@ class ExpertShape(NamedTuple):
     intermediate: int
 
 
-EXPERTS = {
-    "qwen3-30b-a3b": ExpertShape(128, 8, 2048, 768),
-    "mixtral-8x7b": ExpertShape(8, 2, 4096, 14336),
-    "tiny": ExpertShape(4, 2, 64, 32),
+class MixtureSizes(NamedTuple):
+    """The sizes of a mixture of experts, by transformers' names; every layer is one of Qwen3-MoE's."""
+
+    hidden_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    num_experts: int
+    num_experts_per_tok: int
+
+    @property
+    def queries(self) -> int:
+        """Output features of q."""
+        return self.head_dim * self.num_attention_heads
+
+    @property
+    def keys(self) -> int:
+        """Of k, and of v."""
+        return self.head_dim * self.num_key_value_heads
+
+    @property
+    def experts(self) -> ExpertShape:
+        """Those of a layer."""
+        return ExpertShape(self.num_experts, self.num_experts_per_tok, self.hidden_size, self.moe_intermediate_size)
+
+
+MIXTURES = {
+    "qwen3-30b-a3b": MixtureSizes(2048, 768, 48, 32, 4, 128, 151936, 128, 8),
+    "mixtral-8x7b": MixtureSizes(4096, 14336, 32, 32, 8, 128, 32000, 8, 2),
+    "tiny-moe": MixtureSizes(64, 32, 2, 4, 2, 16, 128, 4, 2),
 }
+EXPERTS = {name: sizes.experts for name, sizes in MIXTURES.items()}
+WHOLE = MODELS | MIXTURES
+"""What a `Run` names."""
 
 
 QUANTISED = ("nf4", "fp8", "int4", "nvfp4", "mxfp4")
@@ -118,18 +150,41 @@ class Run(NamedTuple):
     checkpointing: bool = False
     quantize: str = ""  # one of `QUANTISED`, or none of them
 
+    @property
+    def sizes(self) -> ModelSizes | MixtureSizes:
+        """Those of the model, with its own number of layers."""
+        return WHOLE[self.model]
+
+    @property
+    def is_mixture(self) -> bool:
+        return self.model in MIXTURES
+
+    def case(self, dtype: str, compiled: bool = False) -> dict:
+        """As results name it: of a mixture with the tokens that an expert of a layer has, all having equally many."""
+        named = self._asdict() | {"dtype": dtype, "compiled": compiled}
+        if self.is_mixture:
+            sizes = self.sizes
+            named["tokens an expert"] = self.batch * self.sequence * sizes.num_experts_per_tok / sizes.num_experts
+        return named
+
 
 def model_flops(run: Run) -> int:
     """Of one step: what the frozen base needs, forward (2 a weight and token) and backward to the inputs (2 more).
 
-    Causal attention counts half of its scores, 2·s·h a token and layer forward and twice that backward. Not counted are
-    the adapter, recomputed activations, and embeddings, which are looked up.
+    Causal attention counts half of its scores, 2·s·h a token and layer forward and twice that backward. Of a mixture
+    the router and a token's own experts count. Not counted are the adapter, recomputed activations, and embeddings,
+    which are looked up.
     """
-    m = MODELS[run.model]
+    m = run.sizes
     layers, tokens = run.layers or m.num_hidden_layers, run.batch * run.sequence
-    kv_features = m.hidden_size // m.num_attention_heads * m.num_key_value_heads
-    layer_weights = m.hidden_size * (2 * m.hidden_size + 2 * kv_features + 3 * m.intermediate_size)
-    attention = 6 * run.sequence * m.hidden_size
+    if run.is_mixture:
+        queries, keys = m.queries, m.keys
+        mlp = m.hidden_size * (3 * m.num_experts_per_tok * m.moe_intermediate_size + m.num_experts)
+    else:
+        queries, keys = m.hidden_size, m.hidden_size // m.num_attention_heads * m.num_key_value_heads
+        mlp = 3 * m.hidden_size * m.intermediate_size
+    layer_weights = m.hidden_size * (2 * queries + 2 * keys) + mlp
+    attention = 6 * run.sequence * queries
     return tokens * (4 * (layers * layer_weights + m.hidden_size * m.vocab_size) + layers * attention)
 
 
@@ -184,6 +239,7 @@ PRESETS = {
             Run("llama-3-8b", 0, 2, 4096, 16),
             Run("llama-3-8b", 0, 2, 4096, 384, checkpointing=True),
             Run("llama-3-8b", 0, 1, 4096, 384, checkpointing=True),
+            Run("qwen3-30b-a3b", 0, 2, 4096, 16, checkpointing=True),
         ),
         mixtures=("qwen3-30b-a3b",),
     ),
@@ -196,16 +252,19 @@ PRESETS = {
             Run("llama-3-8b", 0, 2, 4096, 16),
             Run("llama-3-8b", 0, 2, 4096, 16, checkpointing=True),
             Run("llama-3-8b", 0, 2, 4096, 384, checkpointing=True),
+            Run("qwen3-30b-a3b", 0, 2, 4096, 16, checkpointing=True),
         ),
+        mixtures=("qwen3-30b-a3b",),
     ),
     # The same on a CPU that stands in for a GPU, in small.
     "rehearsal": Preset(
         ("tiny",),
         (8,),
         (4,),
-        (Run("tiny", 0, 2, 8, 4, checkpointing=True),),
+        (Run("tiny", 0, 2, 8, 4, checkpointing=True), Run("tiny-moe", 0, 2, 8, 8, checkpointing=True)),
         shapes=("down_proj",),
         repetitions=2,
+        mixtures=("tiny-moe",),
     ),
     "compile": Preset(("llama-3-8b",), (512, 8192), (16, 384), (Run("llama-3-8b", 8, 2, 4096, 16),), compiled=True),
     "full": Preset(
@@ -231,7 +290,9 @@ PRESETS = {
         dtype="fp32",
         shapes=("q,o_proj", "gate,up_proj", "down_proj"),
     ),
-    "tiny": Preset(("tiny",), (8,), (4,), (Run("tiny", 0, 2, 8, 4),), dtype="fp32", repetitions=2, mixtures=("tiny",)),
+    "tiny": Preset(
+        ("tiny",), (8,), (4,), (Run("tiny", 0, 2, 8, 4),), dtype="fp32", repetitions=2, mixtures=("tiny-moe",)
+    ),
 }
 
 BREAK_EVEN = {"day": ((512, 2048, 4096, 8192), (16, 64, 384)), "rehearsal": ((8, 16), (4,))}

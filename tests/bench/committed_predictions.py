@@ -38,6 +38,7 @@ def sections(*given):
 some = [*sections("--tables", "kernels", "layer", "--tokens", "8192", "--ranks", "16")][::2]
 some += [*islice(sections("--tables", "model", "--ranks", "16"), 1), *sections("--tables", "experts")]
 some += [*sections("--tables", "block", "--tokens", "512", "--ranks", "16")][1:]
+some += [*islice(sections("--tables", "mixture", "--ranks", "16"), 1)]
 print(*some, sep="\\n")
 """
 
@@ -51,13 +52,14 @@ def compiling(*command):
 
 
 def test_the_committed_tables_are_what_is_predicted():
-    """Of the 56 cases ten: every second layer at one size, a model's first, those of experts, and a block's."""
+    """Of the 60 cases eleven: every second layer at one size, a model's and a mixture's first, those of experts, and a
+    block's."""
     head, *committed = COMMITTED.read_text().split("\n\n")
     if predict.versions() not in head:
         pytest.skip(f"other versions than the committed file's may launch something else: {predict.versions()}")
     assert head == predict.header("h200", H200, "nothing was measured"), REWRITE
     committed, found = by_title(committed), by_title(compiling("-c", PROGRAM).split("\n\n"))
-    assert len(found) == 10 and len(committed) == 56
+    assert len(found) == 11 and len(committed) == 60
     assert "PEFT DoRA fp32 failed: would not fit: 162.5 GiB of 141.0 GiB" in list(found.values())[4]
     for title, table in found.items():
         # A table is equal as a whole or shown as a whole.

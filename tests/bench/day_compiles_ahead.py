@@ -52,7 +52,9 @@ assert looked_up and set(looked_up) == ahead, (len(looked_up), len(ahead), len(s
 """
 BLOCKS = """
 import torch
-from bench.contestants import block, model
+from bench import experts
+from bench.contestants import block, experts as experts_field, model
+from bench.counting.gpus import ROOFS
 from bench.counting.launches import launches
 from bench.counting.layer_counts import count
 from bench.counting.model_counts import count_step
@@ -66,15 +68,20 @@ def parts():
         for name, contestant in block.counted(shape.name, BF16).items():
             if name.startswith("ours"):
                 yield name, count(contestant, shape, tokens, rank, BF16, CAPABILITY)[0]
+    for _, shape, tokens, rank in PRESET.experts():
+        for space in ("auto", "token", "weight"):
+            build = experts_field.counted(shape, rank, BF16, space)["ours fp32"]
+            found = experts.count(build, shape, tokens, BF16, ROOFS["h200"])
+            yield f"ours, {space}, of experts", found["operations"]
     for run in PRESET.runs:
-        for name, contestant in model.contestants(BF16, run.rank).items():
+        for name, contestant in model.field_of(run, BF16).items():
             if name.startswith("ours"):
                 yield f"{name} in a model", count_step(run, contestant, BF16, CAPABILITY, 2).parts
 
 ahead = launches(cases("rehearsal"), CAPABILITY)
 made = {o.launch.launch: name for name, found in parts() for part in found.values() for o in part if o.launch}
 missing = [f"{name}: {launch}" for launch, name in made.items() if launch not in ahead]
-assert {"glu_fwd", "glu_bwd"} <= {launch.name for launch in made}
+assert {"glu_fwd", "glu_bwd", "expert_glu_fwd", "expert_rescale_fwd"} <= {launch.name for launch in made}
 assert not missing, missing
 """
 
@@ -89,5 +96,5 @@ def test_a_kernel_compiled_ahead_is_what_its_launch_looks_up():
     run(FOUND)
 
 
-def test_every_kernel_of_a_days_blocks_and_models_is_compiled_ahead():
+def test_every_kernel_of_a_days_blocks_experts_and_models_is_compiled_ahead():
     run(BLOCKS)

@@ -20,7 +20,7 @@ from dora_kernels.ops.problem import Problem
 from tests.support.buffers import count_launches
 from tests.tolerances import SAME_FP32
 
-SHAPE, TOKENS, RANK = EXPERTS["tiny"], 16, 8
+SHAPE, TOKENS, RANK = EXPERTS["tiny-moe"], 16, 8
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
 
 
@@ -105,7 +105,7 @@ def test_many_tokens_of_large_experts_are_counted_in_weight_space():
 
 
 def test_the_prediction_has_a_table_for_each_number_of_tokens(capsys):
-    words = ["--tables", "experts", "--mixture", "tiny", "--tokens", "8", "16", "--ranks", "4", "--bytes-alone"]
+    words = ["--tables", "experts", "--mixture", "tiny-moe", "--tokens", "8", "16", "--ranks", "4", "--bytes-alone"]
     assert main(["predict", "--gpu", "h200", *words]) == 0
     printed = capsys.readouterr().out
     assert printed.count("| ours fp32") == 2 and "tokens an expert 4.0" in printed and "FAILED" not in printed
@@ -142,6 +142,6 @@ def test_sixteen_bits_pass_the_gate_with_room():
 
 def test_a_row_says_how_many_tokens_an_expert_has():
     ((case, shape, tokens, rank),) = PRESETS["tiny"].experts()
-    assert (case["model"], shape, tokens, rank, case["tokens an expert"]) == ("tiny", SHAPE, 8, 4, 4.0)
+    assert (case["model"], shape, tokens, rank, case["tokens an expert"]) == ("tiny-moe", SHAPE, 8, 4, 4.0)
     counts = make_problem(shape, tokens, rank, torch.float32, CPU).chosen.flatten().bincount(minlength=4)
     assert counts.tolist() == [4] * 4
