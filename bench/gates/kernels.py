@@ -48,12 +48,12 @@ def truths(problem: Problem, norm, scale, base_out, h) -> dict[str, Callable[[],
     } | _of_a_gated_mlp(n, g, z, hidden, dy, B)
 
 
-def _of_a_gated_mlp(n, g, z, hidden, dy, B) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
+def _of_a_gated_mlp(n, g, z, hidden, dy, B) -> dict[str, Callable[[], tuple[torch.Tensor | None, ...]]]:
     """By autograd through what gate and up return."""
     layers = [(n, g, z, hidden, B), (beside(n), beside(g), beside(z, 1), beside(hidden), beside(B))]
 
     @torch.enable_grad()
-    def backward(space: str) -> tuple[torch.Tensor, ...]:
+    def backward(space: str) -> tuple[torch.Tensor | None, ...]:
         outputs = [_output(space, *layer[1:]).requires_grad_() for layer in layers]
         a = F.silu(outputs[0]) * outputs[1]
         found = []
@@ -62,7 +62,8 @@ def _of_a_gated_mlp(n, g, z, hidden, dy, B) -> dict[str, Callable[[], tuple[torc
             dm, dB = (grad * y.detach()).sum(0) / (scale * norm), ALPHA_OVER_RANK * scale[:, None] * (grad.T @ h)
             found.append((grad * scale if space == "token" else grad, dm, dB))
         products, magnitudes, lora_B = zip(*found)
-        return torch.cat(products, 1), torch.cat(magnitudes), torch.cat(lora_B), a.detach()
+        # s B, or s g ⊙ B, is rounded at random.
+        return torch.cat(products, 1), torch.cat(magnitudes), torch.cat(lora_B), None, a.detach()
 
     return {
         "glu_fwd, token space": lambda: backward("token")[-1:],
