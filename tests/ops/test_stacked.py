@@ -83,10 +83,9 @@ def test_memory_that_is_given(ops):
 
 def test_layers_whose_inputs_are_in_different_numbers_of_parts(monkeypatch):
     """As keys and values of fewer features than the queries."""
-    norm, stacked = (
-        importlib.import_module(f"dora_kernels.ops.kernels.{name}") for name in ("weight_norm", "stacked_norm")
-    )
-    config = norm.weight_norm_config
+    names = ("weight_norm", "stacked_norm")
+    modules = [importlib.import_module(f"dora_kernels.ops.kernels.{name}") for name in names]
+    config = modules[0].weight_norm_config
 
     def by_features(features, *args):
         return config(features, *args)._replace(splits=1 + features // 10)
