@@ -163,6 +163,13 @@ def test_launches(space, alike):
 
 
 @every_space
+def test_several_scalings_are_several_launches(space):
+    """Of one rank, too."""
+    problem = make_siblings(8, 16, torch.float64, sizes={"q": (12, 5), "k": (10, 5)})
+    assert worst(solve(*problem, space=space, impl="triton"), exact(*problem)) <= ORACLE_FP64
+
+
+@every_space
 @every_impl
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_layers_in_one_launch_are_those_of_several(dtype, impl, space, monkeypatch):

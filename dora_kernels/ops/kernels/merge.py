@@ -72,8 +72,8 @@ def _merge_scale_kernel(
     ACC: tl.constexpr = DOT.acc
     scaling = tl.cast(scaling, ACC)
     if STORE.cast_mode is not None:
-        cast, dithered_A = Matrix(cast_ptr, K, 1), STORE.cast_mode == "dithered"
-        cast_strips(a, cast, tl.program_id(0), tl.num_programs(0), K, R, salt, BLOCK_K, DOT, dithered_A)
+        cast, programs = Matrix(cast_ptr, K, 1), tl.num_programs(0)
+        cast_strips(a, cast, tl.program_id(0), programs, K, R, salt, BLOCK_K, DOT, STORE.cast_mode == "dithered")
     blocks_k = tl.maximum(tl.cdiv(K, BLOCK_K), 1)
     # From the last row up: the norm has just read those, and they are in L2 still.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
