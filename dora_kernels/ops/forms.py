@@ -201,7 +201,8 @@ def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sa
         if asked.x is not None:
             merged, saved = merged_with_A(ops, call, saved, grad_y.dtype)
         A = saved.lora_A if saved.A_cast is None else saved.A_cast
-        saved = saved._replace(h=_lora_product(ops, call, saved.lora_x, A))
+        saved = saved._replace(h=_lora_product(ops, call, saved.lora_x, A), A_cast=None)
+        del A
     needs_h = asked.lora_A is not None
     (grad_magnitude, grad_B, grad_bias, _), B = rescale_backward_and_B(ops, call, grad_y, saved, asked, needs_B=needs_h)
     grad_x = grad_A = None

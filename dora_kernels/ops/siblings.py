@@ -122,6 +122,7 @@ def backward(
         else:
             A = stacked_A(ops, members, x.dtype)
         h = x @ A.T
+        del A
     of_B_and_m, products, scaled_B = [], [], []
     for call, member, own, grad, counter in zip(calls, members, _each(saved, members, h), grads, writes):
         if counter is not None and counter.has_moved:
