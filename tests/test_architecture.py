@@ -29,7 +29,7 @@ OPS_FLOORS = [
 TWINS = [
     "activations", "base_weight", "cast", "expert_glu_bwd", "expert_glu_fwd", "expert_norm", "expert_rescale_bwd",
     "expert_rescale_fwd", "expert_wgrad", "glu_bwd", "glu_fwd", "kept_norm", "merge", "rescale_bwd", "rescale_fwd",
-    "rounding", "weight_norm",
+    "rounding", "stacked_merge", "stacked_norm", "weight_norm",
 ]  # fmt: skip
 NO_TWIN = {"__init__", "blocks", "expert_sums", "expert_tiles", "floats", "fp4", "int4", "launch", "lora_dot"}
 

@@ -22,6 +22,7 @@ from .accounting_experts import (
 )
 from .accounting_glu import glu_bwd, glu_fwd
 from .accounting_parts import Traffic, adapted_traffic, padded_rank, rate, size, weight_bytes
+from .accounting_stacked import stacked_merge, stacked_norm, stacked_norm_finish
 
 
 def of_launch(kernel, grid: tuple[int, ...], args: tuple) -> Traffic:
@@ -44,15 +45,15 @@ def _decode(a) -> Traffic:
     return Traffic(loaded, unique, a.N * a.K * size(a.decoded_ptr))
 
 
-def _cast(a) -> tuple[int, int]:
+def _cast(a, mode: str | None) -> tuple[int, int]:
     """Bytes loaded and stored for A's copy in the compute dtype."""
-    return (0, 0) if a.CAST_MODE is None else (a.R * a.K * size(a.a_ptr), a.R * a.K * size(a.cast_ptr))
+    return (0, 0) if mode is None else (a.R * a.K * size(a.a_ptr), a.R * a.K * size(a.cast_ptr))
 
 
 def _weight_norm(a) -> Traffic:
     splits = a.CONFIG.splits
     adapted = adapted_traffic(a, programs_k=splits, blocks_k=triton.cdiv(a.K, a.CONFIG.block_k))
-    cast_loaded, cast_stored = _cast(a)
+    cast_loaded, cast_stored = _cast(a, a.CAST_MODE)
     magnitude = a.N * size(a.m_ptr) if splits == 1 else 0
     vectors = 2 if splits == 1 else 3 * splits
     return adapted._replace(
@@ -83,14 +84,16 @@ def _merge_scale(a) -> Traffic:
     blocks_k = triton.cdiv(a.K, a.CONFIG.block_k)
     columns = max(1, blocks_k)
     adapted = adapted_traffic(a, programs_k=columns, blocks_k=blocks_k)
-    if a.SPLITS == 1:
+    cast_loaded, cast_stored = _cast(a, a.STORE.cast_mode)
+    splits = a.STORE.splits
+    if splits == 1:
         vectors, kept = a.N * size(a.scale_ptr), 0
     else:
-        vectors, kept = a.SPLITS * a.N * size(a.partial_ptr) + a.N * size(a.m_ptr), 2 * a.N * size(a.norm_ptr)
+        vectors, kept = splits * a.N * size(a.partial_ptr) + a.N * size(a.m_ptr), 2 * a.N * size(a.norm_ptr)
     return adapted._replace(
-        loaded=adapted.loaded + columns * vectors,
+        loaded=adapted.loaded + columns * vectors + cast_loaded,
         unique=adapted.unique + vectors,
-        stored=a.N * a.K * size(a.merged_ptr) + kept,
+        stored=a.N * a.K * size(a.merged_ptr) + kept + cast_stored,
     )
 
 
@@ -131,19 +134,22 @@ def _rescale_bwd(a) -> Traffic:
 
 
 def _rescale_bwd_finish(a) -> Traffic:
-    loaded, stored = 0 if a.HOLDS_SCALE else a.N * size(a.scale_ptr), 0
-    if a.NEEDS_MAGNITUDE:
-        loaded += (a.chunks * size(a.correlation_ptr) + size(a.norm_ptr)) * a.N
-        stored += a.N * size(a.dm_ptr)
-    if a.NEEDS_BIAS:
-        loaded += a.chunks * a.N * size(a.bias_ptr)
-        stored += a.N * size(a.dbias_ptr)
-    if a.NEEDS_B or (a.NEEDS_MAGNITUDE and a.FROM_BASE):
-        loaded += a.product_chunks * a.N * a.R * size(a.product_ptr)
-        if a.NEEDS_MAGNITUDE and a.FROM_BASE:
-            loaded += a.N * a.R * size(a.b_ptr)
-        if a.NEEDS_B:
-            stored += a.N * a.R * size(a.db_lora_ptr)
+    finish, features = a.FINISH, a.grid[1] * a.N
+    factors = features * a.R
+    loaded, stored = 0 if finish.holds_scale else features * size(a.scale_ptr), 0
+    from_base = finish.needs_magnitude and finish.from_base
+    if finish.needs_magnitude:
+        loaded += (a.chunks * size(a.correlation_ptr) + size(a.norm_ptr)) * features
+        stored += features * size(a.dm_ptr)
+    if finish.needs_bias:
+        loaded += a.chunks * features * size(a.bias_ptr)
+        stored += features * size(a.dbias_ptr)
+    if finish.needs_B or from_base:
+        loaded += a.product_chunks * factors * size(a.product_ptr)
+        stored += factors * size(a.db_lora_ptr) if finish.needs_B else 0
+    if from_base or finish.cast_mode is not None:
+        loaded += factors * size(a.b_ptr)
+        stored += factors * size(a.cast_ptr) if finish.cast_mode is not None else 0
     return Traffic(loaded, loaded, stored)
 
 
@@ -163,6 +169,9 @@ ACCOUNTS: dict[str, Callable[[SimpleNamespace], Traffic]] = {
     "_expert_sums_finish_kernel": expert_sums_finish,
     "_glu_fwd_kernel": glu_fwd,
     "_glu_bwd_kernel": glu_bwd,
+    "_stacked_merge_kernel": stacked_merge,
+    "_stacked_norm_kernel": stacked_norm,
+    "_stacked_norm_finish_kernel": stacked_norm_finish,
     "_rescale_fwd_kernel": _rescale_fwd,
     "_rescale_bwd_kernel": _rescale_bwd,
     "_rescale_bwd_finish_kernel": _rescale_bwd_finish,

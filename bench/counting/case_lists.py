@@ -31,6 +31,7 @@ def quick_cases() -> Iterable[Case]:
     for dtypes in DTYPES:
         yield from _mlps(dtypes, (16, 24, 33, 96) if FP32 in dtypes else (24,))
         yield from _experts(dtypes, (16, 24, 40) if FP32 in dtypes else (24,))
+        yield from _siblings(dtypes, (16, 24, 64) if FP32 in dtypes else (24,))
     yield from _int4(DTYPES[:1], (8, 128))
     yield from _fp8_and_fp4((8, 128))
     yield from _accumulating()
@@ -52,6 +53,7 @@ def all_cases() -> Iterable[Case]:
     for dtypes in DTYPES:
         yield from _mlps(dtypes, (1, 8, 16, 17, 24, 32, 33, 64, 100, 384, 1024))
         yield from _experts(dtypes, (1, 8, 16, 17, 24, 32, 33, 64, 100, 384, 1024))
+        yield from _siblings(dtypes, (1, 8, 16, 17, 24, 32, 33, 64, 100, 384, 1024))
 
 
 def roof_cases() -> Iterable[Case]:
@@ -82,6 +84,14 @@ def _mlps(dtypes, ranks) -> Iterable[Case]:
         mlp = Case(*dtypes, space, ranks[0], mlp="silu", stacked=True)
         yield mlp
         yield mlp._replace(mlp="gelu_tanh", bias=True)
+
+
+def _siblings(dtypes, ranks) -> Iterable[Case]:
+    """Layers whose norms, and whose W', have one launch: three with inputs in parts, and two with odd features."""
+    for space in _spaces(dtypes[0]):
+        for rank in ranks:
+            yield Case(*dtypes, space, rank, siblings=(4096, 1024, 1024))
+            yield Case(*dtypes, space, rank, 1001, 333, 77, siblings=(1001, 77))
 
 
 def _experts(dtypes, ranks) -> Iterable[Case]:

@@ -41,6 +41,8 @@ class SizedLaunch(NamedTuple):
     def elements(self) -> int:
         """Of the matrix that the kernel walks: [N, K] where it knows K, else [M, N], or a factor."""
         sizes = dict(self.arguments)
+        if stack := self.launch.constants.get("STACK"):
+            sizes["N"] = sum(stack.features)
         walked = next((axes for axes in ("NK", "MN", ("rows", "columns")) if all(a in sizes for a in axes)), "N")
         return math.prod(int(sizes[axis]) for axis in walked)
 

@@ -74,7 +74,7 @@ def _of_a_gated_mlp(ops, p, norm, scale, base_out, h) -> dict[str, tuple]:
     norms, scales, hs = torch.cat([norm, beside(norm)]), torch.cat([scale, beside(scale)]), torch.cat([h, beside(h)], 1)
     factors = GluFactors(hs, (p.lora_B, beside(p.lora_B)), scales, ALPHA_OVER_RANK)
     # In 16 bits dm and dB are held to its rounding, which they have from act(gate) and from products' gradients.
-    options = {"activation": "silu", "dtype": p.x.dtype}
+    options = {"activation": "silu", "dtype": p.x.dtype, "roundings": (ROUNDED["rounding"],) * 2}
 
     def glu_bwd(space):
         a = p.grad_y.clone()  # which is written over

@@ -151,6 +151,9 @@ class _Reader:
         operands = re.findall(r"%[\w.#]+", rest.partition(" : ")[0])
         if operands and operation.startswith("tt."):
             self._origins[name] = operands[0]
+        elif operation == "arith.select":
+            # Of a pointer: one that it may be.
+            self._origins[name] = operands[1]
         if operation == "tt.load" and (block := re.search(r"tensor<([\dx]+)x!tt\.ptr<(\w+)>>", rest)):
             size = BYTES[block[2]] * int(np.prod([int(length) for length in block[1].split("x")]))
             tensor = self._tensor(operands[0])

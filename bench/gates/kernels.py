@@ -57,12 +57,13 @@ def _of_a_gated_mlp(n, g, z, hidden, dy, B) -> dict[str, Callable[[], tuple[torc
         outputs = [_output(space, *layer[1:]).requires_grad_() for layer in layers]
         a = F.silu(outputs[0]) * outputs[1]
         found = []
-        for grad, y, (norm, scale, _, h, _) in zip(torch.autograd.grad(a, outputs, dy), outputs, layers):
+        for grad, y, (norm, scale, _, h, B) in zip(torch.autograd.grad(a, outputs, dy), outputs, layers):
             # V x = y / g.
             dm, dB = (grad * y.detach()).sum(0) / (scale * norm), ALPHA_OVER_RANK * scale[:, None] * (grad.T @ h)
-            found.append((grad * scale if space == "token" else grad, dm, dB))
-        products, magnitudes, lora_B = zip(*found)
-        return torch.cat(products, 1), torch.cat(magnitudes), torch.cat(lora_B), a.detach()
+            scaled_B = ALPHA_OVER_RANK * (B if space == "token" else scale[:, None] * B)
+            found.append((grad * scale if space == "token" else grad, dm, dB, scaled_B))
+        products, *others = zip(*found)
+        return torch.cat(products, 1), *map(torch.cat, others), a.detach()
 
     return {
         "glu_fwd, token space": lambda: backward("token")[-1:],

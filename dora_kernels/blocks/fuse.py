@@ -6,7 +6,7 @@ from ..layers.blocks_seen import GatedMlp, Siblings
 from ..layers.experts import fuse_gates, unfuse_gates
 from ..layers.frozen import Freezable
 from ..layers.probe import probe
-from .mlp import FusedMlp, MlpBlock, fused_class
+from .mlp import FusedMlp, MlpBlock, fuse_mlp, unfuse_mlp
 from .siblings import share_inputs, shared_inputs, unshare_inputs
 
 
@@ -21,8 +21,7 @@ def fuse_blocks(model: nn.Module) -> dict[str, str | None]:
         module = model.get_submodule(path)
         reasons[path] = why_not_fused(module, mlp)
         if reasons[path] is None and not isinstance(module, FusedMlp):
-            module.dora_block = _block(module, mlp)
-            module.__class__ = fused_class(type(module))
+            fuse_mlp(module, _block(module, mlp))
     for path, groups in seen.siblings.items():
         module = model.get_submodule(path)
         if adapted := tuple(names for group in groups if len(names := _adapted(module, group)) > 1):
@@ -46,8 +45,7 @@ def unfuse_block(module: nn.Module) -> None:
     """Gives one module its own forward back; any other than a block is left alone."""
     unshare_inputs(module)
     if isinstance(module, FusedMlp):
-        module.__class__ = module.model_class
-        del module.dora_block
+        unfuse_mlp(module)
 
 
 def fused_blocks(model: nn.Module) -> dict[str, nn.Module]:

@@ -35,6 +35,7 @@ class FusedMlp(nn.Module):
 
     model_class: type[nn.Module]
     model_forward: Callable  # the class's own, as it was recognised
+    other_forwards: tuple[tuple[type[nn.Module], Callable], ...]  # those of the classes of `MlpBlock.others`
     dora_block: MlpBlock
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
@@ -52,6 +53,13 @@ class FusedMlp(nn.Module):
         y = dora_mlp(x, *members, activation=self.dora_block.activation, **down.block_options._asdict())
         return y.to(x.dtype) if down.keeps_dtype else y
 
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        # PEFT's `unload` replaces one layer after the other, and knows no blocks.
+        layers = [layer for layer in self.dora_block[:3] if layer is not None]
+        if name in layers and not any(_holds_dora(self.get_submodule(layer)) for layer in layers):
+            unfuse_mlp(self)
+
     def members(self, dtype: torch.dtype, device: torch.device) -> tuple[Member, Member | None, Member] | str:
         """Gate, up and down as `dora_mlp` takes them for an input, or why each runs alone in the present state."""
         block, found = self.dora_block, []
@@ -59,6 +67,8 @@ class FusedMlp(nn.Module):
             return "a hook of all modules would not see its layers"
         if self.model_class.forward is not self.model_forward:
             return "its class got another forward"
+        if any(kind.forward is not forward for kind, forward in self.other_forwards):
+            return "the class of a module in it got another forward"
         if is_selective():
             return "selective checkpointing keeps operations inside its layers"
         for name, kind in block.others:
@@ -92,7 +102,7 @@ class FusedMlp(nn.Module):
     def __reduce_ex__(self, protocol):
         # The class itself has no name by which pickle could find it.
         _, _, *state = super().__reduce_ex__(protocol)
-        return _empty, (self.model_class,), *state
+        return _empty, (self.model_class, tuple(kind for kind, _ in self.other_forwards)), *state
 
 
 def as_member(layer: nn.Module, dtype: torch.dtype) -> Member | str:
@@ -101,17 +111,43 @@ def as_member(layer: nn.Module, dtype: torch.dtype) -> Member | str:
     return layer.as_member(dtype) if isinstance(layer, Freezable) else "is no DoRA layer"
 
 
-def fused_class(model_class: type[nn.Module]) -> type[nn.Module]:
-    """The class of fused instances of `model_class`, with the forward that it has now."""
-    return _fused_class(model_class, model_class.forward)
+def _holds_dora(module: nn.Module) -> bool:
+    return any(isinstance(part, Freezable) for part in module.modules())
+
+
+def fuse_mlp(module: nn.Module, block: MlpBlock) -> None:
+    """Makes a gated MLP's module one whose calls are one function, in place."""
+    module.dora_block = block
+    module.__class__ = _class_of(type(module), tuple(kind for _, kind in block.others))
+
+
+def unfuse_mlp(module: FusedMlp) -> None:
+    """Gives the module its class back."""
+    module.__class__ = _unfused(type(module))
+    del module.dora_block
+
+
+def _class_of(model_class, kinds):
+    """The class of fused instances of `model_class`, with the forwards that it and `kinds` have now."""
+    return _fused_class(model_class, model_class.forward, tuple((kind, kind.forward) for kind in kinds))
 
 
 @cache
-def _fused_class(model_class, forward):
-    own = {"model_class": model_class, "model_forward": staticmethod(forward)}
+def _fused_class(model_class, forward, others):
+    own = {"model_class": model_class, "model_forward": staticmethod(forward), "other_forwards": others}
     return type(f"Fused{model_class.__name__}", (FusedMlp, model_class), own)
 
 
-def _empty(model_class):
-    cls = fused_class(model_class)
+@cache
+def _unfused(cls):
+    """The model's class; of a class that was made over the fused one, as FSDP2 makes it, the like over the model's."""
+    if FusedMlp in cls.__bases__:
+        return cls.model_class
+    bases = tuple(_unfused(base) if issubclass(base, FusedMlp) else base for base in cls.__bases__)
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls.__name__.replace("Fused", "", 1), bases, own)
+
+
+def _empty(model_class, kinds):
+    cls = _class_of(model_class, kinds)
     return cls.__new__(cls)

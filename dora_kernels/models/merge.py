@@ -112,6 +112,8 @@ def merge_dora(
             for path, kept in unmerged["experts"].items():
                 kept.put_back(model.get_submodule(path))
             del model.dora_unmerged
+            if unmerged["config"] is not None and unmerged["config"].fuse_blocks:
+                fuse_blocks(model)
         raise
     worst = max(errors, key=errors.get, default=None)
     most = DROWNED if is_packed_again else 1

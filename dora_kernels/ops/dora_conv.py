@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from . import dispatch
 from .checks import check_factors, check_options, check_placement, check_whole, dtype_of_call, refuse_tracing
 from .convolution import CONV, Geometry, as_image, as_kernel, as_matrix, as_rows, is_channels_last
-from .forms import NO_GRADIENTS, Call, Gradients, Saved, merged_again, rescale_backward, scaled_B
+from .forms import NO_GRADIENTS, Call, Gradients, Saved, merged_again, rescale_backward_and_B
 from .output import OutputUse, note_written, shared_with_the_model
 from .recomputation import keeps_merged, remember_norm, remembered_norm
 from .types import NormScale, Rounding
@@ -79,12 +79,12 @@ class DoraConvFunction(torch.autograd.Function):
                 saved = saved._replace(h=_lora_image(ops, call, saved.lora_x, saved.lora_A, ctx, geometry))
             rows = as_rows(grad_y)
             output, h = (None if image is None else as_rows(image) for image in (saved.output, saved.h))
-            grad_magnitude, grad_B, grad_bias, _ = rescale_backward(
-                ops, call, rows, saved._replace(output=output, h=h), asked
+            (grad_magnitude, grad_B, grad_bias, _), B = rescale_backward_and_B(
+                ops, call, rows, saved._replace(output=output, h=h), asked, needs_B=asked.lora_A is not None
             )
             grad_x = grad_A = None
             if asked.lora_A is not None:
-                grad_h = as_image(rows @ scaled_B(ops, call, grad_y, saved), grad_y.shape)
+                grad_h = as_image(rows @ B, grad_y.shape)
                 shape = torch.Size((saved.lora_A.shape[0], *ctx.kernel[1:]))
                 grad_A = geometry.weight_gradient(saved.lora_x, shape, grad_h).to(asked.lora_A)
             if asked.x is not None:

@@ -97,7 +97,9 @@ class DoraMlpFunction(torch.autograd.Function):
                 of_down, grad_h = forms.token_backward_without_A(ops, call.down, grad_y, saved_down, asked)
                 a = of_down.x
             else:
-                a = grad_y @ forms.merged_again(ops, call.down, saved_down, grad_y.dtype)
+                merged, saved_down = forms.merged_with_A(ops, call.down, saved_down, grad_y.dtype)
+                a = grad_y @ merged
+                del merged
             # Until here `a` is da.
             of_group = gate_up.gate_up_backward(ops, call.space, call.activation, a, saved, group)
             if in_token_space:
@@ -107,7 +109,7 @@ class DoraMlpFunction(torch.autograd.Function):
                 of_down = forms.weight_backward(ops, call.down, grad_y, saved_down, asked._replace(x=None))
             del a, saved_down
             grad_x, grads_A = gate_up.gate_up_outer_gradients(
-                ops, call.space, of_group.products, saved, group, needs_x=ctx.needs_input_grad[0]
+                ops, call.space, of_group, saved, group, needs_x=ctx.needs_input_grad[0]
             )
         parts = len(group)
         found = zip(grads_A, of_group.lora_B.chunk(parts), of_group.magnitude.chunk(parts))

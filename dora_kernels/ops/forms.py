@@ -72,6 +72,7 @@ class Saved(NamedTuple):
     mag_norm_scale: torch.Tensor
     weight: Weight
     merged: torch.Tensor | None = None  # [N, K] W', inside a checkpointed region
+    A_cast: torch.Tensor | None = None  # in weight space A in x's dtype, where the backward's merge wrote it beside
 
     @property
     def product(self) -> torch.Tensor | None:
@@ -152,12 +153,14 @@ def token_backward_without_A(
         saved = saved._replace(base_out=F.linear(saved.lora_x, dense(saved.weight, grad_y.dtype, ops)))
     needs_input = asked.x is not None or asked.x_dropped is not None
     needs_base = asked.x_dropped is not None if peft_dropout else asked.x is not None or through_base
-    grad_magnitude, grad_B, grad_bias, grad_base = rescale_backward(
-        ops, call, grad_y, saved, asked, needs_base=needs_base, scale_shift=1.0 if peft_dropout else 0.0
-    )
+    needs_h = asked.lora_A is not None or needs_input
+    (grad_magnitude, grad_B, grad_bias, grad_base), B = rescale_backward_and_B(
+        ops, call, grad_y, saved, asked, needs_B=needs_h, with_g=not through_base,
+        needs_base=needs_base, scale_shift=1.0 if peft_dropout else 0.0,
+    )  # fmt: skip
     grad_x = grad_dropped = grad_h = None
-    if asked.lora_A is not None or needs_input:
-        grad_h = (grad_base if through_base else grad_y) @ scaled_B(ops, call, grad_y, saved, with_g=not through_base)
+    if needs_h:
+        grad_h = (grad_base if through_base else grad_y) @ B
     if needs_input:
         grad_x, grad_dropped = _input_gradients(ops, call, grad_y, grad_base, grad_h, saved, asked)
     return Gradients(grad_x, grad_dropped, None, grad_B, grad_magnitude, grad_bias), grad_h
@@ -193,34 +196,47 @@ def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sa
             saved = saved._replace(base_out=F.linear(saved.lora_x, dense(saved.weight, grad_y.dtype, ops)))
         else:
             saved = saved._replace(output=F.linear(saved.lora_x, merged_again(ops, call, saved, grad_y.dtype)))
-    needs_h = asked.lora_B is not None or saved.base_out is not None
-    if needs_h and saved.h is None:
-        saved = saved._replace(h=_lora_product(ops, call, saved.lora_x, saved.lora_A))
-    grad_magnitude, grad_B, grad_bias, _ = rescale_backward(ops, call, grad_y, saved, asked)
+    merged = None
+    if (asked.lora_B is not None or saved.base_out is not None) and saved.h is None:
+        if asked.x is not None:
+            merged, saved = merged_with_A(ops, call, saved, grad_y.dtype)
+        A = saved.lora_A if saved.A_cast is None else saved.A_cast
+        saved = saved._replace(h=_lora_product(ops, call, saved.lora_x, A), A_cast=None)
+        del A
+    needs_h = asked.lora_A is not None
+    (grad_magnitude, grad_B, grad_bias, _), B = rescale_backward_and_B(ops, call, grad_y, saved, asked, needs_B=needs_h)
     grad_x = grad_A = None
-    if asked.lora_A is not None:
-        grad_h = grad_y @ scaled_B(ops, call, grad_y, saved)
-        grad_A = grad_A_of(grad_h, saved.lora_x, asked.lora_A)
+    if needs_h:
+        grad_A = grad_A_of(grad_y @ B, saved.lora_x, asked.lora_A)
     if asked.x is not None:
-        grad_x = grad_y @ merged_again(ops, call, saved, grad_y.dtype)
+        grad_x = grad_y @ (merged_again(ops, call, saved, grad_y.dtype) if merged is None else merged)
     return Gradients(grad_x, None, grad_A, grad_B, grad_magnitude, grad_bias)
 
 
-def merged_again(ops, call, saved, dtype):
-    """W' [N, K], to the bits of the forward: what a recomputation left, or merged again."""
+def merged_again(ops, call, saved, dtype, A_into=None):
+    """W' [N, K], to the bits of the forward: what a recomputation left, or merged again, which fills `A_into`."""
     if saved.merged is not None:
         return saved.merged
-    return _merge(ops, call, saved.weight, saved.lora_A, saved.lora_B, None, dtype, saved.norm_scale)[0]
+    return _merge(ops, call, saved.weight, saved.lora_A, saved.lora_B, None, dtype, saved.norm_scale, A_into)[0]
 
 
-def _merge(ops, call, weight, lora_A, lora_B, magnitude, dtype, norm_scale):
+def _merge(ops, call, weight, lora_A, lora_B, magnitude, dtype, norm_scale, A_into=None):
     """W' [N, K], or Q(W'), and n and g."""
     weight = readable(weight)
     if call.merge_aware:
         return served_weight(ops, weight, lora_A, lora_B, magnitude, call.scaling, dtype=dtype, norm_scale=norm_scale)
     return ops.merge(
-        weight, lora_A, lora_B, magnitude, call.scaling, dtype=dtype, rounding=call.rounding, norm_scale=norm_scale
-    )
+        weight, lora_A, lora_B, magnitude, call.scaling,
+        dtype=dtype, rounding=call.rounding, norm_scale=norm_scale, A_into=A_into,
+    )  # fmt: skip
+
+
+def merged_with_A(ops, call, saved, dtype):
+    """W' as `merged_again` gives it, and `saved` with A in `dtype`, where W' is merged, and A is of another dtype."""
+    if saved.merged is not None or call.merge_aware or saved.lora_A.dtype == dtype:
+        return merged_again(ops, call, saved, dtype), saved
+    A = torch.empty(saved.lora_A.shape, dtype=dtype, device=saved.lora_A.device)
+    return merged_again(ops, call, saved, dtype, A_into=A), saved._replace(A_cast=A)
 
 
 def _lora_product(ops, call, x, lora_A):
@@ -256,7 +272,17 @@ def _input_gradients(ops, call, grad_y, grad_base, grad_h, saved, asked):
     return grad_x, grad_dropped
 
 
-def rescale_backward(ops, call, grad_y, saved, asked, needs_base=False, scale_shift=0.0):
+def rescale_backward_and_B(ops, call, grad_y, saved, asked, *, needs_B, with_g=True, **options):
+    """What `rescale_backward` gives, and s g ⊙ B [N, R], or s B, in dy's dtype where it is asked for."""
+    B, has_sums = None, any(dtype is not None for dtype in (asked.magnitude, asked.lora_B, asked.bias))
+    if needs_B and has_sums:
+        # Beside the sums over tokens, whose launch reads g anyway.
+        B = torch.empty(saved.lora_B.shape, dtype=grad_y.dtype, device=grad_y.device)
+    found = rescale_backward(ops, call, grad_y, saved, asked, B_into=B, B_has_g=with_g, **options)
+    return found, scaled_B(ops, call, grad_y, saved, with_g) if needs_B and not has_sums else B
+
+
+def rescale_backward(ops, call, grad_y, saved, asked, needs_base=False, scale_shift=0.0, B_into=None, B_has_g=True):
     """dm, dB, db and dZ of one pass over dy, None where one is not asked for."""
     from_base = saved.base_out is not None
     return ops.rescale_bwd(
@@ -265,7 +291,7 @@ def rescale_backward(ops, call, grad_y, saved, asked, needs_base=False, scale_sh
         saved_is="base" if from_base else "output",
         base_bias=saved.base_bias,
         magnitude_dtype=asked.magnitude, B_dtype=asked.lora_B, bias_dtype=asked.bias,
-        needs_base=needs_base, scale_shift=scale_shift, rounding=call.rounding,
+        needs_base=needs_base, scale_shift=scale_shift, B_into=B_into, B_has_g=B_has_g, rounding=call.rounding,
     )  # fmt: skip
 
 

@@ -73,16 +73,17 @@ def gate_up_backward(
     return ops.glu_bwd(
         grad_a, *saved.products, _factors(h, saved, members), _bias(members), saved.norm,
         space=space, activation=activation, dtype=members[0].lora_B.dtype,
+        roundings=tuple(member.rounding for member in members),
     )  # fmt: skip
 
 
 def gate_up_outer_gradients(
-    ops: ModuleType, space: str, grads: torch.Tensor, saved: Saved, members: list[Member], *, needs_x: bool
+    ops: ModuleType, space: str, found: GluGradients, saved: Saved, members: list[Member], *, needs_x: bool
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """dx [M, K], where it is asked for, and each member's dA, from the products' gradients [M, 2 I]."""
-    parts = [grads] if len(members) == 1 else list(grads.chunk(2, dim=1))
-    in_token_space = space == "token"
-    dh = grad_h(ops, members, parts, None if in_token_space else saved.scale)
+    """dx [M, K], where it is asked for, and each member's dA, from what the pass over da found."""
+    grads = found.products
+    parts, in_token_space = grads.chunk(len(members), dim=1), space == "token"
+    dh = grad_h(parts, found.scaled_B.chunk(len(members)))
     grads_A = grad_A(members, dh, saved.x)
     if not needs_x:
         return None, grads_A

@@ -14,7 +14,7 @@ from .base_weights import Weight, dense, readable
 from .chunked import mm_fp32
 from .output import OutputUse
 from .recomputation import remember_norm, remembered_norm
-from .types import NormScale, Rounding
+from .types import Adapted, NormScale, Rounding
 
 
 class Member(NamedTuple):
@@ -99,23 +99,27 @@ def rank_slices(members: list[Member]) -> list[slice]:
 
 
 def norms_and_A(ops: ModuleType, members: list[Member], dtype: torch.dtype) -> tuple[NormScale, torch.Tensor]:
-    """n and g [ΣN], and A [ΣR, K] in `dtype`: each norm's pass writes its part of them."""
-    norm_scale, first = _empty_norms(members), members[0].lora_A
-    A = torch.empty(rank_slices(members)[-1].stop, first.shape[1], dtype=dtype, device=first.device)
-    for member, rows, ranks in zip(members, feature_slices(members), rank_slices(members)):
-        into, same = _part(norm_scale, rows), member.lora_A.dtype == dtype
-        if same:
-            A[ranks].copy_(member.lora_A)
-        if _is_known(ops, member, into):
+    """n and g [ΣN], and A [ΣR, K] in `dtype`: the norm's pass, of all layers or of each, writes its part of them."""
+    norm_scale, known = _norms_so_far(ops, members)
+    if all(known):
+        return norm_scale, stacked_A(ops, members, dtype)
+    same, first = members[0].lora_A.dtype == dtype, members[0].lora_A
+    A = None if same else torch.empty(rank_slices(members)[-1].stop, first.shape[1], dtype=dtype, device=first.device)
+    if not any(known) and in_one_launch(members):
+        ops.stacked_norm(_adapted(members), into=norm_scale, A_into=A)
+        _leave(members, known, norm_scale)
+        return norm_scale, stacked_A(ops, members, dtype) if A is None else A
+    for member, is_known, rows, ranks in zip(members, known, feature_slices(members), rank_slices(members)):
+        if is_known:
             if not same:
                 A[ranks].copy_(ops.scaled_cast(member.lora_A, dtype, rounding=member.rounding))
             continue
         ops.weight_norm(
             readable(member.weight), *member.factors, member.scaling, A_dtype=None if same else dtype,
-            rounding=member.rounding, into=into, A_into=None if same else A[ranks],
+            rounding=member.rounding, into=_part(norm_scale, rows), A_into=None if same else A[ranks],
         )  # fmt: skip
-        _leave(member, into)
-    return norm_scale, A
+    _leave(members, known, norm_scale)
+    return norm_scale, stacked_A(ops, members, dtype) if A is None else A
 
 
 def stacked_A(ops: ModuleType, members: list[Member], dtype: torch.dtype) -> torch.Tensor:
@@ -132,19 +136,54 @@ def merged(
     ops: ModuleType, members: list[Member], dtype: torch.dtype, norm_scale: NormScale | None = None
 ) -> tuple[torch.Tensor, NormScale]:
     """W' [ΣN, K] in `dtype`, to the bits of each layer's own merge, and n and g [ΣN]; those of the forward if given."""
+    return _merged(ops, members, dtype, norm_scale, None)
+
+
+def merged_and_A(
+    ops: ModuleType, members: list[Member], dtype: torch.dtype, norm_scale: NormScale
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """W' as `merged` gives it, and A [ΣR, K] in `dtype`, which the same pass writes where A has another dtype."""
+    first = members[0].lora_A
+    if first.dtype == dtype:
+        return _merged(ops, members, dtype, norm_scale, None)[0], stacked_A(ops, members, dtype)
+    A = torch.empty(rank_slices(members)[-1].stop, first.shape[1], dtype=dtype, device=first.device)
+    return _merged(ops, members, dtype, norm_scale, A)[0], A
+
+
+def _merged(ops, members, dtype, norm_scale, A):
     first, rows = members[0], feature_slices(members)
-    weight = torch.empty(rows[-1].stop, first.lora_A.shape[1], dtype=dtype, device=first.lora_A.device)
-    given, norms = norm_scale is not None, _empty_norms(members) if norm_scale is None else norm_scale
-    for member, own in zip(members, rows):
-        into = _part(norms, own)
-        known = given or _is_known(ops, member, into)
-        ops.merge(
-            readable(member.weight), *member.factors, member.scaling, dtype=dtype, rounding=member.rounding,
-            norm_scale=into if known else None, out=weight[own], into=into,
-        )  # fmt: skip
-        if not known:
-            _leave(member, into)
+    norms, known = (norm_scale, [True] * len(members)) if norm_scale is not None else _norms_so_far(ops, members)
+    if in_one_launch(members) and len(set(known)) == 1:
+        weight, _ = ops.stacked_merge(
+            _adapted(members), dtype=dtype, norm_scale=norms if known[0] else None, into=norms, A_into=A
+        )
+    else:
+        weight = torch.empty(rows[-1].stop, first.lora_A.shape[1], dtype=dtype, device=first.lora_A.device)
+        for member, is_known, own, ranks in zip(members, known, rows, rank_slices(members)):
+            into = _part(norms, own)
+            ops.merge(
+                readable(member.weight), *member.factors, member.scaling, dtype=dtype, rounding=member.rounding,
+                norm_scale=into if is_known else None, out=weight[own], into=into,
+                A_into=None if A is None else A[ranks],
+            )  # fmt: skip
+    _leave(members, known, norms)
     return weight, norms
+
+
+def in_one_launch(members: list[Member]) -> bool:
+    """Whether one launch makes all norms, and one all W': of two or three weights that are contiguous matrices, and
+    adapters of one rank, one scaling and one mode of rounding. Other members get launches of their own."""
+    alike = {(member.rank, member.scaling, member.rounding.mode) for member in members}
+    weights = [member.weight for member in members]
+    return (
+        2 <= len(weights) <= 3
+        and len(alike) == 1
+        and all(isinstance(weight, torch.Tensor) and weight.is_contiguous() and weight.numel() for weight in weights)
+    )
+
+
+def _adapted(members):
+    return [Adapted(readable(member.weight), *member.factors, member.scaling, member.rounding) for member in members]
 
 
 def products(ops: ModuleType, members: list[Member], x: torch.Tensor) -> list[torch.Tensor]:
@@ -152,20 +191,17 @@ def products(ops: ModuleType, members: list[Member], x: torch.Tensor) -> list[to
     return [x @ dense(member.weight, x.dtype, ops).T for member in members]
 
 
-def grad_h(
-    ops: ModuleType, members: list[Member], grads: list[torch.Tensor], scale: torch.Tensor | None
-) -> torch.Tensor:
-    """dh [M, ΣR]: each member's dy (s g ⊙ B), or dz (s B) where `scale` is None."""
-    found = []
-    for member, own, grad in zip(members, feature_slices(members), grads):
-        scale_own = None if scale is None else scale[own]
-        found.append(
-            grad
-            @ ops.scaled_cast(
-                member.lora_B, grad.dtype, scale=scale_own, scaling=member.scaling, rounding=member.rounding
-            )
-        )
-    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+def grad_h(grads: list[torch.Tensor], scaled_B: list[torch.Tensor]) -> torch.Tensor:
+    """dh [M, ΣR]: each member's dy (s g ⊙ B), or dz (s B); the second factors are [N, R] in the dtype of the first."""
+    if len(grads) == 1:
+        return grads[0] @ scaled_B[0]
+    if torch.compiler.is_compiling():
+        return torch.cat([grad @ own for grad, own in zip(grads, scaled_B)], dim=1)
+    ranks = _slices([own.shape[1] for own in scaled_B])
+    found = grads[0].new_empty(grads[0].shape[0], ranks[-1].stop)
+    for grad, own, columns in zip(grads, scaled_B, ranks):
+        torch.mm(grad, own, out=found[:, columns])
+    return found
 
 
 def grad_A(members: list[Member], dh: torch.Tensor, x: torch.Tensor) -> list[torch.Tensor]:
@@ -199,13 +235,14 @@ def stacked(tensors: list[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def _empty_norms(members: list[Member]) -> NormScale:
-    """Memory for n and g [ΣN]."""
+def _norms_so_far(ops, members):
+    """Memory for n and g [ΣN], and of each member whether an earlier call left them there."""
     first = members[0]
     dtypes = {first.weight.dtype, *(factor.dtype for factor in first.factors)}
     dtype = torch.float64 if torch.float64 in dtypes else torch.float32
     norm = torch.empty(feature_slices(members)[-1].stop, dtype=dtype, device=first.lora_A.device)
-    return NormScale(norm, torch.empty_like(norm))
+    norms = NormScale(norm, torch.empty_like(norm))
+    return norms, [_is_known(ops, each, _part(norms, rows)) for each, rows in zip(members, feature_slices(members))]
 
 
 def _part(norm_scale: NormScale, rows: slice) -> NormScale:
@@ -222,10 +259,13 @@ def _is_known(ops: ModuleType, member: Member, into: NormScale) -> bool:
     return kept_norm(ops, member.use, member.weight, member.factors, member.scaling, into) is not None
 
 
-def _leave(member: Member, found: NormScale) -> None:
-    """Leaves n and g to later calls."""
-    remember_norm(member.use, member.factors, member.scaling, found)
-    keep_norm(member.use, member.factors, member.scaling, found)
+def _leave(members, known, norms):
+    """Leaves n and g that were not known to later calls."""
+    for member, is_known, rows in zip(members, known, feature_slices(members)):
+        if not is_known:
+            found = _part(norms, rows)
+            remember_norm(member.use, member.factors, member.scaling, found)
+            keep_norm(member.use, member.factors, member.scaling, found)
 
 
 def why_not_together(members: list[Member], device: torch.device) -> str | None:

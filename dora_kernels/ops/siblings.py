@@ -16,6 +16,7 @@ from .members import (
     grad_h,
     grad_x_of_products,
     merged,
+    merged_and_A,
     norms_and_A,
     rank_slices,
     smallest_first,
@@ -109,29 +110,39 @@ def backward(
 ) -> tuple[torch.Tensor | None, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]]:
     """dx [M, K], where it is asked for, and each layer's dA, dB and dm, from each dy [M, N].
 
-    In weight space h [M, ΣR] is made only now.
+    In weight space h [M, ΣR] is made only now, of A in x's dtype, which the pass that merges again writes beside.
     """
     x, in_token_space = saved.x, saved.h is not None
     # In fp16 g comes in through dz, as in `forms`.
     through_products = x.dtype == torch.float16
-    h = saved.h if in_token_space else x @ stacked_A(ops, members, x.dtype).T
-    of_B_and_m, products = [], []
+    h, weight = saved.h, saved.merged
+    if not in_token_space:
+        if needs_x and weight is None:
+            weight, A = merged_and_A(ops, members, x.dtype, NormScale(saved.norm, saved.scale))
+        else:
+            A = stacked_A(ops, members, x.dtype)
+        h = x @ A.T
+        del A
+    of_B_and_m, products, scaled_B = [], [], []
     for call, member, own, grad, counter in zip(calls, members, _each(saved, members, h), grads, writes):
         if counter is not None and counter.has_moved:
             note_written(member.use, can_repeat=True)
             own = _with_product_again(ops, call, own, in_token_space)
         asked = TRAINED._replace(lora_B=member.lora_B.dtype, magnitude=member.magnitude.dtype)
         needs_product = in_token_space and (needs_x or through_products)
-        grad_m, grad_B, _, product = forms.rescale_backward(ops, call, grad, own, asked, needs_product)
+        (grad_m, grad_B, _, product), B = forms.rescale_backward_and_B(
+            ops, call, grad, own, asked, needs_B=True, with_g=not through_products, needs_base=needs_product
+        )
         of_B_and_m.append((grad_B, grad_m))
         products.append(product)
-    dh = grad_h(ops, members, products, None) if through_products else grad_h(ops, members, grads, saved.scale)
+        scaled_B.append(B)
+    dh = grad_h(products if through_products else grads, scaled_B)
     factors = [(of_A, *others) for of_A, others in zip(grad_A(members, dh, x), of_B_and_m)]
     if not needs_x:
         return None, factors
     if in_token_space:
         return grad_x_of_products(ops, members, dh, saved.A, products), factors
-    return _grad_x_merged(ops, grads, saved, members), factors
+    return _grad_x_merged(grads, weight, members), factors
 
 
 def _each(saved, members, h):
@@ -153,11 +164,8 @@ def _with_product_again(ops, call, own, in_token_space):
     return own._replace(output=F.linear(own.lora_x, forms.merged_again(ops, call, own, own.lora_x.dtype)))
 
 
-def _grad_x_merged(ops, grads, saved, members):
+def _grad_x_merged(grads, weight, members):
     """dx [M, K] = Σ dy W', summed inside the GEMMs."""
-    weight = saved.merged
-    if weight is None:
-        weight, _ = merged(ops, members, saved.x.dtype, NormScale(saved.norm, saved.scale))
     parts = [(grads[index], weight[feature_slices(members)[index]]) for index in smallest_first(members)]
     grad_x = torch.mm(*parts[0])
     for part in parts[1:]:

@@ -35,6 +35,17 @@ class KeptNorm(NamedTuple):
         return self.lora_A, self.lora_B, self.magnitude
 
 
+class Adapted(NamedTuple):
+    """A layer's weight and adapter, as one of several that are computed in one launch."""
+
+    weight: torch.Tensor  # [N, K], contiguous
+    lora_A: torch.Tensor  # [R, K]
+    lora_B: torch.Tensor  # [N, R]
+    magnitude: torch.Tensor  # [N]
+    scaling: float
+    rounding: Rounding
+
+
 class GluFactors(NamedTuple):
     """The adapters of a gated MLP's gate and up, of one rank and one scaling."""
 
@@ -59,3 +70,4 @@ class GluGradients(NamedTuple):
     products: torch.Tensor  # [M, 2 I], of x Wᵀ in token space, of x W'ᵀ in weight space
     magnitude: torch.Tensor  # [2 I]
     lora_B: torch.Tensor  # [2 I, R]
+    scaled_B: torch.Tensor  # [2 I, R] in the products' dtype, s B in token space, s g ⊙ B in weight space

@@ -9,7 +9,7 @@ import dora_kernels as dk
 from bench.counting import accounting
 from dora_kernels.ops import dispatch, kernels
 from dora_kernels.ops.base_weights import weight_of
-from dora_kernels.ops.types import GluFactors, KeptNorm
+from dora_kernels.ops.types import NEAREST, Adapted, GluFactors, KeptNorm
 from tests.bench.test_offline import ROOT
 from tests.support.experts import make_stack
 from tests.support.experts import solve as solve_experts
@@ -84,9 +84,26 @@ def test_a_gated_mlp(shape, dtypes, space, one_h):
     bias = torch.randn(2 * features).to(dtype) if one_h else None
     with count_bytes() as launches:
         kernels.glu_fwd(gate, up, factors if space == "token" else None, bias, activation="silu")
-        options = {"space": space, "activation": "silu", "dtype": adapter_dtype}
+        options = {"space": space, "activation": "silu", "dtype": adapter_dtype, "roundings": (NEAREST,) * 2}
         kernels.glu_bwd(grad_a, gate, up, factors, bias, norm, **options)
     assert len(held_to_the_interpreter(launches)) == 3
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("features", "K", "rank"), [((5, 9), 1100, 3), ((40, 33, 7), 130, 40)], ids=str)
+def test_several_layers_in_one_launch(features, K, rank, dtypes):
+    def layer(N):
+        factors = [torch.randn(*size).to(dtypes[1]) for size in ((rank, K), (N, rank), (N,))]
+        return Adapted(torch.randn(N, K).to(dtypes[0]), *factors, 2.0, NEAREST)
+
+    layers = [*map(layer, features)]
+    A = torch.empty(len(features) * rank, K, dtype=dtypes[0])
+    with count_bytes() as launches:
+        norm_scale = kernels.stacked_norm(layers, A_into=A)
+        kernels.stacked_merge(layers, dtype=dtypes[0])
+        kernels.stacked_merge(layers, dtype=dtypes[0], norm_scale=norm_scale, A_into=A)
+    names = held_to_the_interpreter(launches)
+    assert len(launches) == 4 + ("_stacked_norm_finish_kernel" in names)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_every_operation_is_correct(dtype):
     for name, row in results.items():
         assert row["failed"] is None and row["seconds"]["total"], name
     held = [row["errors"] for row in results.values() if "errors" in row]
-    assert [len(errors) for errors in held] == [2, 3, 1, 1, 3, 2, 1, 1, 1, 4, 4]
+    assert [len(errors) for errors in held] == [2, 3, 1, 1, 3, 2, 1, 1, 1, 5, 5]
 
 
 RETURNED = [
@@ -45,7 +45,10 @@ RETURNED = [
     *(("rescale_fwd", 0), ("rescale_bwd, token space", 0), ("rescale_bwd, token space", 1)),
     *(("rescale_bwd, token space", 3), ("rescale_bwd, weight space", 0), ("rescale_bwd, weight space", 1)),
     *(("scaled_cast of B", 0), ("glu_fwd, token space", 0), ("glu_fwd, weight space", 0)),
-    *((f"glu_bwd, {space} space", at) for space, at in (("token", 0), ("token", 3), ("weight", 1), ("weight", 2))),
+    *(
+        (f"glu_bwd, {space} space", at)
+        for space, at in (("token", 0), ("token", 4), ("weight", 1), ("weight", 2), ("weight", 3))
+    ),
 ]
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import dora_kernels as dk
-from dora_kernels.blocks.fuse import fused_blocks
+from dora_kernels.blocks.fuse import fused_blocks, unfuse_blocks
 from tests.blocks.test_mlp import adapted, base, calls, differences, quantized  # noqa: F401 (a fixture)
 from tests.support.peft_models import dora_config, peft_model, step
 from tests.support.tiny_models import checkpoint_activations
@@ -49,6 +49,43 @@ def test_the_config_counts_in_a_model_that_peft_unloaded():
     plain = model.unload()
     dk.apply_dora(plain, dk.DoraConfig(r=4, fuse_blocks=False))
     assert not fused_blocks(plain)
+
+
+@pytest.mark.parametrize("unload", ["unload", "merge_and_unload"])
+def test_peft_gives_the_class_back_when_it_unloads(unload):
+    model = peft_model()
+    dk.patch_peft(model)
+    assert fused_blocks(model)
+    plain = getattr(model, unload)()
+    assert type(plain.model.layers[0].mlp) is type(base().model.layers[0].mlp)
+    assert not hasattr(plain.model.layers[0].mlp, "dora_block")
+
+
+def test_an_activation_whose_class_got_another_forward(calls, monkeypatch):  # noqa: F811
+    model, expected = adapted(), adapted(fuse_blocks=False)
+    kind = type(model.model.layers[0].mlp.act_fn)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x: 2 * own(self, x))
+    found = step(model)
+    assert not calls and max(differences(found, step(expected)).values()) <= 1e-11
+    reason = "its layers run alone: the class of a module in it got another forward"
+    assert dk.explain(model, 8).blocks["model.layers.0.mlp"] == reason
+
+
+def test_a_class_that_was_made_over_the_fused_one():
+    """As `fully_shard` makes it."""
+    model = adapted()
+    fused, plain = [layer.mlp for layer in model.model.layers], type(base().model.layers[0].mlp)
+    over = type(f"FSDP{type(fused[0]).__name__}", (_Sharded, type(fused[0])), {"limit": 3})
+    for mlp in fused:
+        mlp.__class__ = over
+    unfuse_blocks(model)
+    assert type(fused[0]) is type(fused[1]) and type(fused[0]).__bases__ == (_Sharded, plain)
+    assert type(fused[0]).__name__ == f"FSDP{plain.__name__}" and fused[0].limit == 3 and not fused_blocks(model)
+
+
+class _Sharded:
+    pass
 
 
 def _hook(model):

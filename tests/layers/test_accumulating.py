@@ -36,7 +36,8 @@ def norms(monkeypatch):
 
     # Of merges those that are not given it. `reference.kept_norm` is the function, which hides its module.
     counted(reference.merge, reference)
-    counted(reference.weight_norm, reference, sys.modules["dora_kernels.ops.reference.kept_norm"])
+    callers = [sys.modules[f"dora_kernels.ops.reference.{name}"] for name in ("kept_norm", "stacked_norm")]
+    counted(reference.weight_norm, reference, *callers)
     return made
 
 

@@ -11,8 +11,18 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import dora_kernels as dk
+from dora_kernels.ops.dora_siblings import dora_siblings
 from tests.support.buffers import count_launches
-from tests.support.compile_capture import CASES, EXPERTS, call_experts, experts, problem
+from tests.support.compile_capture import (
+    CASES,
+    EXPERTS,
+    SIBLINGS,
+    call_experts,
+    experts,
+    factors_of,
+    problem,
+    siblings,
+)
 from tests.support.oracle import make_problem, solve
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own use of it
@@ -65,6 +75,21 @@ def test_one_graph_holds_the_kernels_of_experts(case, captured):
     assert len(compiled["traced"]) == 1
     assert kernels_in(compiled["forward"]) == sorted(forward.elements())
     assert kernels_in(compiled["backward"]) == sorted(backward.elements())
+
+
+@pytest.mark.parametrize("case", SIBLINGS)
+def test_one_graph_holds_the_kernels_of_several_layers(case, captured):
+    """With one launch for all norms, and one for all W', which write over none of their inputs."""
+    x, members, grads = siblings(torch.randn)
+    with count_launches() as forward:
+        outputs = dora_siblings(x, members, space=SIBLINGS[case], impl="triton")
+    with count_launches() as backward:
+        torch.autograd.grad(outputs, (x, *factors_of(members)), grads)
+    compiled = captured[case]
+    assert len(compiled["traced"]) == 1
+    assert kernels_in(compiled["forward"]) == sorted(forward.elements())
+    assert kernels_in(compiled["backward"]) == sorted(backward.elements())
+    assert not {"copy_", "copy"} & {name.partition(".")[0] for name in compiled["forward"] + compiled["backward"]}
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dora_kernels.ops import kernels, reference
-from dora_kernels.ops.types import GluFactors
+from dora_kernels.ops.types import GluFactors, Rounding
 from tests.support.buffers import LAYOUTS
 from tests.support.oracle import relative_error
 from tests.support.twins import DTYPES, compare
@@ -23,6 +23,7 @@ SHAPES = {
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 # (activation, whether there is a bias, whether both layers have one h); each pair of values is here.
 OPTIONS = (("silu", False, False), ("silu", True, True), ("gelu_tanh", True, False), ("gelu_tanh", False, True))
+ROUNDINGS = (Rounding("dithered", 3), Rounding("dithered", 17))
 IMPLEMENTATIONS = {"kernels": kernels, "reference": reference}
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -55,7 +56,9 @@ def compare_both(grad_a, gate, up, factors, bias, norm, space, activation):
     rounded, dtype = gate.dtype, factors.lora_B[0].dtype
     used = factors if space == "token" else None
     (a,) = compare("glu_fwd", gate, up, used, bias, activation=activation)
-    options = {"space": space, "activation": activation, "dtype": dtype}
+    # One layer that holds both is rounded as one.
+    roundings = ROUNDINGS[:1] if factors.h.shape[1] == factors.rank else ROUNDINGS
+    options = {"space": space, "activation": activation, "dtype": dtype, "roundings": roundings}
     # act(gate) is rounded: where the order of a sum moves it, dm and dB move with it.
     *_, again = compare("glu_bwd", grad_a, gate, up, factors, bias, norm, written=(0,), rounded=rounded, **options)
     assert relative_error(again, a) <= TWIN[rounded]
@@ -111,13 +114,16 @@ def test_gradients_are_those_of_whole_layers(ops, space, activation):
         products, expected_products = x @ weight.T, expected_products * scale
     gate, up = products.chunk(2, dim=1)
     a = ops.glu_fwd(gate, up, factors if space == "token" else None, bias, activation=activation)
-    found = ops.glu_bwd(grad_a, gate, up, factors, bias, norm, space=space, activation=activation, dtype=FP64)
+    found = ops.glu_bwd(
+        grad_a, gate, up, factors, bias, norm, space=space, activation=activation, dtype=FP64, roundings=ROUNDINGS
+    )
     truths = {
         "a": (a, expected),
         "a again": (grad_a, expected),
         "products": (found.products, expected_products),
         "dm": (found.magnitude, magnitude.grad),
         "dB": (found.lora_B, lora_B.grad),
+        "s B": (found.scaled_B, scaling * lora_B * (1 if space == "token" else scale[:, None])),
     }
     assert {name: relative_error(*pair) > ORACLE_FP64 for name, pair in truths.items()} == dict.fromkeys(truths, False)
 
@@ -148,7 +154,7 @@ def test_gates_of_any_size(ops, dtype, activation):
     factors, ones = passes(1, gate.shape[1], 1, dtype)[3], torch.ones_like(gate)
     a = ops.glu_fwd(gate, ones, None, None, activation=activation)
     assert torch.allclose(a, gate.where(positive, 0), rtol=1e-6, atol=1e-30)
-    options = {"space": "weight", "activation": activation, "dtype": dtype}
+    options = {"space": "weight", "activation": activation, "dtype": dtype, "roundings": ROUNDINGS}
     grads = ops.glu_bwd(ones.clone(), gate, ones, factors, None, factors.scale, **options).products
     assert torch.allclose(grads[:, : gate.shape[1]], positive.to(dtype), atol=1e-30)
 
@@ -160,9 +166,29 @@ def test_gates_of_any_size(ops, dtype, activation):
 def test_no_tokens_or_features(ops, shape, rank, space):
     (M, N), (grad_a, gate, up, factors, bias, norm) = shape, passes(*shape, rank, BF16, FP32, bias=True)
     assert ops.glu_fwd(gate, up, factors if space == "token" else None, bias, activation="silu").shape == (M, N)
-    grads = ops.glu_bwd(grad_a, gate, up, factors, bias, norm, space=space, activation="silu", dtype=FP32)
-    assert [grad.shape for grad in grads] == [(M, 2 * N), (2 * N,), (2 * N, rank)]
+    options = {"space": space, "activation": "silu", "dtype": FP32, "roundings": ROUNDINGS}
+    grads = ops.glu_bwd(grad_a, gate, up, factors, bias, norm, **options)
+    assert [grad.shape for grad in grads] == [(M, 2 * N), (2 * N,), (2 * N, rank), (2 * N, rank)]
     assert grads.magnitude.eq(0).all() and grads.lora_B.eq(0).all()
+
+
+@pytest.mark.parametrize("mode", ["dithered", "nearest"])
+@pytest.mark.parametrize("one_layer", [False, True], ids=["two-layers", "one-layer"])
+@every_space
+@both
+def test_what_B_becomes_for_dh_has_the_bits_of_its_own_cast(ops, space, one_layer, mode):
+    grad_a, gate, up, factors, _, norm = passes(3, 37, 5, BF16, FP32, one_h=one_layer)
+    lora_B, parts = torch.cat(factors.lora_B), 1 if one_layer else 2
+    roundings = tuple(rounding._replace(mode=mode) for rounding in ROUNDINGS[:parts])
+    scales = factors.scale.chunk(parts) if space == "weight" else [None] * parts
+    found = ops.glu_bwd(
+        grad_a, gate, up, factors, None, norm, space=space, activation="silu", dtype=FP32, roundings=roundings
+    )
+    expected = [
+        ops.scaled_cast(own, BF16, scale=scale, scaling=factors.scaling, rounding=rounding)
+        for own, scale, rounding in zip(lora_B.chunk(parts), scales, roundings)
+    ]
+    assert torch.equal(found.scaled_B, torch.cat(expected))
 
 
 @both
@@ -171,7 +197,7 @@ def test_zero_output_features(ops):
     grad_a, gate, up, factors, _, norm = passes(6, 5, 2)
     norm[[1, 7]], factors.scale[[1, 7]] = 0, 0
     for space in ("token", "weight"):
-        options = {"space": space, "activation": "silu", "dtype": FP32}
+        options = {"space": space, "activation": "silu", "dtype": FP32, "roundings": ROUNDINGS}
         found = ops.glu_bwd(grad_a.clone(), gate, up, factors, None, norm, **options)
         assert found.magnitude[[1, 7]].eq(0).all() and found.magnitude[[0, 8]].ne(0).all()
         assert all(grad.isfinite().all() for grad in found)
@@ -186,7 +212,7 @@ def test_past_two_to_the_31(name, tmp_path):
     file = torch.from_file(str(tmp_path / name), shared=True, size=first + M * stride, dtype=BF16)
     far = near | {"grad_a": grad_a.clone()}
     far |= {name: file.as_strided((M, N), (stride, 1), first).copy_(near[name])}
-    options = {"space": "token", "activation": "silu", "dtype": FP32}
+    options = {"space": "token", "activation": "silu", "dtype": FP32, "roundings": ROUNDINGS}
     forward, backward = [], []
     for tensors in (near, far):
         forward.append(kernels.glu_fwd(tensors["gate"], tensors["up"], factors, None, activation="silu"))

@@ -85,6 +85,15 @@ def test_merge_with_the_scale_given(shape, dtypes):
     compare("merge", *factors, problem.scaling, dtype=dtypes[0], **given, **ROUNDED)
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["with-the-norm", "g-given"])
+@pytest.mark.parametrize("ops", [kernels, reference], ids=["kernels", "reference"])
+def test_a_merge_casts_A_beside(ops, given):
+    problem = make_problem(1, 29, 333, 37, torch.bfloat16, torch.float32)
+    norm_scale, A = _norm_scale(problem) if given else None, torch.empty(37, 333, dtype=torch.bfloat16)
+    ops.merge(*_factors(problem), problem.scaling, dtype=torch.bfloat16, norm_scale=norm_scale, A_into=A, **ROUNDED)
+    assert torch.equal(A, ops.scaled_cast(problem.lora_A, torch.bfloat16, **ROUNDED))
+
+
 @pytest.mark.parametrize("rounding", ["dithered", "nearest"])
 def test_merge_from_fp32_into_16_bits(rounding):
     """Autocast: an fp32 base, W' in the autocast dtype."""
@@ -165,6 +174,21 @@ def test_rescale_bwd_of_a_product_that_holds_the_bias(shape, dtype):
     arguments = (problem.grad_y, base_out + problem.bias, h, lora_B, _norm_scale(problem), problem.scaling)
     own = dict.fromkeys(("magnitude_dtype", "B_dtype", "bias_dtype"), dtype)
     compare("rescale_bwd", *arguments, saved_is="base", base_bias=problem.bias, **ALL_GRADIENTS | own, **ROUNDED)
+
+
+@pytest.mark.parametrize("has_g", [True, False], ids=["with-g", "without-g"])
+@pytest.mark.parametrize("needed", ["magnitude_dtype", "B_dtype", "bias_dtype"])
+@pytest.mark.parametrize("ops", [kernels, reference], ids=["kernels", "reference"])
+def test_rescale_bwd_casts_B_beside(ops, needed, has_g):
+    """To the bits of its own launch, whichever sum it is beside."""
+    problem = make_problem(9, 37, 53, 40, torch.bfloat16, torch.float32)
+    base_out, h, lora_B, _ = _token_space(problem)
+    norm_scale, B = _norm_scale(problem), torch.empty(37, 40, dtype=torch.bfloat16)
+    needs = dict.fromkeys(ALL_GRADIENTS) | {"needs_base": False, needed: torch.float32}
+    arguments = (problem.grad_y, base_out, h, lora_B, norm_scale, problem.scaling)
+    ops.rescale_bwd(*arguments, saved_is="output", B_into=B, B_has_g=has_g, **needs, **ROUNDED)
+    scale = norm_scale.scale if has_g else None
+    assert torch.equal(B, ops.scaled_cast(lora_B, B.dtype, scale=scale, scaling=problem.scaling, **ROUNDED))
 
 
 @pytest.mark.parametrize("rank", [7, 40])

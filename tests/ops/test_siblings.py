@@ -139,24 +139,48 @@ IN_FORWARD = {
     "token": {"_weight_norm_kernel": 3, "_rescale_fwd_kernel": 3},
     "weight": {"_weight_norm_kernel": 3, "_merge_scale_kernel": 3},
 }
-# Of B in bf16 for dh and, in weight space, of A for h.
-IN_BACKWARD = {
-    "token": {"_rescale_bwd_kernel": 3, "_rescale_bwd_finish_kernel": 3, "_scaled_cast_kernel": 3},
-    "weight": {
-        "_rescale_bwd_kernel": 3, "_rescale_bwd_finish_kernel": 3, "_scaled_cast_kernel": 6, "_merge_scale_kernel": 3,
-    },
-}  # fmt: skip
+BACKWARD = {"_rescale_bwd_kernel": 3, "_rescale_bwd_finish_kernel": 3}
+IN_BACKWARD = {"token": BACKWARD, "weight": BACKWARD | {"_merge_scale_kernel": 3}}
+IN_ONE = {"_weight_norm_kernel": "_stacked_norm_kernel", "_merge_scale_kernel": "_stacked_merge_kernel"}
+
+
+@pytest.mark.parametrize("alike", [False, True], ids=["several-ranks", "one-rank"])
+@every_space
+def test_launches(space, alike):
+    """Adapters of one rank and one scaling have one launch for all norms, and one for all W'."""
+    sizes = {"q": (24, 5), "k": (10, 5), "v": (13, 5)} if alike else SIZES
+    x, grads, members = make_siblings(24, 32, torch.bfloat16, torch.float32, sizes=sizes)
+    if alike:
+        members = {name: member._replace(scaling=0.5) for name, member in members.items()}
+    with count_launches() as forward:
+        outputs = dora_siblings(x, list(members.values()), space=space, impl="triton")
+    with count_launches() as backward:
+        solved(outputs, x, grads, members)
+    for found, expected in ((forward, IN_FORWARD[space]), (backward, IN_BACKWARD[space])):
+        if alike:
+            expected = {IN_ONE.get(name, name): 1 if name in IN_ONE else count for name, count in expected.items()}
+        assert found == expected
 
 
 @every_space
-def test_launches(space):
-    x, grads, members = make_siblings(24, 32, torch.bfloat16, torch.float32)
-    with count_launches() as launches:
-        outputs = dora_siblings(x, list(members.values()), space=space, impl="triton")
-    assert launches == IN_FORWARD[space]
-    with count_launches() as launches:
-        solved(outputs, x, grads, members)
-    assert launches == IN_BACKWARD[space]
+def test_several_scalings_are_several_launches(space):
+    """Of one rank, too."""
+    problem = make_siblings(8, 16, torch.float64, sizes={"q": (12, 5), "k": (10, 5)})
+    assert worst(solve(*problem, space=space, impl="triton"), exact(*problem)) <= ORACLE_FP64
+
+
+@every_space
+@every_impl
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_layers_in_one_launch_are_those_of_several(dtype, impl, space, monkeypatch):
+    """Bit for bit."""
+    sizes = {"q": (24, 5), "k": (10, 5), "v": (13, 5)}
+    x, grads, members = make_siblings(24, 32, dtype, torch.promote_types(dtype, torch.float32), sizes=sizes)
+    members = {name: member._replace(scaling=0.5) for name, member in members.items()}
+    together = solve(x, grads, members, space=space, impl=impl)
+    monkeypatch.setattr("dora_kernels.ops.members.in_one_launch", lambda members: False)
+    alone = solve(x, grads, members, space=space, impl=impl)
+    assert [name for name in alone if not torch.equal(together[name], alone[name])] == []
 
 
 @pytest.mark.parametrize(

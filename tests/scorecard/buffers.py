@@ -8,7 +8,7 @@ from .row import Row, Verdict, failures
 
 KERNELS = Path(__file__).parents[2] / "dora_kernels" / "ops" / "kernels"
 # The files whose tests are of kernels, alone or as a layer.
-STEMS = ("kernels", "rounding", "nf4", "reference", "autograd", "layouts", "dropout", "autocast")
+STEMS = ("kernels", "stacked", "rounding", "nf4", "reference", "autograd", "layouts", "dropout", "autocast")
 FILES = (*(f"ops/test_{stem}" for stem in STEMS), "models/test_qdora", "models/test_qdora_merge")
 
 

@@ -19,6 +19,9 @@ from triton.backends.compiler import GPUTarget
 import dora_kernels as dk
 from dora_kernels.ops import dispatch
 from dora_kernels.ops.dora_experts import dora_experts
+from dora_kernels.ops.dora_siblings import dora_siblings
+from dora_kernels.ops.members import Member
+from dora_kernels.ops.types import Rounding
 from tests.support.stand_in_gpu import taken_for_gpu
 
 CASES = {
@@ -29,6 +32,7 @@ CASES = {
     "auto_dynamic": {"space": "auto", "dynamic": True},
 }
 
+SIBLINGS = {"siblings, token space": "token", "siblings, weight space": "weight"}
 EXPERTS = {"experts": None, "experts, gate times up": "silu"}
 
 
@@ -94,6 +98,34 @@ def capture_experts(activation):
     return captured
 
 
+def siblings(make):
+    """Layers of one input whose norms have one launch, and whose W' have one; their input, and their gradients."""
+    K, R = 80, 16
+
+    def member(N):
+        factors = [make(*shape).requires_grad_() for shape in ((R, K), (N, R), (N,))]
+        return Member(make(N, K, dtype=torch.bfloat16), *factors, None, 2.0, Rounding("dithered", N))
+
+    members = [member(48), member(32)]
+    x, *grads = (make(64, size, dtype=torch.bfloat16) for size in (K, 48, 32))
+    return x.requires_grad_(), members, grads
+
+
+def factors_of(members):
+    return [factor for member in members for factor in member.factors]
+
+
+def capture_siblings(space):
+    """As `capture`, of `dora_siblings`."""
+    x, members, grads = siblings(torch.empty)
+    backend, captured = capturing()
+    call = torch.compile(
+        lambda x: dora_siblings(x, members, space=space, impl="triton"), fullgraph=True, backend=backend
+    )
+    torch.autograd.grad(call(x), (x, *factors_of(members)), grads)
+    return captured
+
+
 def capturing():
     """A backend, and what it fills: {"traced": one list of names per graph, "forward": names, "backward": names}"""
     captured = {"traced": [], "forward": None, "backward": None}
@@ -138,6 +170,8 @@ def main():
         stack.enter_context(FakeTensorMode())
         for name, options in CASES.items():
             print(json.dumps({"case": name} | capture(**options)))
+        for name, space in SIBLINGS.items():
+            print(json.dumps({"case": name} | capture_siblings(space)))
         for name, activation in EXPERTS.items():
             print(json.dumps({"case": name} | capture_experts(activation)))
 

@@ -21,6 +21,8 @@ from .launch import interpreted
 from .merge import merge
 from .rescale_bwd import rescale_bwd
 from .rescale_fwd import rescale_fwd
+from .stacked_merge import stacked_merge
+from .stacked_norm import stacked_norm
 from .weight_norm import weight_norm
 
 __all__ = [
@@ -39,5 +41,7 @@ __all__ = [
     "rescale_bwd",
     "rescale_fwd",
     "scaled_cast",
+    "stacked_merge",
+    "stacked_norm",
     "weight_norm",
 ]

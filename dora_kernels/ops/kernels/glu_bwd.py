@@ -9,13 +9,13 @@ import triton.language as tl
 
 from ..chunked import mm_fp32
 from ..gpus import gpu_of
-from ..types import GluFactors, GluGradients
+from ..types import GluFactors, GluGradients, Rounding
 from .activations import activation, derivative
 from .blocks import Matrix, addresses
 from .glu_fwd import Glu, feature_vectors, glu_chunks, largest_rank_block, layer_output
-from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of
+from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, signed32
 from .lora_dot import Dot, lora_dot, right_rank_block
-from .rescale_bwd import _rescale_bwd_finish_kernel
+from .rescale_bwd import Finish, _rescale_bwd_finish_kernel
 
 
 class GluBwdConfig(NamedTuple):
@@ -148,6 +148,7 @@ def glu_bwd(
     space: str,
     activation: str,
     dtype: torch.dtype,
+    roundings: tuple[Rounding, ...],
 ) -> GluGradients:
     """Twin of `reference.glu_bwd`."""
     (M, N), R, scale = gate.shape, factors.rank, factors.scale
@@ -155,8 +156,9 @@ def glu_bwd(
     lora_B, options = [contiguous(B) for B in factors.lora_B], {"device": gate.device}
     grads = torch.empty(M, 2 * N, dtype=gate.dtype, **options)
     grad_magnitude, grad_B = torch.empty(2 * N, dtype=dtype, **options), torch.empty(2 * N, R, dtype=dtype, **options)
+    scaled_B = torch.empty(2 * N, R, dtype=gate.dtype, **options)
     if N == 0:
-        return GluGradients(grads, grad_magnitude, grad_B)
+        return GluGradients(grads, grad_magnitude, grad_B, scaled_B)
     acc, in_token_space = scale.dtype, space == "token"
     glu = Glu(activation, in_token_space, bias is not None, h.shape[1] == R)
     dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=largest_rank_block(N))
@@ -177,11 +179,16 @@ def glu_bwd(
         parts = [grads] if glu.one_h else grads.chunk(2, dim=1)
         hs = h.chunk(len(parts), dim=1)
         product = torch.cat([mm_fp32(part.T, h_part) for part, h_part in zip(parts, hs)])[None]
-    block_n = 32
-    _rescale_bwd_finish_kernel[(triton.cdiv(2 * N, block_n),)](
-        correlation, product, correlation, scale, norm, scale, grad_magnitude, grad_B, grad_B,
-        factors.scaling, 2 * N, R, chunks, product.shape[0],
-        TRITON_DTYPES[acc], False, True, True, False, in_token_space, block_n, dot.block_r,
+    block_n, salts = 32, [signed32(rounding.salt) for rounding in roundings]
+    finish = Finish(
+        TRITON_DTYPES[acc], from_base=False, needs_magnitude=True, needs_B=True, needs_bias=False, block_n=block_n,
+        block_r=dot.block_r, holds_scale=in_token_space, cast_mode=roundings[0].mode, casts_g=not in_token_space,
+    )  # fmt: skip
+    _rescale_bwd_finish_kernel[(triton.cdiv(N, block_n), 2)](
+        correlation, product, correlation, *lora_B, norm, scale, grad_magnitude, grad_B, grad_B, scaled_B,
+        # One layer that holds both is rounded as one.
+        factors.scaling, N, R, chunks, product.shape[0], N if len(salts) == 1 else 0, salts[0], salts[-1],
+        finish,
         num_warps=4, **ALL_REGISTERS,
     )  # fmt: skip
-    return GluGradients(grads, grad_magnitude, grad_B)
+    return GluGradients(grads, grad_magnitude, grad_B, scaled_B)

@@ -15,10 +15,18 @@ from ..gpus import gpu_of
 from ..types import NormScale, Rounding
 from .base_weight import WeightMemory, adapted_block, adapted_dot, weight_arguments
 from .blocks import Matrix, addresses
-from .launch import ALL_REGISTERS, contiguous, signed32
+from .launch import ALL_REGISTERS, contiguous, either, signed32
 from .lora_dot import Dot, rank_block
 from .rounding import round_to
-from .weight_norm import empty_norm_scale, launch_weight_norm, norm_and_scale, sum_splits
+from .weight_norm import cast_strips, empty_norm_scale, launch_weight_norm, norm_and_scale, sum_splits
+
+
+class Store(NamedTuple):
+    """What a merge stores, and of how many partial sums it makes n and g; 1 where these are there."""
+
+    splits: int
+    dithered: bool  # W'
+    cast_mode: str | None  # of A
 
 
 class MergeConfig(NamedTuple):
@@ -50,18 +58,22 @@ def merge_config(dot: Dot, in_features: int, straddles: bool = False, *, has_roo
 def _merge_scale_kernel(
     # pointers and strides
     w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, stride_wn, stride_wk,
-    a_ptr, b_ptr, m_ptr, merged_ptr, norm_ptr, scale_ptr, partial_ptr,
+    a_ptr, b_ptr, m_ptr, merged_ptr, norm_ptr, scale_ptr, partial_ptr, cast_ptr,
     # sizes
     scaling: tl.float64, N, K, R, salt,
     # constexpr
-    SPLITS: tl.constexpr, DITHERED: tl.constexpr, FORMAT: tl.constexpr, DOT: tl.constexpr, CONFIG: tl.constexpr,
+    STORE: tl.constexpr, FORMAT: tl.constexpr, DOT: tl.constexpr, CONFIG: tl.constexpr,
 ):  # fmt: skip
     w = WeightMemory(w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, stride_wn, stride_wk)
     a, b = Matrix(a_ptr, K, 1), Matrix(b_ptr, R, 1)
     BLOCK_N: tl.constexpr = CONFIG.block_n
     BLOCK_K: tl.constexpr = CONFIG.block_k
+    SPLITS: tl.constexpr = STORE.splits
     ACC: tl.constexpr = DOT.acc
     scaling = tl.cast(scaling, ACC)
+    if STORE.cast_mode is not None:
+        cast, programs = Matrix(cast_ptr, K, 1), tl.num_programs(0)
+        cast_strips(a, cast, tl.program_id(0), programs, K, R, salt, BLOCK_K, DOT, STORE.cast_mode == "dithered")
     blocks_k = tl.maximum(tl.cdiv(K, BLOCK_K), 1)
     # From the last row up: the norm has just read those, and they are in L2 still.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -81,7 +93,7 @@ def _merge_scale_kernel(
             tl.store(norm_ptr + offs_n, norm, mask=mask_n)
             tl.store(scale_ptr + offs_n, scale, mask=mask_n)
     offs_k = start_k + tl.arange(0, BLOCK_K)
-    merged = round_to(v * scale[:, None], offs_n, offs_k, salt, merged_ptr.dtype.element_ty, DITHERED)
+    merged = round_to(v * scale[:, None], offs_n, offs_k, salt, merged_ptr.dtype.element_ty, STORE.dithered)
     mask = mask_n[:, None] & (offs_k < K)[None, :]
     tl.store(addresses(Matrix(merged_ptr, K, 1), offs_n, offs_k), merged, mask=mask)
 
@@ -98,6 +110,7 @@ def merge(
     norm_scale: NormScale | None = None,
     out: torch.Tensor | None = None,
     into: NormScale | None = None,
+    A_into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, NormScale]:
     """Twin of `reference.merge`."""
     (N, K), R = weight.shape, lora_A.shape[0]
@@ -123,8 +136,8 @@ def merge(
     config = merge_config(dot, K, weight_format.straddles, has_room=has_room)
     # At least one program a row, which keeps n and g, even for K = 0.
     _merge_scale_kernel[(triton.cdiv(N, config.block_n) * max(1, triton.cdiv(K, config.block_k)),)](
-        *pointers, norm_scale.scale if partial is None else partial, *sizes,
-        splits, dithered, weight_format, dot, config,
+        *pointers, either(partial, norm_scale.scale), either(A_into, lora_A), *sizes,
+        Store(splits, dithered, None if A_into is None else rounding.mode), weight_format, dot, config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
     )  # fmt: skip
     return merged, norm_scale

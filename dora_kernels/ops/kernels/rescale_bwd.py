@@ -113,50 +113,81 @@ def _rescale_bwd_kernel(
         tl.store(addresses(Matrix(product_ptr, R, 1), row, offs_r), product, mask=mask_product)
 
 
-@triton.jit
+class Finish(NamedTuple):
+    """What the reduction over chunks computes."""
+
+    acc: tl.dtype
+    from_base: bool
+    needs_magnitude: bool
+    needs_B: bool
+    needs_bias: bool
+    block_n: int
+    block_r: int
+    holds_scale: bool = False  # the product is dzᵀh, and the correlation is with V x
+    cast_mode: str | None = None  # of s g ⊙ B
+    casts_g: bool = True  # else of s B
+
+
+@triton.jit(do_not_specialize=["salt", "salt_second"])
 def _rescale_bwd_finish_kernel(
     # pointers
-    correlation_ptr, product_ptr, bias_ptr, b_ptr, norm_ptr, scale_ptr, dm_ptr, db_lora_ptr, dbias_ptr,
-    # sizes
-    scaling: tl.float64, N, R, chunks, product_chunks,
+    correlation_ptr, product_ptr, bias_ptr, b_ptr, b_second_ptr, norm_ptr, scale_ptr,
+    dm_ptr, db_lora_ptr, dbias_ptr, cast_ptr,
+    # sizes; of each layer on axis 1 of the grid
+    scaling: tl.float64, N, R, chunks, product_chunks, first_row_of_second, salt, salt_second,
     # constexpr
-    ACC: tl.constexpr, FROM_BASE: tl.constexpr, NEEDS_MAGNITUDE: tl.constexpr, NEEDS_B: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr, HOLDS_SCALE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    FINISH: tl.constexpr,
 ):  # fmt: skip
+    ACC: tl.constexpr = FINISH.acc
+    BLOCK_N: tl.constexpr = FINISH.block_n
+    BLOCK_R: tl.constexpr = FINISH.block_r
     scaling = tl.cast(scaling, ACC)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    if HOLDS_SCALE:  # the product dzᵀh; the correlation is with V x
+    layer, features = tl.program_id(1), tl.cast(tl.num_programs(1), tl.int64) * N
+    own = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n, offs_n = own < N, layer * N + own
+    if FINISH.holds_scale:
         scale = tl.full([BLOCK_N], 1.0, dtype=ACC)
     else:
         scale = tl.load(scale_ptr + offs_n, mask=mask_n, other=0.0)
     correlation = tl.zeros([BLOCK_N], dtype=ACC)
-    if NEEDS_MAGNITUDE:
+    if FINISH.needs_magnitude:
         for chunk in range(0, chunks):
-            correlation += tl.load(correlation_ptr + tl.cast(chunk, tl.int64) * N + offs_n, mask=mask_n, other=0.0)
-    if NEEDS_BIAS:
+            correlation += tl.load(correlation_ptr + chunk * features + offs_n, mask=mask_n, other=0.0)
+    if FINISH.needs_bias:
         bias = tl.zeros([BLOCK_N], dtype=ACC)
         for chunk in range(0, chunks):
-            bias += tl.load(bias_ptr + tl.cast(chunk, tl.int64) * N + offs_n, mask=mask_n, other=0.0)
+            bias += tl.load(bias_ptr + chunk * features + offs_n, mask=mask_n, other=0.0)
         tl.store(dbias_ptr + offs_n, bias, mask=mask_n)
-    if NEEDS_B or (NEEDS_MAGNITUDE and FROM_BASE):
-        lora = tl.zeros([BLOCK_N], dtype=ACC)  # rowsum(B ⊙ dyᵀh)
+    lora = tl.zeros([BLOCK_N], dtype=ACC)  # rowsum(B ⊙ dyᵀh)
+    if FINISH.needs_B or FINISH.cast_mode is not None or (FINISH.needs_magnitude and FINISH.from_base):
+        b = Matrix(tl.where(layer == 0, b_ptr, b_second_ptr), R, 1)
         for start in range(0, R, BLOCK_R):
             offs_r = start + tl.arange(0, BLOCK_R)
             mask = mask_n[:, None] & (offs_r < R)[None, :]
-            product = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
-            for chunk in range(0, product_chunks):
-                row = tl.cast(chunk, tl.int64) * N + offs_n
-                product += tl.load(addresses(Matrix(product_ptr, R, 1), row, offs_r), mask=mask, other=0.0)
-            if NEEDS_MAGNITUDE and FROM_BASE:
-                factor = tl.load(addresses(Matrix(b_ptr, R, 1), offs_n, offs_r), mask=mask, other=0.0)
-                lora += tl.sum(factor.to(ACC) * product, axis=1)
-            if NEEDS_B:
-                grad = product * (scale * scaling)[:, None]
-                tl.store(addresses(Matrix(db_lora_ptr, R, 1), offs_n, offs_r), grad, mask=mask)
-    if NEEDS_MAGNITUDE:
+            if FINISH.cast_mode is not None or (FINISH.needs_magnitude and FINISH.from_base):
+                factor = tl.load(addresses(b, own, offs_r), mask=mask, other=0.0).to(ACC)
+            if FINISH.needs_B or (FINISH.needs_magnitude and FINISH.from_base):
+                product = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC)
+                for chunk in range(0, product_chunks):
+                    row = chunk * features + offs_n
+                    product += tl.load(addresses(Matrix(product_ptr, R, 1), row, offs_r), mask=mask, other=0.0)
+                if FINISH.needs_magnitude and FINISH.from_base:
+                    lora += tl.sum(factor * product, axis=1)
+                if FINISH.needs_B:
+                    grad = product * (scale * scaling)[:, None]
+                    tl.store(addresses(Matrix(db_lora_ptr, R, 1), offs_n, offs_r), grad, mask=mask)
+            if FINISH.cast_mode is not None:
+                # B is rounded by its own rows, as `scaled_cast` does it.
+                rows = layer * first_row_of_second + own
+                scaled = factor * (scale * scaling)[:, None] if FINISH.casts_g else factor * scaling
+                rounded = round_to(
+                    scaled, rows, offs_r, tl.where(layer == 0, salt, salt_second), cast_ptr.dtype.element_ty,
+                    FINISH.cast_mode == "dithered",
+                )  # fmt: skip
+                tl.store(addresses(Matrix(cast_ptr, R, 1), offs_n, offs_r), rounded, mask=mask)
+    if FINISH.needs_magnitude:
         norm = tl.load(norm_ptr + offs_n, mask=mask_n, other=1.0)
-        if FROM_BASE:
+        if FINISH.from_base:
             quotient = (correlation + scaling * lora) / norm
         else:
             quotient = correlation / (scale * norm)
@@ -179,6 +210,8 @@ def rescale_bwd(
     bias_dtype: torch.dtype | None,
     needs_base: bool,
     scale_shift: float = 0.0,
+    B_into: torch.Tensor | None = None,
+    B_has_g: bool = True,
     rounding: Rounding,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Twin of `reference.rescale_bwd`."""
@@ -221,12 +254,16 @@ def rescale_bwd(
     if needs_product and not fused_product:
         product = mm_fp32(grad_y.T, h)[None]
     if needs_sums:
-        block_n = 32
-        _rescale_bwd_finish_kernel[(triton.cdiv(N, block_n),)](
-            either(correlation, unused), either(product, unused), either(bias, unused), lora_B, norm, scale,
-            either(grad_magnitude, unused), either(grad_B, unused), either(grad_bias, unused),
-            scaling, N, R, config.chunks, product.shape[0] if needs_product else 0,
-            TRITON_DTYPES[dtype], from_base, needs_magnitude, needs_B, needs_bias, False, block_n, dot.block_r,
+        block_n, salt = 32, signed32(rounding.salt)
+        finish = Finish(
+            TRITON_DTYPES[dtype], from_base, needs_magnitude, needs_B, needs_bias, block_n, dot.block_r,
+            cast_mode=None if B_into is None else rounding.mode, casts_g=B_has_g,
+        )  # fmt: skip
+        _rescale_bwd_finish_kernel[(triton.cdiv(N, block_n), 1)](
+            either(correlation, unused), either(product, unused), either(bias, unused), lora_B, lora_B, norm, scale,
+            either(grad_magnitude, unused), either(grad_B, unused), either(grad_bias, unused), either(B_into, unused),
+            scaling, N, R, config.chunks, product.shape[0] if needs_product else 0, 0, salt, salt,
+            finish,
             num_warps=4, **ALL_REGISTERS,
         )  # fmt: skip
     return grad_magnitude, grad_B, grad_bias, grad_base

@@ -133,27 +133,33 @@ def norm_and_scale(plain, large, small, magnitude, ACC: tl.constexpr):
 
 
 @triton.jit
-def sum_splits(partial_ptr, offs_n, mask_n, N, ACC: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+def sum_splits(
+    partial_ptr, offs_n, mask_n, N, ACC: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, splits=None
+):
     """The three sums of squares, each [BLOCK_N], from the partial sums [3, SPLITS, N]; two only where one is beyond its
-    range."""
+    range. `splits`: how many of them there are of each feature, where they differ."""
     plain = tl.zeros([BLOCK_N], dtype=ACC)
     for split in range(SPLITS):
-        plain += tl.load(partial_ptr + split * N + offs_n, mask=mask_n, other=0.0)
+        mask = mask_n if splits is None else mask_n & (split < splits)
+        plain += tl.load(partial_ptr + split * N + offs_n, mask=mask, other=0.0)
     large, small = plain, plain
     if ACC == tl.float32:
         if any_beyond_range(plain, mask_n):
             large, small = tl.zeros([BLOCK_N], dtype=ACC), tl.zeros([BLOCK_N], dtype=ACC)
             for split in range(SPLITS):
-                large += tl.load(partial_ptr + (SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
-                small += tl.load(partial_ptr + (2 * SPLITS + split) * N + offs_n, mask=mask_n, other=0.0)
+                mask = mask_n if splits is None else mask_n & (split < splits)
+                large += tl.load(partial_ptr + (SPLITS + split) * N + offs_n, mask=mask, other=0.0)
+                small += tl.load(partial_ptr + (2 * SPLITS + split) * N + offs_n, mask=mask, other=0.0)
     return plain, large, small
 
 
 @triton.jit
-def cast_strips(a, cast, K, R, salt, BLOCK_K: tl.constexpr, DOT: tl.constexpr, DITHERED: tl.constexpr):
-    """A [R, K] rounded into `cast`, its columns dealt out over the programs of axis 0."""
+def cast_strips(
+    a, cast, program, programs, K, R, salt, BLOCK_K: tl.constexpr, DOT: tl.constexpr, DITHERED: tl.constexpr
+):
+    """A [R, K] rounded into `cast`, its columns dealt out over `programs`."""
     DTYPE: tl.constexpr = cast.ptr.dtype.element_ty
-    for start in range(tl.program_id(0) * BLOCK_K, K, tl.num_programs(0) * BLOCK_K):
+    for start in range(program * BLOCK_K, K, programs * BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         for start_r in range(0, R, DOT.block_r):
             offs_r = start_r + tl.arange(0, DOT.block_r)
@@ -182,7 +188,8 @@ def _weight_norm_kernel(
     scaling = tl.cast(scaling, ACC)
     split = tl.program_id(1)
     if CAST_MODE is not None and split == 0:
-        cast_strips(a, Matrix(cast_ptr, K, 1), K, R, salt, BLOCK_K, DOT, CAST_MODE == "dithered")
+        cast = Matrix(cast_ptr, K, 1)
+        cast_strips(a, cast, tl.program_id(0), tl.num_programs(0), K, R, salt, BLOCK_K, DOT, CAST_MODE == "dithered")
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     k_end = tl.minimum((split + 1) * k_per_split, K)

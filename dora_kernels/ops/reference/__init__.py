@@ -18,6 +18,8 @@ from .kept_norm import kept_norm
 from .merge import merge
 from .rescale_bwd import rescale_bwd
 from .rescale_fwd import rescale_fwd
+from .stacked_merge import stacked_merge
+from .stacked_norm import stacked_norm
 from .weight_norm import weight_norm
 
 __all__ = [
@@ -35,5 +37,7 @@ __all__ = [
     "rescale_bwd",
     "rescale_fwd",
     "scaled_cast",
+    "stacked_merge",
+    "stacked_norm",
     "weight_norm",
 ]

@@ -3,8 +3,9 @@
 import torch
 
 from ..chunked import row_chunks
-from ..types import GluFactors, GluGradients
+from ..types import GluFactors, GluGradients, Rounding
 from .activations import ACTIVATIONS
+from .cast import scaled_cast
 from .glu_fwd import outputs
 
 
@@ -19,6 +20,7 @@ def glu_bwd(
     space: str,
     activation: str,
     dtype: torch.dtype,
+    roundings: tuple[Rounding, ...],
 ) -> GluGradients:
     """The gradients; those of B and m in `dtype`. `grad_a` [M, I] is written over with a, to the forward's bits.
 
@@ -26,7 +28,8 @@ def glu_bwd(
     Token space: products' gradients dz = dy ⊙ g, dm = Σ dy ⊙ (z + s h Bᵀ) / n, dB = s dzᵀh, for dy of gate and of up.
     Weight space: dy itself, dm = Σ dy ⊙ x W'ᵀ / (g n), dB = s g ⊙ dyᵀh.
 
-    Rounding is to nearest: dy is no number of the dtype before it, so that a g near 1 is not lost in dz.
+    `roundings` are those of s B, or s g ⊙ B, of both layers, or of the one that holds both. All other rounding is to
+    nearest: dy is no number of the dtype before it, so that a g near 1 is not lost in dz.
     """
     acc, features = factors.scale.dtype, gate.shape[1]
     function, derivative = ACTIVATIONS[activation]
@@ -54,4 +57,11 @@ def glu_bwd(
     grad_magnitude = torch.where(zero, torch.zeros_like(correlation), correlation / divisor)
     if not in_token_space:
         product *= factors.scale[:, None]
-    return GluGradients(grads, grad_magnitude.to(dtype), (product * factors.scaling).to(dtype))
+    grad_B, parts = (product * factors.scaling).to(dtype), len(roundings)
+    lora_B = torch.cat(factors.lora_B)
+    scales = [None] * parts if in_token_space else factors.scale.chunk(parts)
+    scaled_B = [
+        scaled_cast(own, gate.dtype, scale=scale, scaling=factors.scaling, rounding=rounding)
+        for own, scale, rounding in zip(lora_B.chunk(parts), scales, roundings)
+    ]
+    return GluGradients(grads, grad_magnitude.to(dtype), grad_B, torch.cat(scaled_B))

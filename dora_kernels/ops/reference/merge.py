@@ -5,6 +5,7 @@ import torch
 from ..base_weights import Packed, stored_rounding
 from ..chunked import chunk_buffer, row_chunks
 from ..types import NormScale, Rounding
+from .cast import scaled_cast
 from .rounding import round_to
 from .weight_norm import accumulate_dtype, adapted_rows, row_norm, scale_of
 
@@ -21,13 +22,15 @@ def merge(
     norm_scale: NormScale | None = None,
     out: torch.Tensor | None = None,
     into: NormScale | None = None,
+    A_into: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, NormScale]:
     """W' [N, K] in `dtype`, and n and g.
 
     With `norm_scale` given the norm is not computed again, and `magnitude` is not read: the backward's merge, or a
-    frozen adapter's. `out` [N, K], contiguous, takes W', and
-    `into` n and g.
+    frozen adapter's. `out` [N, K], contiguous, takes W', `into` n and g, and `A_into` [R, K] A in its dtype.
     """
+    if A_into is not None:
+        A_into.copy_(scaled_cast(lora_A, A_into.dtype, rounding=rounding))
     given = norm_scale is not None
     acc_dtype = norm_scale.scale.dtype if given else accumulate_dtype(weight, lora_A, lora_B, magnitude)
     merged = torch.empty(weight.shape, dtype=dtype, device=weight.device) if out is None else out

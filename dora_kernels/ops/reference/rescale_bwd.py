@@ -4,6 +4,7 @@ import torch
 
 from ..chunked import row_chunks
 from ..types import NormScale, Rounding
+from .cast import scaled_cast
 from .rounding import round_to
 
 
@@ -22,6 +23,8 @@ def rescale_bwd(
     bias_dtype: torch.dtype | None,
     needs_base: bool,
     scale_shift: float = 0.0,
+    B_into: torch.Tensor | None = None,
+    B_has_g: bool = True,
     rounding: Rounding,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """dm [N], dB [N, R] and db [N], each in the dtype asked for, and dZ [M, N] in `grad_y`'s; None where none is asked.
@@ -29,7 +32,13 @@ def rescale_bwd(
     `saved` [M, N] is the output without its bias (`saved_is` "output": dm = Σ dy ⊙ y / (g n)) or z = x Wᵀ ("base":
     dm = (Σ dy ⊙ z + s rowsum(B ⊙ dyᵀh)) / n), to which `base_bias` [N] was added where it is given.
     dZ = dy ⊙ (g − `scale_shift`), the shift being 1 under PEFT's dropout.
+
+    `B_into` [N, R] takes s g ⊙ B, or s B without `B_has_g`, in its dtype, as `scaled_cast` rounds it, wherever a sum
+    over tokens is asked for.
     """
+    if B_into is not None:
+        scaled_by = norm_scale.scale if B_has_g else None
+        B_into.copy_(scaled_cast(lora_B, B_into.dtype, scale=scaled_by, scaling=scaling, rounding=rounding))
     norm, scale = norm_scale
     acc_dtype = scale.dtype
     needs_magnitude, needs_B, needs_bias = (dtype is not None for dtype in (magnitude_dtype, B_dtype, bias_dtype))
