@@ -12,6 +12,7 @@ import torch
 from .accumulation import keep_norm, kept_norm
 from .base_weights import Weight, dense, readable
 from .chunked import mm_fp32
+from .kept_weight import Rows, kept_weight
 from .output import OutputUse
 from .recomputation import remember_norm, remembered_norm
 from .types import NormScale, Rounding
@@ -132,19 +133,27 @@ def merged(
     ops: ModuleType, members: list[Member], dtype: torch.dtype, norm_scale: NormScale | None = None
 ) -> tuple[torch.Tensor, NormScale]:
     """W' [ΣN, K] in `dtype`, to the bits of each layer's own merge, and n and g [ΣN]; those of the forward if given."""
-    first, rows = members[0], feature_slices(members)
-    weight = torch.empty(rows[-1].stop, first.lora_A.shape[1], dtype=dtype, device=first.lora_A.device)
-    given, norms = norm_scale is not None, _empty_norms(members) if norm_scale is None else norm_scale
-    for member, own in zip(members, rows):
-        into = _part(norms, own)
-        known = given or _is_known(ops, member, into)
+    first, rows, given = members[0], feature_slices(members), norm_scale is not None
+    shape, device = (rows[-1].stop, first.lora_A.shape[1]), first.lora_A.device
+    norms = norm_scale if given else _empty_norms(members)
+    known = [given or _is_known(ops, member, _part(norms, own)) for member, own in zip(members, rows)]
+    kept = None
+    if not given:
+        layers = [Rows(member.use, member.scaling, member.rounding) for member in members]
+        kept = kept_weight(layers, known, shape, dtype, device)
+    weight = torch.empty(shape, dtype=dtype, device=device) if kept is None else kept.merged
+    for index, (member, own) in enumerate(zip(members, rows)):
+        W, part = readable(member.weight), _part(norms, own)
+        if kept is not None and kept.has(index, known[index]):
+            kept.bring_up_to_date(ops, index, W, *member.factors[:2], part, weight[own])
+            continue
         ops.merge(
-            readable(member.weight), *member.factors, member.scaling, dtype=dtype, rounding=member.rounding,
-            norm_scale=into if known else None, out=weight[own], into=into,
+            W, *member.factors, member.scaling, dtype=dtype, rounding=member.rounding,
+            norm_scale=part if known[index] else None, out=weight[own], into=part,
         )  # fmt: skip
-        if not known:
-            _leave(member, into)
-    return weight, norms
+        if not known[index]:
+            _leave(member, part)
+    return weight if kept is None else kept.taken(), norms
 
 
 def products(ops: ModuleType, members: list[Member], x: torch.Tensor) -> list[torch.Tensor]:

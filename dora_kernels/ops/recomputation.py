@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from .accumulation import keeps_weight
+from .checkpointing import checkpoint_hook, is_selective
 from .output import OutputUse
 from .types import NormScale
 
@@ -21,11 +22,14 @@ MOST_KEPT = 2 << 30
 _kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # bytes by region, which its hook stands for
 
 
-def keeps_merged(weight: torch.Tensor) -> bool:
+def keeps_merged(weight: torch.Tensor, use: OutputUse | None = None) -> bool:
     """Whether W' should be saved for the backward, which else merges again: it is bit for bit the same.
 
-    Forward and recomputation of a region, whose calls come in one order, get the same answers.
+    Forward and recomputation of a region, whose calls come in one order, get the same answers. What is kept anyhow for
+    the calls of a scope, by layers whose first has this `use`, is saved in any case.
     """
+    if keeps_weight(use):
+        return True
     hook = checkpoint_hook()
     if hook is None:
         return False
@@ -65,24 +69,5 @@ def remembered_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scal
     return last.norm_scale if same else None
 
 
-def is_selective() -> bool:
-    """Whether this call is in a region of selective checkpointing, forward or recomputation.
-
-    It keeps some operations' outputs, and finds each again by how often its operation ran before: the recomputation
-    must run the same operations, and none may write over another's output.
-    """
-    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
-        return False
-    return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack())
-
-
 def _recomputes(hook) -> bool:
     return hook.__qualname__.startswith("_recomputation_hook")
-
-
-def checkpoint_hook():
-    """The hook that packs what is saved here, if it is that of a checkpointed region."""
-    if torch.compiler.is_compiling():
-        return None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
