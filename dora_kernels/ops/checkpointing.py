@@ -1,4 +1,4 @@
-"""Whether a call is inside activation checkpointing, and of which kind."""
+"""Whether a call is inside activation checkpointing, and of which kind, or where other hooks pack what is saved."""
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -17,7 +17,17 @@ def is_selective() -> bool:
 
 def checkpoint_hook():
     """The hook that packs what is saved here, if it is that of a checkpointed region."""
+    hook = _hook()
+    return hook if hook is not None and hook.__module__ == "torch.utils.checkpoint" else None
+
+
+def is_saved_elsewhere() -> bool:
+    """Whether other hooks pack what is saved here, which may copy it to the host."""
+    return _hook() is not None and checkpoint_hook() is None
+
+
+def _hook():
     if torch.compiler.is_compiling():
         return None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None
+    return None if hooks is None else hooks[0]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .accumulation import keeps_weight
-from .checkpointing import checkpoint_hook, is_selective
+from .checkpointing import checkpoint_hook, is_saved_elsewhere, is_selective
 from .output import OutputUse
 from .types import NormScale
 
@@ -26,10 +26,10 @@ def keeps_merged(weight: torch.Tensor, use: OutputUse | None = None) -> bool:
     """Whether W' should be saved for the backward, which else merges again: it is bit for bit the same.
 
     Forward and recomputation of a region, whose calls come in one order, get the same answers. What is kept anyhow for
-    the calls of a scope, by layers whose first has this `use`, is saved in any case.
+    the calls of a scope, by layers whose first has this `use`, is saved unless hooks would copy it for each of them.
     """
     if keeps_weight(use):
-        return True
+        return not is_saved_elsewhere()
     hook = checkpoint_hook()
     if hook is None:
         return False

@@ -108,6 +108,24 @@ def test_a_graph_that_is_retained_holds_it():
     assert torch.equal(first, second)
 
 
+def test_offloading_leaves_it_where_it_is():
+    """Hooks that copy what is saved, as those of activation offloading, would copy W' at each call."""
+    model = in_weight_space()[0]
+    twin, x, packed = copy.deepcopy(model), torch.randn(5, SIZE, requires_grad=True), []
+
+    def pack(tensor):
+        packed.append(tensor.data_ptr())
+        return tensor.clone()
+
+    with dk.accumulating(model, keep_weights=True):
+        for _ in range(2):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                found = gradients(model, x)
+            assert_same(found, gradients(twin, x))
+        kept = [layer.output_use.kept_weight.merged.data_ptr() for layer in model]
+    assert packed and not {*kept} & {*packed}
+
+
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_calls_that_keep_none_leave_none_stale(impl):
     """In token space: what a call found to differ, the next one finds equal, and W' is of neither."""
