@@ -18,8 +18,8 @@ FLOORS = [
 OPS_FLOORS = [
     {"__init__", "base_weights", "checkpointing", "chunked", "convolution", "gpus", "output", "types"},
     {"accumulation", "grouped"},
-    {"checks", "kept_weight", "kernels", "problem", "recomputation", "reference"},
-    {"overhead", "quantiser"},
+    {"checks", "kernels", "problem", "recomputation", "reference"},
+    {"kept_weight", "overhead", "quantiser"},
     {"served"},
     {"dispatch", "forms", "members"},
     {"gate_up", "requantize", "siblings"},

@@ -132,10 +132,14 @@ def _inside(path: str, plan: dispatch.Plan) -> dispatch.Plan:
 def _kept(layer: nn.Module, plan: dispatch.Plan) -> dispatch.Plan:
     """What the layer keeps from call to call, inside `accumulating`."""
     use = getattr(layer, "output_use", None)
-    if plan.impl == "peft" or use is None or not use.keeps_norm or not layer.training:
+    if plan.impl == "peft" or use is None or not use.keeps_norm or not layer.training or _is_merge_aware(layer):
         return plan
     what = "norm and merged weight" if use.keeps_weight and plan.space == "weight" else "norm"
     return plan._replace(reason=f"{plan.reason}; accumulating keeps the {what}")
+
+
+def _is_merge_aware(layer: nn.Module) -> bool:
+    return getattr(layer, "merge_aware", False)
 
 
 def _not_kept(adapter: nn.Module) -> str:

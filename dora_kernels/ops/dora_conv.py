@@ -26,10 +26,10 @@ from .forms import (
     Inputs,
     Saved,
     merged_again,
-    merged_weight,
     rescale_backward,
     scaled_B,
 )
+from .kept_weight import merged_weight
 from .output import OutputUse, note_written, shared_with_the_model
 from .recomputation import keeps_merged, remember_norm, remembered_norm
 from .types import NormScale, Rounding

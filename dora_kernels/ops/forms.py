@@ -6,13 +6,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .accumulation import keep_norm
 from .base_weights import Weight, dense, readable
 from .checkpointing import is_selective
 from .chunked import mm_fp32
-from .kept_weight import Rows, kept_weight
+from .kept_weight import merged_weight
 from .output import OutputUse
-from .recomputation import keeps_merged, remember_norm
+from .recomputation import keeps_merged, leave_norm
 from .served import served_weight
 from .types import NormScale, Rounding
 
@@ -104,7 +103,7 @@ def token_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients)
     x, x_dropped, _, lora_B, *_ = inputs
     weight = readable(inputs.weight)
     norm_scale, A_cast = _norm_and_cast(ops, call, inputs, weight)
-    _leave(call, inputs, norm_scale)
+    leave_norm(call, inputs, norm_scale)
     lora_x = x if x_dropped is None else x_dropped
     h = lora_x @ A_cast.T
     y, base_out, output, base_bias = token_output(ops, call, inputs._replace(weight=weight), h, norm_scale, needs)
@@ -170,7 +169,10 @@ def token_backward_without_A(
 def weight_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients) -> tuple[torch.Tensor, Saved]:
     """W' = g ⊙ (W + s B A) [N, K], then y = x W'ᵀ + b. h = x Aᵀ [M, R], for dB alone, waits for the backward."""
     x, _, lora_A, lora_B, _, bias, weight, _ = inputs
-    merged, norm_scale = merged_weight(ops, call, inputs)
+    if call.merge_aware:  # its n is summed in another way, and not kept
+        merged, norm_scale = _merge(ops, call, weight, lora_A, inputs.lora_B, inputs.magnitude, x.dtype, inputs.given)
+    else:
+        merged, norm_scale = merged_weight(ops, call, inputs)
     # Where dA is not asked for, h is smaller to keep than x.
     h = _lora_product(ops, call, x, lora_A) if needs.lora_B and not needs.lora_A else None
     bias = None if bias is None else bias.to(x.dtype)
@@ -184,34 +186,6 @@ def weight_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients
         output = y = F.linear(x, merged, bias)
     kept = merged if needs.x and keeps_merged(merged, None if call.merge_aware else call.output_use) else None
     return y, Saved(x, h, None, output, None, lora_A, lora_B, *norm_scale, weight, kept)
-
-
-def merged_weight(ops: ModuleType, call: Call, inputs: Inputs) -> tuple[torch.Tensor, NormScale]:
-    """W' [N, K] in x's dtype, n and g, of a forward: kept, or made anew."""
-    x, _, lora_A, lora_B, magnitude, _, weight, given = inputs
-    if call.merge_aware:  # its n is summed in another way
-        return _merge(ops, call, weight, lora_A, lora_B, magnitude, x.dtype, given)
-    kept, known = None, given is not None
-    if call.trains:
-        rows = Rows(call.output_use, call.scaling, call.rounding)
-        kept = kept_weight([rows], [known], tuple(weight.shape), x.dtype, x.device)
-    if kept is not None and kept.has(0, known):
-        kept.bring_up_to_date(ops, 0, readable(weight), lora_A, lora_B, given, kept.merged)
-        return kept.taken(), given
-    merged, norm_scale = ops.merge(
-        readable(weight), lora_A, lora_B, magnitude, call.scaling,
-        dtype=x.dtype, rounding=call.rounding, norm_scale=given, out=None if kept is None else kept.merged,
-    )  # fmt: skip
-    _leave(call, inputs, norm_scale)
-    return merged if kept is None else kept.taken(), norm_scale
-
-
-def _leave(call, inputs, found):
-    """Leaves n and g to later calls."""
-    factors = inputs.lora_A, inputs.lora_B, inputs.magnitude
-    remember_norm(call.output_use, factors, call.scaling, found)
-    if inputs.given is None and call.trains:
-        keep_norm(call.output_use, factors, call.scaling, found)
 
 
 def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Saved, asked: Gradients) -> Gradients:

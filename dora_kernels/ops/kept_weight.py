@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 
 from .accumulation import Kept, keeps_weight
-from .base_weights import Packed
+from .base_weights import Packed, readable
 from .output import OutputUse
+from .recomputation import leave_norm
 from .types import NormScale, Rounding
 
 
@@ -102,3 +103,21 @@ def kept_weight(
             return kept
     first.kept_weight = KeptWeight(layers, shape, dtype, device)
     return first.kept_weight
+
+
+def merged_weight(ops: ModuleType, call, inputs) -> tuple[torch.Tensor, NormScale]:
+    """W' [N, K] in x's dtype, n and g, of a call of `forms` in weight space: kept, or made anew."""
+    x, _, lora_A, lora_B, magnitude, _, weight, given = inputs
+    kept, known = None, given is not None
+    if call.trains:
+        rows = Rows(call.output_use, call.scaling, call.rounding)
+        kept = kept_weight([rows], [known], tuple(weight.shape), x.dtype, x.device)
+    if kept is not None and kept.has(0, known):
+        kept.bring_up_to_date(ops, 0, readable(weight), lora_A, lora_B, given, kept.merged)
+        return kept.taken(), given
+    merged, norm_scale = ops.merge(
+        readable(weight), lora_A, lora_B, magnitude, call.scaling,
+        dtype=x.dtype, rounding=call.rounding, norm_scale=given, out=None if kept is None else kept.merged,
+    )  # fmt: skip
+    leave_norm(call, inputs, norm_scale)
+    return merged if kept is None else kept.taken(), norm_scale

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .accumulation import keeps_weight
+from .accumulation import keep_norm, keeps_weight
 from .checkpointing import checkpoint_hook, is_saved_elsewhere, is_selective
 from .output import OutputUse
 from .types import NormScale
@@ -53,6 +53,14 @@ def remember_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scalin
     hook = checkpoint_hook()
     if use is not None and hook is not None and not _recomputes(hook):
         use.last_norm = LastNorm(tuple(map(weakref.ref, factors)), scaling, found)
+
+
+def leave_norm(call, inputs, found: NormScale) -> None:
+    """Leaves n and g of a call of `forms` to its recomputation, and to later calls inside `accumulating`."""
+    factors = inputs.lora_A, inputs.lora_B, inputs.magnitude
+    remember_norm(call.output_use, factors, call.scaling, found)
+    if inputs.given is None and call.trains:
+        keep_norm(call.output_use, factors, call.scaling, found)
 
 
 def remembered_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scaling: float) -> NormScale | None:
