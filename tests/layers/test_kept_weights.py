@@ -267,3 +267,14 @@ def test_only_where_asked_for():
     with dk.accumulating(model):
         gradients(model, torch.randn(5, SIZE))
         assert not any(layer.output_use.kept_weight for layer in model)
+
+
+def test_merge_aware_layers_keep_nothing():
+    """Their n is summed in another way."""
+    model = in_weight_space(merge_aware=True)[0]
+    twin, x = copy.deepcopy(model), torch.randn(5, SIZE)
+    with dk.accumulating(model, keep_weights=True):
+        for _ in range(2):
+            assert_same(gradients(model, x), gradients(twin, x))
+        assert not any(layer.output_use.kept_norm or layer.output_use.kept_weight for layer in model)
+        assert "accumulating" not in str(dk.explain(model, tokens=4))
