@@ -16,10 +16,10 @@ FLOORS = [
 ]  # fmt: skip
 # The same inside `ops/`, whose modules build on each other.
 OPS_FLOORS = [
-    {"__init__", "base_weights", "chunked", "convolution", "gpus", "output", "types"},
+    {"__init__", "base_weights", "checkpointing", "chunked", "convolution", "gpus", "output", "types"},
     {"accumulation", "grouped"},
     {"checks", "kernels", "problem", "recomputation", "reference", "stacks"},
-    {"overhead", "quantiser"},
+    {"kept_weight", "overhead", "quantiser"},
     {"served"},
     {"dispatch", "forms", "members"},
     {"gate_up", "requantize", "siblings"},
@@ -28,8 +28,8 @@ OPS_FLOORS = [
 # Device functions and launch data of the kernels need no reference.
 TWINS = [
     "activations", "base_weight", "cast", "expert_glu_bwd", "expert_glu_fwd", "expert_norm", "expert_rescale_bwd",
-    "expert_rescale_fwd", "expert_wgrad", "glu_bwd", "glu_fwd", "kept_norm", "merge", "rescale_bwd", "rescale_fwd",
-    "rounding", "stacked_merge", "stacked_norm", "weight_norm",
+    "expert_rescale_fwd", "expert_wgrad", "glu_bwd", "glu_fwd", "kept_merge", "kept_norm", "merge", "rescale_bwd",
+    "rescale_fwd", "rounding", "stacked_merge", "stacked_norm", "weight_norm",
 ]  # fmt: skip
 NO_TWIN = {"__init__", "blocks", "expert_sums", "expert_tiles", "floats", "fp4", "int4", "launch", "lora_dot"}
 

@@ -42,6 +42,7 @@ class Memory(NamedTuple):
     adapters: int
     gradients: int
     optimizer: int
+    kept: int  # over micro-steps: W' and copies of the adapters
     activations: int
     loss: int
     layer_backward: int
@@ -49,7 +50,7 @@ class Memory(NamedTuple):
     @property
     def peak(self) -> int:
         """The most bytes that are alive at one time."""
-        return sum(self[:5]) + max(self.loss, self.layer_backward)
+        return sum(self[:6]) + max(self.loss, self.layer_backward)
 
 
 class Planned:
@@ -123,12 +124,18 @@ def planned_model(config: PretrainedConfig, dora: dk.DoraConfig | None = None, *
 
 
 def predict(
-    planned: Planned, *, batch_size: int, cutoff_len: int, activation_checkpointing: bool = False, loss: str = "tiled"
+    planned: Planned,
+    *,
+    batch_size: int,
+    cutoff_len: int,
+    activation_checkpointing: bool = False,
+    loss: str = "tiled",
+    keep_weights: bool = False,
 ) -> Memory:
     """Memory of a step over [batch_size, cutoff_len] tokens.
 
     `loss`: "tiled" is TRL's SFTTrainer, "liger" Liger's fused linear cross-entropy, "whole" transformers' own loss
-    over all logits.
+    over all logits. `keep_weights`: of `accumulating`, where all layers run in weight space.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss should be one of {', '.join(LOSSES)}, got {loss!r}")
@@ -138,6 +145,7 @@ def predict(
         adapters=planned.trained.adapters,
         gradients=planned.trained.total,
         optimizer=2 * planned.trained.total,
+        kept=planned.trained.merged + planned.trained.adapters if keep_weights else 0,
         activations=counted.activations,
         loss=counted.loss,
         layer_backward=counted.layer,

@@ -37,6 +37,7 @@ PARTS = {
     "adapters": "adapters",
     "gradients": "gradients of the adapters",
     "optimizer": "optimizer",
+    "kept": "kept over micro-steps",
     "activations": "activations kept",
     "loss": "logits and loss, or",
     "layer_backward": "workspace: one layer at work",
@@ -64,6 +65,7 @@ class Flags:
         metadata={"nargs": "?", "const": True},
     )
     fuse_blocks: Literal["auto", "off"] = HfArg(default="auto", help="a gated MLP as one function, or layer by layer")
+    keep_weights: bool = HfArg(default=False, help="keep merged weights over micro-steps, all of them at most")
     use_liger: bool = HfArg(default=False, help="Liger's fused linear cross-entropy")
     whole_logits: bool = HfArg(default=False, help="a loop of your own: transformers' loss")
     card: list[float] = field(
@@ -123,7 +125,8 @@ def report(config: PretrainedConfig, flags: Flags) -> Iterator[str]:
     ways = [False, True] if flags.activation_checkpointing is None else [flags.activation_checkpointing]
     if not planned.can_checkpoint:
         ways = [False]
-    steps = [{"cutoff_len": flags.cutoff_len, "activation_checkpointing": way, "loss": flags.loss} for way in ways]
+    fixed = {"cutoff_len": flags.cutoff_len, "loss": flags.loss, "keep_weights": flags.keep_weights}
+    steps = [{"activation_checkpointing": way} | fixed for way in ways]
     yield (
         f"{config.model_type}, base in {NAMES.get(base_format, 'bf16')}; DoRA of rank {flags.lora_r} on "
         f"{planned.trained.layers} layers; {flags.batch_size} × {flags.cutoff_len} tokens"
@@ -132,7 +135,8 @@ def report(config: PretrainedConfig, flags: Flags) -> Iterator[str]:
     yield _line("a prediction", ["checkpointed" if way else "all kept" for way in ways])
     memories = [predict(planned, batch_size=flags.batch_size, **step) for step in steps]
     for part, label in PARTS.items():
-        yield _line(label, [_size(getattr(memory, part)) for memory in memories])
+        if part != "kept" or flags.keep_weights:
+            yield _line(label, [_size(getattr(memory, part)) for memory in memories])
     yield _line("peak", [_size(memory.peak) for memory in memories])
     batches = [_largest(planned, flags.cards, step) for step in steps]
     for card, *rows in zip(flags.cards, *batches):
@@ -152,7 +156,8 @@ def table(flags: Flags) -> Iterator[str]:
         for base_format in ("", "nf4", "fp8"):
             planned = _planned(config, flags, base_format)
             steps = [
-                {"cutoff_len": flags.cutoff_len, "activation_checkpointing": way, "loss": flags.loss}
+                {"activation_checkpointing": way}
+                | {"cutoff_len": flags.cutoff_len, "loss": flags.loss, "keep_weights": flags.keep_weights}
                 for way in (True, False)
             ]
             peaks = " / ".join(_size(predict(planned, batch_size=1, **step).peak) for step in steps)

@@ -80,6 +80,12 @@ def _kept_norm(a) -> Traffic:
     return Traffic(a.grid[0] * answers + vectors, answers + vectors, vectors)
 
 
+def _kept_merge(a) -> Traffic:
+    """Where nothing changed: nothing but the answers is read."""
+    answers = a.changed_ptr.numel() * size(a.changed_ptr)
+    return Traffic(a.grid[0] * answers, answers, 0)
+
+
 def _merge_scale(a) -> Traffic:
     blocks_k = triton.cdiv(a.K, a.CONFIG.block_k)
     columns = max(1, blocks_k)
@@ -160,6 +166,7 @@ ACCOUNTS: dict[str, Callable[[SimpleNamespace], Traffic]] = {
     "_merge_scale_kernel": _merge_scale,
     "_compare_factors_kernel": _compare_factors,
     "_kept_norm_kernel": _kept_norm,
+    "_kept_merge_kernel": _kept_merge,
     "_decode_kernel": _decode,
     "_expert_glu_fwd_kernel": expert_glu_fwd,
     "_expert_glu_bwd_kernel": expert_glu_bwd,

@@ -143,6 +143,10 @@ def _accumulating() -> Iterable[Case]:
             yield Case(*dtypes, "token", rank, accumulating=True)
         yield Case(*dtypes, "token", 16, 1024, 4096, accumulating=True)
         yield Case(*dtypes, "token", 24, 1001, 333, 77, accumulating=True)
+        if "weight" in _spaces(dtypes[0]):
+            for rank in (16, 24, 64):
+                yield Case(*dtypes, "weight", rank, accumulating=True)
+            yield Case(*dtypes, "weight", 24, 1001, 333, 77, accumulating=True)
     for packed in ({"nf4": "nested"}, {"int4": "symmetric"}):
         yield Case(BF16, FP32, "weight", 16, accumulating=True, **packed)
 

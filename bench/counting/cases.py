@@ -104,10 +104,12 @@ def call(case: Case) -> None:
         bias=make("bias", N, dtype=case.dtype) if case.bias else None,
         scaling=2.0, space=case.space, impl="triton", rounding=case.rounding, frozen_scale=frozen_scale,
         training=case.dropout_mode is not None, dropout_mode=case.dropout_mode or "lora",
-        lora_dropout=0.1 if case.dropout_mode else 0.0, output_use=OutputUse(keeps_norm=case.accumulating),
+        lora_dropout=0.1 if case.dropout_mode else 0.0,
+        output_use=OutputUse(keeps_norm=case.accumulating, keeps_weight=case.accumulating),
     )  # fmt: skip
     y = layer()
     if case.accumulating:
+        del y  # whose graph holds the W' that is kept
         y = layer()
     if training:
         grad = {

@@ -10,10 +10,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from ..layers.frozen import Freezable
 from ..layers.support import why_wrapped
+from ..ops.checkpointing import is_selective
 from ..ops.dispatch import Plan
 from ..ops.dora_mlp import dora_mlp, plan_mlp, why_not_mlp
 from ..ops.members import Member
-from ..ops.recomputation import is_selective
 
 
 class MlpBlock(NamedTuple):

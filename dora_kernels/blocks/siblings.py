@@ -11,11 +11,11 @@ from torch import nn
 
 from ..layers.frozen import Freezable
 from ..ops.base_weights import sharding_of
+from ..ops.checkpointing import checkpoint_hook, is_selective
 from ..ops.dispatch import Plan
 from ..ops.dora_siblings import dora_siblings, plan_siblings, why_not_siblings
 from ..ops.members import Member
 from ..ops.output import WriteCounter
-from ..ops.recomputation import checkpoint_hook, is_selective
 from .mlp import as_member
 
 

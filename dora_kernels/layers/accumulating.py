@@ -1,4 +1,4 @@
-"""Gradient accumulation: n and g are computed once for an optimizer step, not once for each of its micro-steps."""
+"""Gradient accumulation: n and g, on request W' too, are made once for an optimizer step, not for each micro-step."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,17 +15,22 @@ def norm_uses(model: Model) -> list[OutputUse]:
 
 
 @contextmanager
-def accumulating(model: Model) -> Iterator[Model]:
-    """Inside the scope every linear DoRA layer of `model`, ours or patched, keeps n and g from one training call to the
-    next, for as long as A, B and m hold the same bits. Leaving it forgets them.
+def accumulating(model: Model, *, keep_weights: bool = False) -> Iterator[Model]:
+    """Inside the scope the DoRA layers of `model`, ours or patched, keep n and g from one training call to the next,
+    for as long as A, B and m hold the same bits. Leaving it forgets them.
 
     Each call compares A, B and m with a copy of them on their own device, whichever way they were changed, and computes
     n and g anew where a bit differs: results are those without the scope, bit for bit, except in weight space in
     Triton, where W' may add B A's fp32 products in another order. It costs a copy of A, B and m, and pays with two or
     more micro-steps to an optimizer step. W is not compared: it is frozen, and loading into it raises inside the scope.
 
-    Embeddings, convolutions, experts, compiled graphs, and layers that run alone and without gradients in eval mode
-    compute n at each call, inside the scope too.
+    With `keep_weights` linear layers and convolutions that run in weight space keep W' too, in their input's dtype: two
+    merges less in each micro-step, for memory of the size of the adapted weights in that dtype. While a graph still
+    holds it, as between two forwards and their backwards, a forward makes one of its own. Token space has no W'.
+
+    Experts, convolutions in token space, compiled graphs, regions of selective checkpointing, and layers that run alone
+    and without gradients in eval mode compute n at each call, inside the scope too. `explain` says what a layer keeps.
+    Backward passes belong inside the scope.
 
     Raises:
         ValueError: no such layer in the model. RuntimeError: the scope is open for it already; or, inside, frozen
@@ -40,8 +45,9 @@ def accumulating(model: Model) -> Iterator[Model]:
         raise RuntimeError("accumulating is open for these layers already: it does not nest")
     try:
         for use in uses:
-            use.keeps_norm = True
+            use.keeps_norm, use.keeps_weight = True, keep_weights
         yield model
     finally:
         for use in uses:
-            use.keeps_norm, use.kept_norm = False, None
+            use.keeps_norm = use.keeps_weight = False
+            use.forget()

@@ -103,6 +103,7 @@ class DoraEmbedding(DoraLayer):
             rounding=self.rounding,
             salt=self.salt,
             frozen_scale=self.frozen_scale,
+            output_use=self.output_use,
         )
 
     def extra_repr(self) -> str:

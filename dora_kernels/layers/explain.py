@@ -89,12 +89,16 @@ def explain(model: nn.Module, tokens: int) -> Explanations:
                 for _, plans in groups:
                     inside |= {} if isinstance(plans, str) else _by_path(path, plans)
     explanations = Explanations(
-        Explanation(name, layer.out_features, layer.in_features, layer.rank, inside.get(name) or _plan(layer, tokens))
+        Explanation(
+            name, layer.out_features, layer.in_features, layer.rank,
+            _kept(layer, inside.get(name) or _plan(layer, tokens)),
+        )
         for name, layer in layers
-    )
+    )  # fmt: skip
     explanations.blocks = blocks
     explanations.stacks = {
-        name: f"({adapter.extra_repr()}): {adapter.reason(tokens)}" for name, adapter in stacks.items()
+        name: f"({adapter.extra_repr()}): {adapter.reason(tokens)}{_not_kept(adapter)}"
+        for name, adapter in stacks.items()
     }
     explanations.experts, explanations.in_full = frozen_experts(model), trained_in_full(model)
     if not layers or layers[0][1] is not model:
@@ -123,6 +127,23 @@ def _by_path(path: str, plans: dict[str, dispatch.Plan]) -> dict[str, dispatch.P
 
 def _inside(path: str, plan: dispatch.Plan) -> dispatch.Plan:
     return plan._replace(reason=f"inside {path or 'the block'}, {plan.reason}")
+
+
+def _kept(layer: nn.Module, plan: dispatch.Plan) -> dispatch.Plan:
+    """What the layer keeps from call to call, inside `accumulating`."""
+    use = getattr(layer, "output_use", None)
+    if plan.impl == "peft" or use is None or not use.keeps_norm or not layer.training or _is_merge_aware(layer):
+        return plan
+    what = "norm and merged weight" if use.keeps_weight and plan.space == "weight" else "norm"
+    return plan._replace(reason=f"{plan.reason}; accumulating keeps the {what}")
+
+
+def _is_merge_aware(layer: nn.Module) -> bool:
+    return getattr(layer, "merge_aware", False)
+
+
+def _not_kept(adapter: nn.Module) -> str:
+    return "; accumulating keeps nothing of experts" if adapter.output_use.keeps_norm else ""
 
 
 def _plan(layer: nn.Module, tokens: int) -> dispatch.Plan:

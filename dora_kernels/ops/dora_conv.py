@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch
+from .accumulation import kept_norm
 from .checks import check_factors, check_options, check_placement, check_whole, dtype_of_call, refuse_tracing
 from .convolution import CONV, Geometry, as_image, as_kernel, as_matrix, as_rows, is_channels_last
-from .forms import NO_GRADIENTS, Call, Gradients, Saved, merged_again, rescale_backward_and_B
+from .forms import NO_GRADIENTS, Call, Gradients, Inputs, Saved, merged_again, rescale_backward_and_B
+from .kept_weight import merged_weight
 from .output import OutputUse, note_written, shared_with_the_model
 from .recomputation import keeps_merged, remember_norm, remembered_norm
 from .types import NormScale, Rounding
@@ -38,10 +40,11 @@ class DoraConvFunction(torch.autograd.Function):
         matrix_B = lora_B.flatten(1)
         ops = dispatch.implementation(call.impl)
         with dispatch.on_device_of(x), dispatch.without_autocast(x.device):
-            merged, norm_scale = ops.merge(
-                matrix, matrix_A, matrix_B, magnitude.flatten(), call.scaling,
-                dtype=x.dtype, rounding=call.rounding, norm_scale=given,
-            )  # fmt: skip
+            factors = matrix_A, matrix_B, magnitude.flatten()
+            if given is None and call.trains:
+                given = kept_norm(ops, call.output_use, matrix, factors, call.scaling)
+            inputs = Inputs(x, None, *factors, None, matrix, given)
+            merged, norm_scale = merged_weight(ops, call, inputs)
             kernel, bias = as_kernel(merged, ctx.kernel, ctx.channels_last), None if bias is None else bias.to(x.dtype)
             if needs.magnitude and bias is not None:
                 output = geometry.convolved(x, kernel)
@@ -50,7 +53,7 @@ class DoraConvFunction(torch.autograd.Function):
                 output = y = geometry.convolved(x, kernel, bias)
             h = _lora_image(ops, call, x, matrix_A, ctx, geometry) if needs.lora_B and not needs.lora_A else None
         remember_norm(call.output_use, (lora_A, lora_B, magnitude), call.scaling, norm_scale)
-        kept = merged if needs.x and keeps_merged(merged) else None
+        kept = merged if needs.x and keeps_merged(merged, call.output_use) else None
         saved = Saved(x, h, None, output, None, matrix_A, matrix_B, *norm_scale, matrix, kept).for_backward(needs)
         ctx.call, ctx.geometry, ctx.writes = call, geometry, None
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, lora_A, lora_B, magnitude, bias)]

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch
+from .accumulation import keep_norm, kept_norm
 from .checks import check_factors, check_options, check_whole, refuse_tracing
 from .chunked import mm_fp32
+from .output import OutputUse
 from .types import NormScale, Rounding
 
 
@@ -28,6 +30,7 @@ class Call(NamedTuple):
     rounding: Rounding
     padding_idx: int | None
     scale_grad_by_freq: bool
+    output_use: OutputUse | None  # where it trains
 
 
 class DoraEmbeddingFunction(torch.autograd.Function):
@@ -38,7 +41,7 @@ class DoraEmbeddingFunction(torch.autograd.Function):
         ops = dispatch.implementation(call.impl)
         with dispatch.on_device_of(weight), dispatch.without_autocast(weight.device):
             if given is None:
-                given = ops.weight_norm(weight.T, lora_A, lora_B, magnitude, call.scaling)[0]
+                given = _norm(ops, call, weight.T, (lora_A, lora_B, magnitude))
             base, h, factor_B = F.embedding(ids, weight), _rows_of_A(lora_A, ids, weight.dtype), lora_B
             if h.shape[1] > lora_B.shape[1]:
                 factor_B = lora_B.repeat(1, 2)
@@ -85,6 +88,15 @@ class DoraEmbeddingFunction(torch.autograd.Function):
         return grad_A, grad_B, grad_magnitude, None, None, None, None
 
 
+def _norm(ops, call, weight, factors):
+    """n and g, kept inside `accumulating` or computed."""
+    found = kept_norm(ops, call.output_use, weight, factors, call.scaling)
+    if found is None:
+        found, _ = ops.weight_norm(weight, *factors, call.scaling)
+        keep_norm(call.output_use, factors, call.scaling, found)
+    return found
+
+
 def dora_embedding(
     ids: torch.Tensor,
     weight: torch.Tensor,
@@ -99,6 +111,7 @@ def dora_embedding(
     rounding: str = "dithered",
     salt: int = 0,
     frozen_scale: tuple[torch.Tensor, torch.Tensor] | None = None,
+    output_use: OutputUse | None = None,
 ) -> torch.Tensor:
     """g ⊙ (W[ids] + s A[:, ids]ᵀ Bᵀ) with g = m / ‖W + s (B A)ᵀ‖ per embedding dimension, the norm detached.
 
@@ -113,6 +126,7 @@ def dora_embedding(
         padding_idx: the id of which A gets no gradient.
         scale_grad_by_freq: divides A's gradient by how often an id is in the batch.
         impl, rounding, salt, frozen_scale: see `dora_linear`.
+        output_use: shared by the calls of one layer, which keep n inside `accumulating`.
 
     Returns:
         [..., embedding_dim] in the weight's dtype, under autocast too.
@@ -133,7 +147,8 @@ def dora_embedding(
         raise ValueError("frozen_scale is for inference: run under torch.no_grad(), or leave it out to train")
     given = None if frozen_scale is None else NormScale(*frozen_scale)
     impl, _ = dispatch.choose_impl(weight.device, impl)
-    call = Call(impl, float(scaling), Rounding(rounding, int(salt)), padding_idx, scale_grad_by_freq)
+    use = output_use if trains else None
+    call = Call(impl, float(scaling), Rounding(rounding, int(salt)), padding_idx, scale_grad_by_freq, use)
     y = DoraEmbeddingFunction.apply(lora_A, lora_B, magnitude, weight, ids.flatten(), given, call)
     return y.view(*ids.shape, weight.shape[1])
 

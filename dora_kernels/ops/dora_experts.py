@@ -23,11 +23,12 @@ import torch.nn.functional as F
 
 from . import dispatch
 from .base_weights import Fp8Stack, note_of, sharding_of
+from .checkpointing import is_selective
 from .grouped import expert_rows, grouped_mm
 from .output import OutputUse
 from .overhead import experts_overhead
 from .problem import Problem
-from .recomputation import is_selective, remember_norm, remembered_norm
+from .recomputation import remember_norm, remembered_norm
 from .stacks import Stack, merged_mm, stack_mm, stack_norm
 from .types import NormScale, Rounding
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from . import dispatch
-from .accumulation import keep_norm, kept_norm
+from .accumulation import kept_norm
 from .base_weights import Weight, of_params4bit
 from .checks import check_arguments, dtype_of_call, refuse_tracing
 from .forms import (
@@ -43,7 +43,7 @@ from .forms import (
 )
 from .output import OutputUse, note_written, shared_with_the_model
 from .problem import problem_of
-from .recomputation import remember_norm, remembered_norm
+from .recomputation import remembered_norm
 from .served import why_not_served
 from .types import NormScale, Rounding
 
@@ -63,11 +63,6 @@ class DoraLinearFunction(torch.autograd.Function):
         form = token_forward if call.space == "token" else weight_forward
         with dispatch.on_device_of(x), dispatch.without_autocast(x.device):
             y, saved = form(dispatch.implementation(call.impl), call, inputs, needs)
-        factors = lora_A, lora_B, magnitude
-        if not call.merge_aware:  # its n is summed in another way
-            remember_norm(call.output_use, factors, call.scaling, saved.norm_scale)
-        if given is None and call.trains and not call.merge_aware:
-            keep_norm(call.output_use, factors, call.scaling, saved.norm_scale)
         ctx.call = call
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs[:6]]
         # A quantised weight is no tensor: its library's memory, which nothing here writes.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from . import dispatch, forms, gate_up
-from .accumulation import keep_norm, kept_norm
+from .accumulation import kept_norm
 from .checks import dtype_of_call
 from .forms import Call, Gradients, Inputs
 from .members import (
@@ -32,7 +32,7 @@ from .members import (
 from .output import OutputUse, note_written, shared_with_the_model
 from .overhead import glu_overhead
 from .problem import problem_of
-from .recomputation import remember_norm, remembered_norm
+from .recomputation import remembered_norm
 from .types import Rounding
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -66,9 +66,6 @@ class DoraMlpFunction(torch.autograd.Function):
             if given is None:
                 given = kept_norm(ops, down.use, down.weight, down.factors, down.scaling)
             y, saved_down = form(ops, call.down, Inputs(a, None, *down.factors, down.bias, down.weight, given), ASKED)
-        remember_norm(down.use, down.factors, down.scaling, saved_down.norm_scale)
-        if given is None:
-            keep_norm(down.use, down.factors, down.scaling, saved_down.norm_scale)
         # `a` is made again, and the weight is among the members.
         saved_down, ctx.writes = saved_down._replace(lora_x=None, weight=None), None
         if saved_down.output is y:

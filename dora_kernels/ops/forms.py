@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from .base_weights import Weight, dense, readable
+from .checkpointing import is_selective
 from .chunked import mm_fp32
+from .kept_weight import merged_weight
 from .output import OutputUse
-from .recomputation import is_selective, keeps_merged
+from .recomputation import keeps_merged, leave_norm
 from .served import served_weight
 from .types import NormScale, Rounding
 
@@ -102,6 +104,7 @@ def token_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients)
     x, x_dropped, _, lora_B, *_ = inputs
     weight = readable(inputs.weight)
     norm_scale, A_cast = _norm_and_cast(ops, call, inputs, weight)
+    leave_norm(call, inputs, norm_scale)
     lora_x = x if x_dropped is None else x_dropped
     h = lora_x @ A_cast.T
     y, base_out, output, base_bias = token_output(ops, call, inputs._replace(weight=weight), h, norm_scale, needs)
@@ -168,8 +171,11 @@ def token_backward_without_A(
 
 def weight_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients) -> tuple[torch.Tensor, Saved]:
     """W' = g ⊙ (W + s B A) [N, K], then y = x W'ᵀ + b. h = x Aᵀ [M, R], for dB alone, waits for the backward."""
-    x, _, lora_A, lora_B, magnitude, bias, weight, given = inputs
-    merged, norm_scale = _merge(ops, call, weight, lora_A, lora_B, magnitude, x.dtype, given)
+    x, _, lora_A, lora_B, _, bias, weight, _ = inputs
+    if call.merge_aware:  # its n is summed in another way, and not kept
+        merged, norm_scale = _merge(ops, call, weight, lora_A, inputs.lora_B, inputs.magnitude, x.dtype, inputs.given)
+    else:
+        merged, norm_scale = merged_weight(ops, call, inputs)
     # Where dA is not asked for, h is smaller to keep than x.
     h = _lora_product(ops, call, x, lora_A) if needs.lora_B and not needs.lora_A else None
     bias = None if bias is None else bias.to(x.dtype)
@@ -181,7 +187,7 @@ def weight_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients
         y = output + bias
     else:
         output = y = F.linear(x, merged, bias)
-    kept = merged if needs.x and keeps_merged(merged) else None
+    kept = merged if needs.x and keeps_merged(merged, None if call.merge_aware else call.output_use) else None
     return y, Saved(x, h, None, output, None, lora_A, lora_B, *norm_scale, weight, kept)
 
 

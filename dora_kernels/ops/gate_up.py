@@ -53,7 +53,7 @@ def gate_up_forward(
     else:
         weight, norm_scale = merged(ops, members, x.dtype)
         found = [x @ weight.T]
-        kept = weight if needs_x and keeps_merged(weight) else None
+        kept = weight if needs_x and keeps_merged(weight, members[0].use) else None
         del weight
     saved = Saved(x, h, A, found[0], found[1] if len(found) == 2 else None, *norm_scale, kept)
     return activated(ops, space, activation, saved, members), saved

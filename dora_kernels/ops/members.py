@@ -12,6 +12,7 @@ import torch
 from .accumulation import keep_norm, kept_norm
 from .base_weights import Weight, dense, readable
 from .chunked import mm_fp32
+from .kept_weight import Rows, kept_weight
 from .output import OutputUse
 from .recomputation import remember_norm, remembered_norm
 from .types import Adapted, NormScale, Rounding
@@ -151,23 +152,29 @@ def merged_and_A(
 
 
 def _merged(ops, members, dtype, norm_scale, A):
-    first, rows = members[0], feature_slices(members)
-    norms, known = (norm_scale, [True] * len(members)) if norm_scale is not None else _norms_so_far(ops, members)
-    if in_one_launch(members) and len(set(known)) == 1:
+    first, rows, given = members[0], feature_slices(members), norm_scale is not None
+    norms, known = (norm_scale, [True] * len(members)) if given else _norms_so_far(ops, members)
+    shape, device = (rows[-1].stop, first.lora_A.shape[1]), first.lora_A.device
+    layers = [Rows(member.use, member.scaling, member.rounding) for member in members]
+    kept = None if given else kept_weight(layers, known, shape, dtype, device)
+    if kept is None and in_one_launch(members) and len(set(known)) == 1:
         weight, _ = ops.stacked_merge(
             _adapted(members), dtype=dtype, norm_scale=norms if known[0] else None, into=norms, A_into=A
         )
     else:
-        weight = torch.empty(rows[-1].stop, first.lora_A.shape[1], dtype=dtype, device=first.lora_A.device)
-        for member, is_known, own, ranks in zip(members, known, rows, rank_slices(members)):
-            into = _part(norms, own)
+        weight = torch.empty(shape, dtype=dtype, device=device) if kept is None else kept.merged
+        for index, (member, own, ranks) in enumerate(zip(members, rows, rank_slices(members))):
+            W, into = readable(member.weight), _part(norms, own)
+            if kept is not None and kept.has(index, known[index]):
+                kept.bring_up_to_date(ops, index, W, *member.factors[:2], into, weight[own])
+                continue
             ops.merge(
-                readable(member.weight), *member.factors, member.scaling, dtype=dtype, rounding=member.rounding,
-                norm_scale=into if is_known else None, out=weight[own], into=into,
+                W, *member.factors, member.scaling, dtype=dtype, rounding=member.rounding,
+                norm_scale=into if known[index] else None, out=weight[own], into=into,
                 A_into=None if A is None else A[ranks],
             )  # fmt: skip
     _leave(members, known, norms)
-    return weight, norms
+    return weight if kept is None else kept.taken(), norms
 
 
 def in_one_launch(members: list[Member]) -> bool:

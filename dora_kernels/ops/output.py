@@ -16,10 +16,16 @@ class OutputUse:
     last_norm: object = None  # of the last checkpointed forward, see `recomputation`
     keeps_norm: bool = False  # inside `accumulating`
     kept_norm: object = None  # there, see `accumulation`
+    keeps_weight: bool = False  # there too, where W' is kept as well
+    kept_weight: object = None  # see `kept_weight`
 
     def __getstate__(self) -> dict:
         # A copy or a pickle is in no scope, and in no checkpointed region.
-        return {"is_written": self.is_written, "last_norm": None, "keeps_norm": False, "kept_norm": None}
+        return vars(OutputUse(self.is_written))
+
+    def forget(self) -> None:
+        """What was kept of weights that are others by now."""
+        self.kept_norm = self.kept_weight = None
 
 
 class WriteCounter:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from .accumulation import keep_norm, keeps_weight
+from .checkpointing import checkpoint_hook, is_saved_elsewhere, is_selective
 from .output import OutputUse
 from .types import NormScale
 
@@ -21,11 +22,14 @@ MOST_KEPT = 2 << 30
 _kept: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # bytes by region, which its hook stands for
 
 
-def keeps_merged(weight: torch.Tensor) -> bool:
+def keeps_merged(weight: torch.Tensor, use: OutputUse | None = None) -> bool:
     """Whether W' should be saved for the backward, which else merges again: it is bit for bit the same.
 
-    Forward and recomputation of a region, whose calls come in one order, get the same answers.
+    Forward and recomputation of a region, whose calls come in one order, get the same answers. What is kept anyhow for
+    the calls of a scope, by layers whose first has this `use`, is saved unless hooks would copy it for each of them.
     """
+    if keeps_weight(use):
+        return not is_saved_elsewhere()
     hook = checkpoint_hook()
     if hook is None:
         return False
@@ -51,6 +55,14 @@ def remember_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scalin
         use.last_norm = LastNorm(tuple(map(weakref.ref, factors)), scaling, found)
 
 
+def leave_norm(call, inputs, found: NormScale) -> None:
+    """Leaves n and g of a call of `forms` to its recomputation, and to later calls inside `accumulating`."""
+    factors = inputs.lora_A, inputs.lora_B, inputs.magnitude
+    remember_norm(call.output_use, factors, call.scaling, found)
+    if inputs.given is None and call.trains:
+        keep_norm(call.output_use, factors, call.scaling, found)
+
+
 def remembered_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scaling: float) -> NormScale | None:
     """n and g of the forward that is being recomputed; None where the call is no recomputation, or of other factors.
 
@@ -65,24 +77,5 @@ def remembered_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scal
     return last.norm_scale if same else None
 
 
-def is_selective() -> bool:
-    """Whether this call is in a region of selective checkpointing, forward or recomputation.
-
-    It keeps some operations' outputs, and finds each again by how often its operation ran before: the recomputation
-    must run the same operations, and none may write over another's output.
-    """
-    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
-        return False
-    return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in _get_current_dispatch_mode_stack())
-
-
 def _recomputes(hook) -> bool:
     return hook.__qualname__.startswith("_recomputation_hook")
-
-
-def checkpoint_hook():
-    """The hook that packs what is saved here, if it is that of a checkpointed region."""
-    if torch.compiler.is_compiling():
-        return None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks[0] if hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint" else None

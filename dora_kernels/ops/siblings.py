@@ -94,7 +94,7 @@ def weight_forward(ops: ModuleType, x: torch.Tensor, members: list[Member], *, n
             y, counter = output[:, rows] + member.bias.to(x.dtype), None
         outputs.append(y)
         writes.append(counter)
-    kept = weight if needs_x and keeps_merged(weight) else None
+    kept = weight if needs_x and keeps_merged(weight, members[0].use) else None
     return outputs, Saved(x, *norm_scale, output=output, merged=kept), writes
 
 

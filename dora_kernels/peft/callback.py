@@ -20,16 +20,20 @@ class AccumulatingCallback(TrainerCallback):
     """Opens `accumulating` for every optimizer step of several micro-steps, unless it is open.
 
     The scope ends with its step: a run that is resumed between two steps computes what an unbroken one does.
+
+    Args:
+        keep_weights: keep W' too, as `accumulating` does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep_weights: bool = False) -> None:
+        self.keep_weights = keep_weights
         self._scope = ExitStack()
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
         self._scope.close()  # an error may have ended the step before
         uses = norm_uses(model) if args.gradient_accumulation_steps > 1 else []
         if uses and not any(use.keeps_norm for use in uses):
-            self._scope.enter_context(accumulating(model))
+            self._scope.enter_context(accumulating(model, keep_weights=self.keep_weights))
 
     def on_step_end(self, *args, **kwargs) -> None:
         self._scope.close()
@@ -46,11 +50,12 @@ class DoraKernelsCallback(AccumulatingCallback):
     Norms are kept over the micro-steps of an optimizer step, as by `AccumulatingCallback`.
 
     Args:
+        keep_weights: keep W' too, as `accumulating` does.
         options: `space`, `impl`, `rounding`, `nf4_parity` and `blocks`, as for `patch_peft`.
     """
 
-    def __init__(self, **options: str | bool):
-        super().__init__()
+    def __init__(self, *, keep_weights: bool = False, **options: str | bool):
+        super().__init__(keep_weights=keep_weights)
         layer_options = dict(options)
         check_blocks("blocks", layer_options.pop("blocks", "auto"))
         checked_options(**layer_options)

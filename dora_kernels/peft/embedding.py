@@ -44,6 +44,7 @@ class FusedEmbedding(FusedLayer, Embedding):
             rounding=options["rounding"],
             salt=options["salt"],
             frozen_scale=self.frozen_scale_of(adapter),
+            output_use=self.output_use,
         )
 
     def plan_of(self, adapter: str, tokens: int) -> dispatch.Plan:

@@ -155,7 +155,7 @@ class FusedLayer(Freezable):
     def merge(self, *args, **kwargs) -> None:
         self.refuse_if_frozen("merge")
         # PEFT writes W here, and takes the update out again with a rounding.
-        self.output_use.kept_norm = None
+        self.output_use.forget()
         super().merge(*args, **kwargs)
 
     def frozen_scale_of(self, adapter: str) -> NormScale | None:

@@ -9,7 +9,7 @@ import dora_kernels as dk
 from bench.counting import accounting
 from dora_kernels.ops import dispatch, kernels
 from dora_kernels.ops.base_weights import weight_of
-from dora_kernels.ops.types import NEAREST, Adapted, GluFactors, KeptNorm
+from dora_kernels.ops.types import NEAREST, Adapted, GluFactors, KeptNorm, Rounding
 from tests.bench.test_offline import ROOT
 from tests.support.experts import make_stack
 from tests.support.experts import solve as solve_experts
@@ -61,6 +61,21 @@ def test_a_kept_norm_reads_no_weight(shape, dtypes):
     assert held_to_the_interpreter(launches) == {"_compare_factors_kernel", "_kept_norm_kernel"}
     known = sum(2 * part.nbytes for part in (*factors, norm_scale.norm))
     assert sum(launch.loaded for launch in launches) == known + 4 * 256 * launches[-1].grid[0]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
+def test_a_kept_weight_is_not_read(dtypes):
+    """While A, B and m hold the same bits."""
+    weight, A, B, m = (torch.randn(size).to(dtypes[0]) for size in ((77, 83), (5, 83), (77, 5), (77,)))
+    norm_scale, _ = kernels.weight_norm(weight, A, B, m, 0.5)
+    changed = torch.zeros(256, dtype=torch.int32)
+    with count_bytes() as launches:
+        kernels.kept_merge(
+            weight, A, B, 0.5,
+            rounding=Rounding("dithered"), norm_scale=norm_scale, changed=changed, out=torch.empty_like(weight),
+        )  # fmt: skip
+    assert held_to_the_interpreter(launches) == {"_kept_merge_kernel"}
+    assert (launches[0].loaded, launches[0].stored) == (changed.nbytes * launches[0].grid[0], 0)
 
 
 @pytest.mark.parametrize("mode", ["lora", "peft"])

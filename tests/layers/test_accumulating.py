@@ -1,15 +1,16 @@
-"""Inside `accumulating` n and g outlive a call, but no change of A, B or m; and nothing else changes."""
+"""Inside `accumulating` n and g, on request W' too, outlive a call but no change of A, B or m; nothing else differs."""
 
 import copy
 import pickle
 import sys
 from collections import Counter
+from functools import partial
 
 import peft
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import dora_kernels as dk
 from dora_kernels.ops import reference
@@ -74,18 +75,20 @@ def assert_same(found, expected):
         assert torch.equal(one, other)
 
 
+every_keeping = pytest.mark.parametrize("keep_weights", [False, True], ids=["norms", "weights"])
 every_make = pytest.mark.parametrize("make", [ours, patched])
 every_space = pytest.mark.parametrize("space", ["token", "weight"])
 
 
 @every_space
 @pytest.mark.parametrize("impl", ["reference", "triton"])
+@every_keeping
 @every_make
-def test_steps_of_several_micro_steps_are_those_without_it(make, impl, space):
+def test_steps_of_several_micro_steps_are_those_without_it(make, keep_weights, impl, space):
     model, twin = make(space=space, impl=impl)[0], make(space=space, impl=impl)[0]
     optimizers = [torch.optim.AdamW(m.parameters(), lr=0.05) for m in (model, twin)]
     x = torch.randn(2, 3, 5, SIZE)
-    with dk.accumulating(model):
+    with dk.accumulating(model, keep_weights=keep_weights):
         for step in range(2):
             for micro in range(3):
                 assert_same(gradients(model, x[step, micro]), gradients(twin, x[step, micro]))
@@ -114,11 +117,12 @@ def test_norms_are_computed_once_a_step(make, space, norms):
 
 @pytest.mark.parametrize("index", [1, 2, 3], ids=["A", "B", "m"])
 @every_make
+@every_keeping
 @pytest.mark.parametrize("way", WAYS)
-def test_no_change_escapes(way, make, index):
-    made = make()
+def test_no_change_escapes(way, keep_weights, make, index):
+    made = make(space="weight" if keep_weights else "auto")
     model, parameter, x = made[0], made[index], torch.randn(5, SIZE)
-    with dk.accumulating(model):
+    with dk.accumulating(model, keep_weights=keep_weights):
         before = gradients(model, x)[0]
         model.zero_grad()
         WAYS[way][0](parameter)
@@ -128,9 +132,11 @@ def test_no_change_escapes(way, make, index):
         assert_same(gradients(model, x), expected)
 
 
+@every_keeping
 @every_make
-def test_checkpointed_layers(make):
-    model, twin, x = make()[0], make()[0], torch.randn(5, SIZE)
+def test_checkpointed_layers(make, keep_weights):
+    space = "weight" if keep_weights else "auto"
+    model, twin, x = make(space=space)[0], make(space=space)[0], torch.randn(5, SIZE)
 
     def run(m):
         return gradients(lambda x: checkpoint(m, x, use_reentrant=False), x)
@@ -141,14 +147,37 @@ def test_checkpointed_layers(make):
         y.square().sum().backward()
         return [y, *(p.grad for m in (model, twin) for p in m.parameters() if p.grad is not None)]
 
-    with dk.accumulating(model):
+    with dk.accumulating(model, keep_weights=keep_weights):
         for _ in range(2):
             assert_same(run(model), run(twin))
 
 
+def _keeps_products(context, operation, *args, **options):
+    kept = operation in (torch.ops.aten.mm.default, torch.ops.aten.mul.Tensor)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@every_space
+def test_a_selective_checkpoint_runs_as_without_it(space):
+    """Its recomputation runs the operations of the forward, those of the norm among them."""
+    contexts = partial(create_selective_checkpoint_contexts, _keeps_products)
+    model, twin = ours(space=space)[0], ours(space=space)[0]
+    model[0].bias = twin[0].bias = None
+    x = torch.randn(5, SIZE)
+    with dk.accumulating(model, keep_weights=True):
+        for _ in range(2):
+            found = []
+            for m in (model, twin):
+                m.zero_grad()
+                checkpoint(m, x, use_reentrant=False, context_fn=contexts).square().sum().backward()
+                found.append([p.grad.clone() for p in m.parameters() if p.requires_grad])
+            assert_same(*found)
+
+
+@every_keeping
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @every_space
-def test_blocks_of_layers(space, impl, norms):
+def test_blocks_of_layers(space, impl, keep_weights, norms):
     """A gated MLP as one function, and q, k and v as one group."""
     models = []
     for _ in range(2):
@@ -174,7 +203,7 @@ def test_blocks_of_layers(space, impl, norms):
         move(twin)
     norms.clear()
     found = []
-    with dk.accumulating(model):
+    with dk.accumulating(model, keep_weights=keep_weights):
         for _ in range(2):
             found += [gradients(model), gradients(model)]
             move(model)
@@ -184,13 +213,15 @@ def test_blocks_of_layers(space, impl, norms):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@every_keeping
 @pytest.mark.parametrize("impl", ["reference", "triton"])
-def test_an_evaluation_in_between(impl, training):
+def test_an_evaluation_in_between(impl, keep_weights, training):
     """In inference mode, before the first training call, and before A, B and m change."""
-    model, twin = (dk.apply_dora(llama(layers=1), dk.DoraConfig(r=2, impl=impl)) for _ in range(2))
+    options = {"impl": impl, "space": "weight" if keep_weights else "auto"}
+    model, twin = (dk.apply_dora(llama(layers=1), dk.DoraConfig(r=2, **options)) for _ in range(2))
     twin.load_state_dict(model.state_dict())
     losses = []
-    with dk.accumulating(model):
+    with dk.accumulating(model, keep_weights=keep_weights):
         for m in (model, twin):
             with torch.inference_mode():
                 m.train(training)(input_ids=TOKENS)
@@ -202,9 +233,10 @@ def test_an_evaluation_in_between(impl, training):
     assert torch.equal(*losses)
 
 
-def test_another_scaling():
-    model, x = ours()[0], torch.randn(5, SIZE)
-    with dk.accumulating(model):
+@every_keeping
+def test_another_scaling(keep_weights):
+    model, x = ours(space="weight" if keep_weights else "auto")[0], torch.randn(5, SIZE)
+    with dk.accumulating(model, keep_weights=keep_weights):
         gradients(model, x)
         model[0].lora_alpha *= 3
         expected = gradients(copy.deepcopy(model), x)

@@ -18,14 +18,14 @@ MICRO_STEPS, STEPS = 3, 2
 ROWS = [{"input_ids": row, "labels": row} for row in (torch.arange(32 * 8).reshape(32, 8) * 7 % VOCAB).tolist()]
 
 
-def from_peft():
+def from_peft(space="auto", **callback):
     model = peft.get_peft_model(llama(torch.float64, layers=1), dora_config(target_modules=["q_proj", "down_proj"]))
-    return model, DoraKernelsCallback()
+    return model, DoraKernelsCallback(space=space, **callback)
 
 
-def of_ours():
-    config = dk.DoraConfig(r=4, target_modules=["q_proj", "down_proj"])
-    return dk.apply_dora(llama(torch.float64, layers=1), config), AccumulatingCallback()
+def of_ours(space="auto", **callback):
+    config = dk.DoraConfig(r=4, target_modules=["q_proj", "down_proj"], space=space)
+    return dk.apply_dora(llama(torch.float64, layers=1), config), AccumulatingCallback(**callback)
 
 
 class Watched(Trainer):
@@ -72,6 +72,29 @@ def test_norms_live_for_one_optimizer_step(make, tmp_path):
     other = trained(tmp_path, plain, [], cls=Trainer)
     assert other.state.global_step == STEPS
     assert_close(parameters(model), parameters(plain), 1e-11)
+
+
+@pytest.mark.parametrize("make", [from_peft, of_ours])
+def test_weights_live_for_one_optimizer_step(make, tmp_path):
+    """On request, and to the same end."""
+    seen = []
+
+    class Looking(Watched):
+        def training_step(self, model, *args, **kwargs):
+            kept = [use.kept_weight for use in norm_uses(model)]
+            seen.append([each is not None and not each.is_held for each in kept])
+            return super().training_step(model, *args, **kwargs)
+
+    ends = []
+    for keeps in (True, False):
+        torch.manual_seed(1)
+        model, callback = make(space="weight", keep_weights=keeps)
+        trained(tmp_path, model, [callback], cls=Looking)
+        assert not any(use.kept_weight or use.keeps_weight for use in norm_uses(model))
+        ends.append(parameters(model))
+    assert seen == [[False] * 2, [True] * 2, [True] * 2] * STEPS + [[False] * 2] * STEPS * MICRO_STEPS
+    for name, parameter in ends[0].items():
+        assert torch.equal(parameter, ends[1][name]), name
 
 
 def test_a_step_of_one_micro_step_copies_nothing(tmp_path):

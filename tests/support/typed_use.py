@@ -26,7 +26,7 @@ assert_type(net, Net)
 assert_type(dk.load_adapter(net, "adapter"), Net)
 with dk.frozen_adapters(net) as frozen:
     assert_type(frozen, Net)
-with dk.accumulating(net) as accumulated:
+with dk.accumulating(net, keep_weights=True) as accumulated:
     assert_type(accumulated, Net)
 assert_type(dk.merge_dora(net, keep_base=True).generate(), int)
 assert_type(dk.unmerge_dora(net), Net)

@@ -233,6 +233,8 @@ def test_what_the_parser_refuses(words, message, capsys):
         ({"num_epochs": 0}, "`--num_epochs` should be above 0 but the value passed is 0"),
         ({"val_set_size": 1.5}, "`--val_set_size` should be a number of rows, or below 1 a share of them"),
         ({"early_stopping": 2, "eval_step": 0}, "`--early_stopping` needs evaluations"),
+        ({"keep_weights": True}, "`--keep_weights` .* needs --gradient_accumulation_steps"),
+        ({"keep_weights": True, "gradient_accumulation_steps": 2, "use_dora": False}, "`--keep_weights` .* DoRA"),
         ({"rank_pattern": "q_proj=high"}, "`--rank_pattern` q_proj=high should be name=number"),
         ({"max_steps": -1}, "`--max_steps` should be 0 or more but the value passed is -1"),
         ({"warmup_ratio": 2.0}, r"`--warmup_ratio` should be in \[0, 1\] but the value passed is 2.0"),

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 
+from dora_kernels.peft.callback import AccumulatingCallback
 from tests.support.marks import slow
 from tests.support.training_runs import arguments, data, metrics, one_layer_base, run  # noqa: F401
 from training.__main__ import main
@@ -36,8 +37,11 @@ def trainers(monkeypatch):
 
 def test_fields_reach_the_trainer(data, base, tmp_path, trainers):  # noqa: F811
     words = ["--set", "weight_decay=0.3", "lr_scheduler_type=constant", "save_total_limit=1", "optim=adamw_torch"]
+    words += ["--gradient_accumulation_steps", "2", "--keep_weights"]
     rows = run(data, tmp_path, *words, base_model=base, save_step=1, eval_step=0, max_steps=3, warmup_ratio=0)
     (trainer,) = trainers
+    callbacks = trainer.callback_handler.callbacks
+    assert [each.keep_weights for each in callbacks if isinstance(each, AccumulatingCallback)] == [True]
     assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.3, 0.0], "but magnitudes"
     assert {row["learning_rate"] for row in rows} == {5e-3}
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]

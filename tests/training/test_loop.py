@@ -124,15 +124,18 @@ def test_accumulation_equals_one_large_batch(tmp_path):
     assert [row["loss"] for row in small] == pytest.approx([row["loss"] for row in large], rel=SAME_FP32)
 
 
-def test_norms_are_kept_over_the_micro_steps(tmp_path, monkeypatch):
+@pytest.mark.parametrize("keep_weights", [False, True], ids=["norms", "weights"])
+def test_norms_are_kept_over_the_micro_steps(tmp_path, monkeypatch, keep_weights):
     kept = []
 
     def watched(model, batch):
         kept.append({use.kept_norm is not None for use in norm_uses(model)})
+        assert all(use.keeps_weight == keep_weights for use in norm_uses(model))
         return summed_loss(model, batch)
 
     monkeypatch.setattr(loop, "summed_loss", watched)
-    run(tmp_path, LoopSettings(batch_size=2, gradient_accumulation_steps=3, max_steps=2))
+    steps = {"batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 2}
+    run(tmp_path, LoopSettings(**steps, keep_weights=keep_weights))
     assert kept == [{False}, {True}, {True}] * 2
 
 

@@ -320,6 +320,24 @@ def test_the_command_needs_a_config_alone(tmp_path, capsys):
     assert "batches of more than 1,048,576 tokens are no advice" in lines[-1]
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_what_is_kept_over_micro_steps(tied):
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": 2, "tie_word_embeddings": tied})
+    planned = planned_model(config, dk.DoraConfig(r=RANK))
+    step = {"batch_size": 1, "cutoff_len": 64}
+    plan = predict(planned, keep_weights=True, **step)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    dk.apply_dora(model, dk.DoraConfig(r=RANK, space="weight"))
+    tokens = torch.arange(8)[None]
+    with dk.accumulating(model, keep_weights=True):
+        model.train()(input_ids=tokens, labels=tokens).loss.backward()
+        uses = [module.output_use for module in model.modules() if hasattr(module, "output_use")]
+        kept = sum(use.kept_weight.merged.nbytes for use in uses if use.kept_weight is not None)
+        copies = sum(part.nbytes for use in uses for part in use.kept_norm.norm.factors)
+    assert plan.kept == kept + copies
+    assert plan.peak == predict(planned, **step).peak + plan.kept
+
+
 def test_what_differs_from_what_one_expects_is_said():
     (frozen,) = planned_model(OTHERS["mixtral"]).notes
     assert frozen.startswith("405,504 parameters of fused experts stay frozen: target_parameters=['mlp.experts.down")

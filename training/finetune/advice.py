@@ -32,7 +32,8 @@ def batch_advice(flags: Flags, card_gib: float) -> Iterator[str]:
         plan = planned_model(config, flags.dora, base_format="nf4" if flags.quantize else base_format_of(config))
     except (ValueError, OSError):
         return  # a model that cannot be counted
-    step = {"cutoff_len": flags.cutoff_len, "loss": "liger" if flags.use_liger else "tiled"}
+    loss = "liger" if flags.use_liger else "tiled"
+    step = {"cutoff_len": flags.cutoff_len, "loss": loss, "keep_weights": flags.keep_weights}
     kept, again = (largest_batch(plan, card_gib, activation_checkpointing=way, **step) for way in (False, True))
     own = again if flags.activation_checkpointing else kept
     if own < flags.batch_size:

@@ -172,7 +172,11 @@ class Run:
             train_dataset=rows.train.select_columns(rows.trained),
             eval_dataset=self._evaluated_rows(),
             processing_class=self.tokenizer,
-            callbacks=[AccumulatingCallback(), WriteMetrics(self.output_dir / METRICS), StopOnRequest(self.request)],
+            callbacks=[
+                AccumulatingCallback(keep_weights=flags.keep_weights),
+                WriteMetrics(self.output_dir / METRICS),
+                StopOnRequest(self.request),
+            ],
             **own,
         )
         if self.evaluations.period and flags.early_stopping:

@@ -70,6 +70,10 @@ class Flags(Hardware, Adapter, Training, Data, Run):
                     raise ValueError(f"`--task {self.task}` does not go with --{name}: leave one of them out")
         if not self.fused and not self.by_peft:
             raise ValueError("`--no-fused` compares with PEFT's own code: it needs --use_peft")
+        if self.keep_weights and self.gradient_accumulation_steps == 1:
+            raise ValueError("`--keep_weights` is for several passes a step: it needs --gradient_accumulation_steps")
+        if self.keep_weights and not (self.fused and self.use_dora):
+            raise ValueError("`--keep_weights` is for the engine's DoRA: leave --no-fused and --no_use_dora out")
         if self.early_stopping and self.eval_step == 0:
             raise ValueError("`--early_stopping` needs evaluations: leave --eval_step 0 out")
         if self.push_to_hub and not self.hub_model_id:

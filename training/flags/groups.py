@@ -81,6 +81,9 @@ class Training:
         *("per_device_train_batch_size", "micro_batch_size", "train_batch_size"),
     )
     gradient_accumulation_steps: int = flag(1, "forward passes per optimizer step", "gradient_accumulation")
+    keep_weights: bool = flag(
+        False, "keep merged weights over the passes of a step: less time, memory of the adapted weights in 16 bits"
+    )
     learning_rate: float = flag(
         3e-4, "peak of the schedule; PEFT's DoRA example has 3e-4, ranks above 64 want less", "lr"
     )

@@ -29,7 +29,7 @@ DEMO = {
 DEMO_FLAGS = {*DEMO, "gradient_accumulation_steps", "num_epochs", "max_steps", "warmup_ratio", "save_step", "seed"} | {
     *("resume", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "impl", "fuse_blocks", "config"),
     *("use_rslora", "dropout_mode", "exclude_modules", "rank_pattern", "alpha_pattern", "space", "rounding"),
-    "merge_aware",
+    *("merge_aware", "keep_weights"),
 }
 # What --init_adapter's own adapter_config.json says.
 DECIDED_BY_ADAPTER = {"lora_r", "lora_alpha", "lora_target_modules", "use_rslora", "exclude_modules"} | {

@@ -34,6 +34,7 @@ class LoopSettings:
 
     batch_size: int = 16  # rows per forward pass
     gradient_accumulation_steps: int = 1  # forward passes per optimizer step
+    keep_weights: bool = False  # over these passes
     num_epochs: float = 1
     max_steps: int = 0  # optimizer steps; 0: as many as num_epochs take
     learning_rate: float = 1e-3
@@ -119,7 +120,8 @@ def train(
         # One denominator for all micro-batches: a mean of means would give short answers more weight.
         tokens = sum(target_tokens(batch) for batch in batches)
         loss = 0.0
-        with dk.accumulating(model) if len(batches) > 1 and norm_uses(model) else nullcontext():
+        accumulates = len(batches) > 1 and norm_uses(model)
+        with dk.accumulating(model, keep_weights=settings.keep_weights) if accumulates else nullcontext():
             for batch in batches:
                 batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
                 part = summed_loss(model, batch) / tokens

@@ -46,12 +46,14 @@ class Counted(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """`layers` and `stacks` of experts have adapters, of so many bytes; `total` is all that trains."""
+    """`layers` and `stacks` of experts have adapters, of so many bytes; `total` is all that trains. `merged` is what
+    the layers' W' take in 16 bits."""
 
     layers: int
     stacks: int
     adapters: int
     total: int
+    merged: int
 
 
 class Stretch(NamedTuple):
@@ -152,7 +154,7 @@ class CountedModel:
 
     def trained(self) -> Trained:
         """Of the whole model."""
-        repeated, layers, stacks, adapters, total = Counter(self._examples.values()), 0, 0, 0, 0
+        repeated, layers, stacks, adapters, total, merged = Counter(self._examples.values()), 0, 0, 0, 0, 0
         for path, module in self.model.named_modules():
             times = next((count for member, count in repeated.items() if f"{path}.".startswith(f"{member}.")), 1)
             own = times * sum(p.nbytes for p in module.parameters(recurse=False) if p.requires_grad)
@@ -161,7 +163,9 @@ class CountedModel:
                 adapters += own
                 layers += times * isinstance(module, DoraLayer)
                 stacks += times * isinstance(module, DoraExperts)
-        return Trained(layers, stacks, adapters, total)
+            if isinstance(module, DoraLayer):
+                merged += times * 2 * module.out_features * module.in_features
+        return Trained(layers, stacks, adapters, total, merged)
 
     def count(self, batch_size: int, cutoff_len: int, activation_checkpointing: bool, loss: str) -> Step:
         """A step over [batch_size, cutoff_len] tokens.

@@ -16,6 +16,7 @@ from .expert_rescale_fwd import expert_rescale_fwd
 from .expert_wgrad import expert_wgrad
 from .glu_bwd import glu_bwd
 from .glu_fwd import glu_fwd
+from .kept_merge import kept_merge
 from .kept_norm import kept_norm
 from .launch import interpreted
 from .merge import merge
@@ -36,6 +37,7 @@ __all__ = [
     "glu_bwd",
     "glu_fwd",
     "interpreted",
+    "kept_merge",
     "kept_norm",
     "merge",
     "rescale_bwd",

@@ -50,6 +50,12 @@ def _compare_factors_kernel(
 
 
 @triton.jit
+def has_changed(changed_ptr):
+    """Whether the comparison found a bit that differs."""
+    return tl.max(tl.load(changed_ptr + tl.arange(0, PROGRAMS)), axis=0) > 0
+
+
+@triton.jit
 def _kept_norm_kernel(
     # pointers and strides
     w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, stride_wn, stride_wk,
@@ -65,7 +71,7 @@ def _kept_norm_kernel(
     scaling = tl.cast(scaling, ACC)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    if tl.max(tl.load(changed_ptr + tl.arange(0, PROGRAMS)), axis=0) > 0:
+    if has_changed(changed_ptr):
         w = WeightMemory(
             w_ptr, absmax_ptr, code_ptr, nested_absmax_ptr, nested_code_ptr, offset_ptr, stride_wn, stride_wk
         )
@@ -101,12 +107,12 @@ def kept_norm(
     kept: KeptNorm,
     *,
     into: NormScale | None = None,
-) -> NormScale:
+) -> tuple[NormScale, torch.Tensor]:
     """Twin of `reference.kept_norm`."""
     (N, K), R, factors = weight.shape, lora_A.shape[0], [contiguous(part) for part in (lora_A, lora_B, magnitude)]
     norm, scale = empty_norm_scale(weight, *factors) if into is None else into
     if N == 0:
-        return NormScale(norm, scale)
+        return NormScale(norm, scale), torch.zeros(PROGRAMS.value, dtype=torch.int32, device=weight.device)
     changed = torch.empty(PROGRAMS.value, dtype=torch.int32, device=weight.device)
     bits = [part.view(INTEGERS[part.element_size()]) for part in (*factors, *kept.factors)]
     _compare_factors_kernel[(PROGRAMS.value,)](*bits, changed, N, K, R, 2048, num_warps=4)
@@ -117,4 +123,4 @@ def kept_norm(
         scaling, N, K, R, split_width(K, config), weight_format, dot, config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
     )  # fmt: skip
-    return NormScale(norm, scale)
+    return NormScale(norm, scale), changed

@@ -13,7 +13,7 @@ import triton.language as tl
 from ..base_weights import Packed, stored_rounding
 from ..gpus import gpu_of
 from ..types import NormScale, Rounding
-from .base_weight import WeightMemory, adapted_block, adapted_dot, weight_arguments
+from .base_weight import Format, WeightMemory, adapted_block, adapted_dot, weight_arguments
 from .blocks import Matrix, addresses
 from .launch import ALL_REGISTERS, contiguous, either, signed32
 from .lora_dot import Dot, rank_block
@@ -52,6 +52,21 @@ def merge_config(dot: Dot, in_features: int, straddles: bool = False, *, has_roo
         return MergeConfig(block_n, 128, num_warps, num_stages=2)
     # With twice the rank in registers half the rows, or fp32 weights spill.
     return MergeConfig(64 if dot.block_r == 16 else 32, 64, num_warps=8, num_stages=2)
+
+
+def merge_launch(
+    weight: torch.Tensor | Packed,
+    weight_format: Format,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    acc: torch.dtype,
+    splits: int = 1,
+) -> tuple[Dot, MergeConfig]:
+    """How W' is merged, where n comes in so many partial sums."""
+    K, R, dot = weight.shape[1], lora_A.shape[0], adapted_dot(weight, lora_A, lora_B, acc)
+    # Decoding, adding partial sums, and ranks that are masked element by element leave none for larger blocks.
+    has_room = gpu_of(weight).has_wgmma and not isinstance(weight, Packed) and splits == 1 and R % 16 == 0
+    return dot, merge_config(dot, K, weight_format.straddles, has_room=has_room)
 
 
 @triton.jit(do_not_specialize=["salt"])
@@ -127,13 +142,10 @@ def merge(
         return merged, norm_scale
     acc, dithered = norm_scale.scale.dtype, stored_rounding(weight, rounding.mode) == "dithered"
     pointers, sizes = (*w, lora_A, lora_B, magnitude, merged, *norm_scale), (scaling, N, K, R, signed32(rounding.salt))
-    dot = adapted_dot(weight, lora_A, lora_B, acc)
     partial, splits = None, 1
     if not given:
         partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale)
-    # Decoding, adding partial sums, and ranks that are masked element by element leave none for larger blocks.
-    has_room = gpu_of(weight).has_wgmma and not isinstance(weight, Packed) and splits == 1 and R % 16 == 0
-    config = merge_config(dot, K, weight_format.straddles, has_room=has_room)
+    dot, config = merge_launch(weight, weight_format, lora_A, lora_B, acc, splits)
     # At least one program a row, which keeps n and g, even for K = 0.
     _merge_scale_kernel[(triton.cdiv(N, config.block_n) * max(1, triton.cdiv(K, config.block_k)),)](
         *pointers, either(partial, norm_scale.scale), either(A_into, lora_A), *sizes,

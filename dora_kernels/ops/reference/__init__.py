@@ -14,6 +14,7 @@ from .expert_rescale_fwd import expert_rescale_fwd
 from .expert_wgrad import expert_wgrad
 from .glu_bwd import glu_bwd
 from .glu_fwd import glu_fwd
+from .kept_merge import kept_merge
 from .kept_norm import kept_norm
 from .merge import merge
 from .rescale_bwd import rescale_bwd
@@ -32,6 +33,7 @@ __all__ = [
     "expert_wgrad",
     "glu_bwd",
     "glu_fwd",
+    "kept_merge",
     "kept_norm",
     "merge",
     "rescale_bwd",

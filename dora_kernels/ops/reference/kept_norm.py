@@ -16,20 +16,21 @@ def kept_norm(
     kept: KeptNorm,
     *,
     into: NormScale | None = None,
-) -> NormScale:
+) -> tuple[NormScale, torch.Tensor]:
     """n and g of W [N, K], A [R, K], B [N, R], m [N], to the bits of `weight_norm`; `kept` is of these factors from
-    then on. Where A, B or m changed, they are computed anew. `into` takes the results.
+    then on. Where A, B or m changed, they are computed anew. `into` takes the results. Beside them: int32, a number
+    that is not 0 where one changed.
     """
     factors = lora_A, lora_B, magnitude
     # A device is not waited for: there, n is computed in any case.
     if weight.device.type == "cpu" and all(map(_same_bits, kept.factors, factors)):
         found = NormScale(*map(torch.empty_like, kept.norm_scale)) if into is None else into
         _copy(kept.norm_scale, found)
-        return found
+        return found, torch.zeros(1, dtype=torch.int32)
     found, _ = weight_norm(weight, *factors, scaling, into=into)
     _copy(factors, kept.factors)
     _copy(found, kept.norm_scale)
-    return found
+    return found, torch.ones(1, dtype=torch.int32, device=weight.device)
 
 
 def _same_bits(kept: torch.Tensor, factor: torch.Tensor) -> bool:
