@@ -17,9 +17,10 @@ import torch.nn.functional as F
 
 from . import dispatch
 from .accumulation import kept_norm
+from .call import NO_GRADIENTS, Call, Gradients, Inputs, Saved
 from .checks import check_factors, check_options, check_placement, check_whole, dtype_of_call, refuse_tracing
 from .convolution import CONV, Geometry, as_image, as_kernel, as_matrix, as_rows, is_channels_last
-from .forms import NO_GRADIENTS, Call, Gradients, Inputs, Saved, merged_again, rescale_backward_and_B
+from .forms import merged_again, rescale_backward_and_B
 from .kept_weight import merged_weight
 from .output import OutputUse, note_written, shared_with_the_model
 from .recomputation import keeps_merged, remember_norm, remembered_norm

@@ -29,18 +29,9 @@ import torch.nn.functional as F
 from . import dispatch
 from .accumulation import kept_norm
 from .base_weights import Weight, of_params4bit
+from .call import NO_GRADIENTS, Call, Gradients, Inputs, Saved
 from .checks import check_arguments, dtype_of_call, refuse_tracing
-from .forms import (
-    NO_GRADIENTS,
-    Call,
-    Gradients,
-    Inputs,
-    Saved,
-    token_backward,
-    token_forward,
-    weight_backward,
-    weight_forward,
-)
+from .forms import token_backward, token_forward, weight_backward, weight_forward
 from .output import OutputUse, note_written, shared_with_the_model
 from .problem import problem_of
 from .recomputation import remembered_norm

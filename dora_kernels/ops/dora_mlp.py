@@ -18,8 +18,8 @@ import torch
 
 from . import dispatch, forms, gate_up
 from .accumulation import kept_norm
+from .call import Call, Gradients, Inputs, Saved
 from .checks import dtype_of_call
-from .forms import Call, Gradients, Inputs
 from .members import (
     Member,
     constants_of,
@@ -119,9 +119,9 @@ ASKED = Gradients(True, None, True, True, True, False)
 
 
 def _split(tensors):
-    first, second = len(gate_up.Saved._fields), len(forms.Saved._fields)
+    first, second = len(gate_up.Saved._fields), len(Saved._fields)
     saved, saved_down = tensors[:first], tensors[first : first + second]
-    return gate_up.Saved(*saved), forms.Saved(*saved_down), tensors[first + second :]
+    return gate_up.Saved(*saved), Saved(*saved_down), tensors[first + second :]
 
 
 def why_not_mlp(device: torch.device, gate: Member, up: Member | None, down: Member) -> str | None:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from . import dispatch, siblings
+from .call import Call
 from .checks import dtype_of_call
-from .forms import Call
 from .members import (
     TENSORS,
     Member,

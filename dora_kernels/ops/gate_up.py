@@ -10,12 +10,10 @@ from .members import (
     grad_A,
     grad_h,
     grad_x_of_products,
-    merged,
-    norms_and_A,
     products,
     stacked,
-    stacked_A,
 )
+from .merged_members import merged, norms_and_A, stacked_A
 from .recomputation import keeps_merged
 from .types import GluFactors, GluGradients, NormScale
 

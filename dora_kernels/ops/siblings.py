@@ -8,20 +8,17 @@ import torch.nn.functional as F
 
 from . import forms
 from .base_weights import dense
-from .forms import Call, Gradients, Inputs
+from .call import Call, Gradients, Inputs
 from .members import (
     Member,
     feature_slices,
     grad_A,
     grad_h,
     grad_x_of_products,
-    merged,
-    merged_and_A,
-    norms_and_A,
     rank_slices,
     smallest_first,
-    stacked_A,
 )
+from .merged_members import merged, merged_and_A, norms_and_A, part_of, stacked_A
 from .output import WriteCounter, columns_shared_with_the_model, note_written, shared_with_the_model
 from .recomputation import keeps_merged
 from .types import NormScale
@@ -72,7 +69,7 @@ def token_forward(ops: ModuleType, calls: list[Call], x: torch.Tensor, members: 
     outputs, layers, writes = [], [], []
     for call, member, ranks, rows in zip(calls, members, rank_slices(members), feature_slices(members)):
         inputs = Inputs(x, None, None, member.lora_B, None, member.bias, member.weight, None)
-        y, *own = forms.token_output(ops, call, inputs, h[:, ranks], _part(norm_scale, rows), TRAINED)
+        y, *own = forms.token_output(ops, call, inputs, h[:, ranks], part_of(norm_scale, rows), TRAINED)
         own, counter = Own(*own), None
         if own.output is y:
             y, kept, counter = shared_with_the_model(y, member.use)
@@ -151,7 +148,7 @@ def _each(saved, members, h):
     layers = saved.layers or [Own(output=saved.output[:, own]) for own in rows]
     return [
         forms.Saved(
-            saved.x, h[:, ranks], *own, member.lora_A, member.lora_B, *_part(norm_scale, features), member.weight
+            saved.x, h[:, ranks], *own, member.lora_A, member.lora_B, *part_of(norm_scale, features), member.weight
         )
         for member, own, ranks, features in zip(members, layers, rank_slices(members), rows)
     ]
@@ -171,7 +168,3 @@ def _grad_x_merged(grads, weight, members):
     for part in parts[1:]:
         grad_x.addmm_(*part)
     return grad_x
-
-
-def _part(norm_scale, rows):
-    return NormScale(*(part[rows] for part in norm_scale))

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from dora_kernels.ops import dispatch
 from dora_kernels.ops.dora_siblings import dora_siblings, plan_siblings
-from dora_kernels.ops.members import Member, feature_slices, merged
+from dora_kernels.ops.members import Member, feature_slices
+from dora_kernels.ops.merged_members import merged
 from dora_kernels.ops.types import NEAREST
 from tests.support.buffers import count_launches
 from tests.support.mlp import make_member
@@ -178,7 +179,7 @@ def test_layers_in_one_launch_are_those_of_several(dtype, impl, space, monkeypat
     x, grads, members = make_siblings(24, 32, dtype, torch.promote_types(dtype, torch.float32), sizes=sizes)
     members = {name: member._replace(scaling=0.5) for name, member in members.items()}
     together = solve(x, grads, members, space=space, impl=impl)
-    monkeypatch.setattr("dora_kernels.ops.members.in_one_launch", lambda members: False)
+    monkeypatch.setattr("dora_kernels.ops.merged_members.in_one_launch", lambda members: False)
     alone = solve(x, grads, members, space=space, impl=impl)
     assert [name for name in alone if not torch.equal(together[name], alone[name])] == []
 
