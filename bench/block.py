@@ -1,6 +1,7 @@
 """Times a gated MLP alone, and an attention's q, k and v, forward and backward.
 
-Ours, together and layer by layer, stand against the frozen base, also with a fused GLU, PEFT's LoRA and PEFT's DoRA.
+Ours, together and layer by layer, stand against the frozen base, also with a fused GLU, PEFT's LoRA and PEFT's DoRA,
+and Axolotl's and Unsloth's LoRA where they are installed.
 
 Every contestant has the same parameters and is held to fp64 first, for the very shape that is timed; one that fails is
 printed as failed. Time and memory are those of `layer`. Saved is what autograd keeps from the forward to the backward,
@@ -13,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from . import layer
+from .contestants import fused_lora
 from .contestants.block import BlockProblem, contestants, left_out, make_problem
 from .contestants.layer import DTYPES, Contestant
 from .gates import block as block_gate
@@ -38,7 +40,8 @@ def main(args: argparse.Namespace) -> int:
 def run(session: Session) -> None:
     """Measures every case of the session's preset."""
     preset, device = session.preset, session.device
-    print("\n".join(left_out(device)))
+    print("\n".join([*left_out(device), *fused_lora.remarks()]))
+    libraries = fused_lora.installed()
     dtype = DTYPES[preset.dtype]
     for case, shape, *sizes in preset.blocks():
         if session.skips(COMMAND, case):
@@ -46,7 +49,7 @@ def run(session: Session) -> None:
 
         def measured(shape=shape, sizes=sizes):
             problem = make_problem(shape, *sizes, dtype, device)
-            field = contestants(shape.name, dtype, device, compiled=preset.compiled)
+            field = contestants(shape.name, dtype, device, compiled=preset.compiled, libraries=libraries)
             return measure(problem, field, session.repetitions)
 
         if results := session.measure(COMMAND, case, measured):

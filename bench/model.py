@@ -13,6 +13,7 @@ import argparse
 import torch
 from torch import nn
 
+from .contestants import fused_lora
 from .contestants.layer import DTYPES
 from .contestants.model import Contestant, First, Trained, adapted, build_base, field_of, left_out
 from .gates.layer import error
@@ -79,9 +80,11 @@ def measure(base: nn.Module, run: Run, session: Session) -> dict[str, dict]:
     """By contestant: its loss, times and peak memory, or why it failed."""
     generator = torch.Generator(session.device).manual_seed(0)
     ids = torch.randint(run.sizes.vocab_size, (run.batch, run.sequence), generator=generator, device=session.device)
-    field = field_of(run, DTYPES[session.preset.dtype])
+    libraries, remarks = ([], []) if run.is_mixture else (fused_lora.installed(), fused_lora.remarks())
+    field = field_of(run, DTYPES[session.preset.dtype], libraries=libraries)
     missing = {name: reason for name, reason in left_out(session.device).items() if name in field}
-    print("\n".join(f"  {name}: left out; {reason}" for name, reason in missing.items()))
+    remarks += (f"{name}: left out; {reason}" for name, reason in missing.items())
+    print("\n".join(f"  {line}" for line in remarks))
     field = {name: contestant for name, contestant in field.items() if name not in missing}
     results = hold_to_fp64(field, run, session)
     expected = None  # the frozen base is the first

@@ -18,6 +18,7 @@ COLORS = {
     "PEFT LoRA": "tab:blue",
     "PEFT DoRA": "tab:red",
     "Axolotl": "tab:purple",
+    "Unsloth": "tab:pink",
     "ours": "tab:green",
 }
 WINDOW = 20  # steps whose mean a distance between two noisy curves is

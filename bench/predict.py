@@ -7,7 +7,7 @@ bytes that programs load and store through L2, the issue slots and pipes that it
 on the tensor cores. Its instructions are those of the compiled kernel. Kernels of other libraries have the roofs of
 memory and of products alone, and so have all kernels of experts. Launches follow each other without gaps. No launch
 finds in L2 what another left there. Bytes, FLOPs, launches and peak memory are exact; the seconds are a model, and so
-are all ratios.
+are all ratios. Axolotl's and Unsloth's kernels have no account here, and no rows.
 
 `--measured FILE` sets each row of a real run beside its prediction. A model whose frozen weights and peak exceed the
 memory on the data sheet has no time. `bench/results/predict-h200.txt` is what the defaults print for an H200; to change

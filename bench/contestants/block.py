@@ -1,15 +1,17 @@
 """A block of adapted linear layers, a gated MLP or what an attention's input goes to, in every form that competes: the
-frozen base, also with a fused GLU, PEFT's LoRA and DoRA, ours layer by layer and together.
+frozen base, also with a fused GLU, PEFT's LoRA and DoRA, Axolotl's and Unsloth's LoRA, ours layer by layer and
+together.
 
 All hold the same parameters, rounded so that each of them can represent them, and share the frozen weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import peft
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -17,7 +19,7 @@ from dora_kernels.blocks.fuse import fuse_blocks
 
 from ..measuring.shapes import BlockShape
 from ..rows.compare import FUSED_GLU
-from . import layer
+from . import fused_lora, layer
 from .fused_glu import FusedGluMlp, why_no_fused_glu
 from .layer import ALPHA_OVER_RANK, DTYPE_NAMES, Contestant, Entry, Problem, patch
 
@@ -29,6 +31,17 @@ class Projections(LlamaAttention):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+
+class OneSequence(nn.Module):
+    """A block that takes [batch, sequence, K] alone, for rows of tokens."""
+
+    def __init__(self, block: nn.Module):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return tree_map(lambda y: y[0], self.block(x[None]))
 
 
 class BlockProblem(NamedTuple):
@@ -74,9 +87,12 @@ def empty_problem(shape: BlockShape, tokens: int, rank: int, dtype: torch.dtype,
 
 
 def contestants(
-    block: str, dtype: torch.dtype, device: torch.device, *, compiled: bool = False
+    block: str, dtype: torch.dtype, device: torch.device, *, compiled: bool = False, libraries: Iterable[str] = ()
 ) -> dict[str, Contestant]:
-    """By name, in the order of the tables; what the names say is as in `layer`."""
+    """By name, in the order of the tables; what the names say is as in `layer`.
+
+    `libraries`: those of `fused_lora` that are installed.
+    """
     half, own = dtype != torch.float32, DTYPE_NAMES[dtype]
     settings = [("fp32, autocast", torch.float32, dtype), (own, dtype, None)]
     settings = settings if half else [("fp32", torch.float32, None)]
@@ -86,6 +102,9 @@ def contestants(
     for kind, method in (("lora", "LoRA"), ("dora", "DoRA")):
         for name, adapter, autocast in settings:
             found[f"PEFT {method} {name}"] = Contestant(kind, _peft(adapter, autocast, dora=kind == "dora"))
+    for library in libraries:
+        for name, adapter in {"fp32": torch.float32, own: dtype}.items():
+            found[f"{library} LoRA {name}"] = Contestant("lora", _fused_lora(library, adapter))
     name, adapter, autocast = settings[0]
     found[f"PEFT DoRA {name}, patched"] = Contestant("dora", _peft(adapter, autocast, dora=True, patched=True))
     impl = "triton" if device.type == "cuda" else "reference"
@@ -169,6 +188,18 @@ def _peft(adapter_dtype, autocast, *, dora: bool, patched: bool = False) -> Call
         if patched:
             patch(model)
         return entry._replace(module=_block_of(base, problem), autocast=autocast)
+
+    return build
+
+
+def _fused_lora(library: str, adapter_dtype: torch.dtype) -> Callable[[BlockProblem], Entry]:
+    fuse = {"mlp": fused_lora.fuse_mlp, "qkv": fused_lora.fuse_qkv}
+
+    def build(problem: BlockProblem) -> Entry:
+        entry = _peft(adapter_dtype, None, dora=False)(problem)
+        # The input is everybody's: over it no gradient may be written.
+        fuse[problem.name](entry.module, library, inplace=False)
+        return entry._replace(module=OneSequence(entry.module))
 
     return build
 

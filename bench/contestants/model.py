@@ -1,8 +1,8 @@
-"""Whole models in every form that competes: the frozen base, also with a fused GLU, PEFT's LoRA and DoRA, ours; random
-weights."""
+"""Whole models in every form that competes: the frozen base, also with a fused GLU, PEFT's LoRA and DoRA, Axolotl's and
+Unsloth's LoRA, ours; random weights."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from ..installation import training
 from ..measuring.shapes import Run
 from ..measuring.timing import release
 from ..rows.compare import FUSED_GLU
+from . import fused_lora
 from .fused_glu import fuse_glu, why_no_fused_glu
 from .layer import ALPHA_OVER_RANK, DTYPE_NAMES, patch
 from .mixture import ATTENTION, STACKS, build_mixture
@@ -191,6 +192,12 @@ def by_peft(rank: int, dora: bool, fp32_adapters: bool, patched: bool = False, *
     return adapt
 
 
+def by_library(library: str, rank: int, fp32_adapters: bool) -> Adapt:
+    """PEFT's LoRA, its layers run by the library."""
+    lora = by_peft(rank, False, fp32_adapters)
+    return lambda model: fused_lora.fuse_decoder(lora(model), library)
+
+
 def by_us(rank: int, **options) -> Adapt:
     """Our model, likewise."""
 
@@ -201,8 +208,8 @@ def by_us(rank: int, **options) -> Adapt:
     return adapt
 
 
-def contestants(dtype: torch.dtype, rank: int) -> dict[str, Contestant]:
-    """By name, in the order of the tables."""
+def contestants(dtype: torch.dtype, rank: int, *, libraries: Iterable[str] = ()) -> dict[str, Contestant]:
+    """By name, in the order of the tables. `libraries`: those of `fused_lora` that are installed."""
     field = {"frozen base": Contestant("base", lambda model: model), FUSED_GLU: Contestant("base", fuse_glu)}
     if dtype == torch.float32:
         field["PEFT LoRA fp32"] = Contestant("lora", by_peft(rank, False, True))
@@ -214,6 +221,9 @@ def contestants(dtype: torch.dtype, rank: int) -> dict[str, Contestant]:
             field[f"PEFT {method} {DTYPE_NAMES[dtype]}"] = Contestant(kind, by_peft(rank, kind == "dora", False))
         field["PEFT DoRA fp32"] = Contestant("dora", by_peft(rank, True, True))
         field["PEFT DoRA fp32, autocast, patched"] = Contestant("dora", by_peft(rank, True, True, patched=True), dtype)
+    for library in libraries:
+        for name, fp32 in {"fp32": True, DTYPE_NAMES[dtype]: dtype == torch.float32}.items():
+            field[f"{library} LoRA {name}"] = Contestant("lora", by_library(library, rank, fp32))
     field["ours fp32, auto"] = Contestant("dora", by_us(rank))
     field["ours fp32, layer by layer"] = Contestant("dora", by_us(rank, fuse_blocks=False))
     return field | {"frozen base, again": field["frozen base"]}
@@ -235,9 +245,11 @@ def mixture_contestants(dtype: torch.dtype, rank: int) -> dict[str, Contestant]:
     return field | {"frozen base, again": field["frozen base"]}
 
 
-def field_of(run: Run, dtype: torch.dtype) -> dict[str, Contestant]:
+def field_of(run: Run, dtype: torch.dtype, *, libraries: Iterable[str] = ()) -> dict[str, Contestant]:
     """The contestants of a run."""
-    return (mixture_contestants if run.is_mixture else contestants)(dtype, run.rank)
+    if run.is_mixture:
+        return mixture_contestants(dtype, run.rank)
+    return contestants(dtype, run.rank, libraries=libraries)
 
 
 def left_out(device: torch.device) -> dict[str, str]:

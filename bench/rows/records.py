@@ -13,6 +13,7 @@ import torch
 
 from ..installation import IS_CLONE, LOCAL, ROOT
 
+LIBRARIES = ("triton", "peft", "transformers", "bitsandbytes", "axolotl", "unsloth")
 # What measuring itself writes: it changes no figure.
 WRITTEN = ("bench/results", "tests/SCORECARD.md")
 
@@ -31,7 +32,7 @@ def stamp(device: torch.device, commit: str | None = None) -> dict:
         "driver": driver.partition("\n")[0] or None,  # one line per GPU, and one driver
         "cuda": torch.version.cuda if gpu else None,
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("triton", "peft", "transformers", "bitsandbytes", "axolotl")},
+        **{name: _version(name) for name in LIBRARIES},
         "commit": commit or head(),
         "date": datetime.date.today().isoformat(),
     }

@@ -196,7 +196,7 @@ def test_a_wrong_model_is_a_row_that_says_so_and_is_not_timed(monkeypatch, tmp_p
     """One layer of fourteen with another scale, without a gradient, or whose gradient of x is 1 % too large."""
     right = model_field.contestants(torch.float32, 4)
     field = {name: right[name] for name in ("frozen base", "ours fp32, auto")} | wrong_contestants()
-    monkeypatch.setattr(model, "field_of", lambda run, dtype: field)
+    monkeypatch.setattr(model, "field_of", lambda run, dtype, libraries: field)
     arguments = {"device": "cpu", "preset": "tiny", "threads": 1, "repetitions": 1, "commit": None, "again": False}
     session = Session(argparse.Namespace(**arguments, output=tmp_path / "r.jsonl", minutes=None))
     run = Run("tiny", 0, 1, 8, 4)
@@ -218,7 +218,7 @@ def test_a_run_whose_adapter_is_not_fresh_is_wrong(monkeypatch, tmp_path):
         return adapted
 
     field = {"frozen base": right["frozen base"], "not fresh": right["ours fp32, auto"]._replace(adapt=adapt)}
-    monkeypatch.setattr(model, "field_of", lambda run, dtype: field)
+    monkeypatch.setattr(model, "field_of", lambda run, dtype, libraries: field)
     arguments = {"device": "cpu", "preset": "tiny", "threads": 1, "repetitions": 1, "commit": None, "again": False}
     session = Session(argparse.Namespace(**arguments, output=tmp_path / "r.jsonl", minutes=None))
     run = Run("tiny", 0, 1, 8, 4)
