@@ -1,5 +1,6 @@
 """Axolotl's and Unsloth's LoRA: PEFT's layers reach their functions, and what a library leaves to PEFT is no row."""
 
+import argparse
 import sys
 import types
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import block
+from bench import block, model
 from bench.contestants import block as field
 from bench.contestants import fused_lora
 from bench.contestants import model as model_field
 from bench.gates.model import Gate
 from bench.measuring.shapes import Run, mlp_shape, qkv_shape
+from bench.rows.session import Session
 from tests.tolerances import SAME_FP32
 
 CPU, TOKENS, RANK = torch.device("cpu"), 24, 4
@@ -151,6 +153,21 @@ def test_a_model_has_three_calls_a_layer_and_is_correct(checkpointing, library, 
     errors = gate.errors(contestants[f"{library} LoRA fp32"])
     assert gate.broken(errors) is None and len(errors) == 1 + 2 * 2 * 7
     assert libraries[library].calls == dict.fromkeys(("qkv", "o", "mlp"), 2 * (1 + checkpointing))
+
+
+def test_a_step_of_both_is_timed(libraries, monkeypatch, tmp_path, capsys):
+    names = ("frozen base", "Axolotl LoRA fp32", "Unsloth LoRA fp32")
+    every = model.field_of
+    monkeypatch.setattr(
+        model, "field_of", lambda *args, **options: {n: c for n, c in every(*args, **options).items() if n in names}
+    )
+    arguments = {"device": "cpu", "preset": "tiny", "threads": 1, "repetitions": 1, "commit": None, "again": False}
+    session = Session(argparse.Namespace(**arguments, output=tmp_path / "r.jsonl", minutes=None))
+    assert "unsloth" in session.records.stamp
+    rows = model.measure(model_field.build_base(RUN, torch.float32, CPU), RUN, session)
+    assert tuple(rows) == names
+    assert all(row["failed"] is None and row["seconds"]["total"]["median"] > 0 for row in rows.values())
+    assert "  Unsloth LoRA: its import patches" in capsys.readouterr().out
 
 
 @every_library

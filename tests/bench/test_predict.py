@@ -28,7 +28,7 @@ def test_what_exceeds_the_memory_would_not_fit(monkeypatch):
     """With just the memory that ours needs, those that need more are rows without a time, and with their peak."""
     run = Run("tiny", 6, 2, 64, 4)
     three = {n: c for n, c in model_field.contestants(BF16, 4).items() if n in (BASE, PEFTS, OURS)}
-    monkeypatch.setattr(model_field, "contestants", lambda dtype, rank: three)
+    monkeypatch.setattr(model_field, "contestants", lambda dtype, rank, libraries: three)
     base = model_field.build_base(run, BF16, torch.device("meta"))
     weights = sum(parameter.nbytes for parameter in base.parameters())
     ample = predicted.predict_model(run, BF16, H200, by_bytes_and_flops)
