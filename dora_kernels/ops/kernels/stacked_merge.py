@@ -72,7 +72,9 @@ def _stacked_merge_kernel(
     offs_k = start_k + tl.arange(0, BLOCK_K)
     merged = round_to(v * scale[:, None], offs_n, offs_k, salt, merged_ptr.dtype.element_ty, STACK.dithered)
     mask = mask_n[:, None] & (offs_k < K)[None, :]
-    tl.store(addresses(Matrix(merged_ptr, K, 1), rows, offs_k), merged, mask=mask)
+    # The layer's own part: rows of the stack beside those of the layer would take registers that large blocks lack.
+    own = Matrix(merged_ptr + tl.cast(layer.start, tl.int64) * K, K, 1)
+    tl.store(addresses(own, offs_n, offs_k), merged, mask=mask)
 
 
 def stacked_merge(
