@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections import Counter
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -160,6 +161,25 @@ def test_another_rounding(rounding):
         for m in (model, twin):
             m[0].rounding, m[1].salt = rounding, 99
         assert_same(gradients(model, x), gradients(twin, x))
+
+
+@pytest.mark.parametrize("forward_in_scope", [False, True])
+def test_a_recomputation_in_another_scope_than_its_forward(forward_in_scope):
+    model, *_ = in_weight_space()
+    x = torch.randn(5, SIZE, requires_grad=True)
+
+    def passes(*scopes):
+        with scopes[0]:
+            y = recomputed(model)(x)
+        with scopes[1]:
+            y.square().sum().backward()
+            model(x).square().sum().backward()
+        return gradients(model, x)
+
+    def scope(is_open=True):
+        return dk.accumulating(model, keep_weights=True) if is_open else nullcontext()
+
+    assert_same(passes(scope(forward_in_scope), scope()), passes(nullcontext(), nullcontext()))
 
 
 def test_blocks_keep_one_weight_for_their_layers(merges):
