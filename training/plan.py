@@ -82,6 +82,10 @@ class Flags:
                 raise ValueError(f"`--card` should be a positive number of GiB but the value passed is {size:g}")
         if self.quantize and self.base_format not in ("", "nf4"):
             raise ValueError(f"`--quantize` is NF4, and does not go with --base_format {self.base_format}")
+        if self.keep_weights and self.merge_aware:
+            raise ValueError(
+                "`--keep_weights` does not go with --merge_aware, whose layers keep nothing: leave one of them out"
+            )
         if self.use_liger and self.whole_logits:
             raise ValueError("`--use_liger` does not go with --whole_logits: leave one of them out")
 

@@ -28,9 +28,9 @@ def accumulating(model: Model, *, keep_weights: bool = False) -> Iterator[Model]
     merges less in each micro-step, for memory of the size of the adapted weights in that dtype. While a graph still
     holds it, as between two forwards and their backwards, a forward makes one of its own. Token space has no W'.
 
-    Experts, convolutions in token space, compiled graphs, regions of selective checkpointing, and layers that run alone
-    and without gradients in eval mode compute n at each call, inside the scope too. `explain` says what a layer keeps.
-    Backward passes belong inside the scope.
+    Experts, `merge_aware` layers, convolutions in token space, compiled graphs, regions of selective checkpointing, and
+    layers that run alone and without gradients in eval mode compute n at each call, inside the scope too. `explain`
+    says what a layer keeps. Backward passes belong inside the scope.
 
     Raises:
         ValueError: no such layer in the model. RuntimeError: the scope is open for it already; or, inside, frozen

@@ -42,7 +42,7 @@ def why_not_adapted(module: nn.Module) -> str | None:
 def why_not_merge_aware(module: nn.Module) -> str | None:
     """Why the layer in the module's place cannot quantise its merged weight, or None."""
     if layer_class(module) is not DoraLinear:
-        return f"is a {type(module).__name__}, and merge_aware is for linear layers"
+        return "is no linear layer, which merge_aware is for"
     reason = why_not_served(weight_of(module))
     return None if reason is None else f"{reason}: merge_aware has no format for it"
 

@@ -4,8 +4,10 @@ from collections import Counter
 from typing import NamedTuple
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..ops import dispatch
+from .conv import DoraConv
 from .experts import adapted_experts, frozen_experts
 from .in_full import lines_in_full, trained_in_full
 from .listing import grouped, total
@@ -132,14 +134,18 @@ def _inside(path: str, plan: dispatch.Plan) -> dispatch.Plan:
 def _kept(layer: nn.Module, plan: dispatch.Plan) -> dispatch.Plan:
     """What the layer keeps from call to call, inside `accumulating`."""
     use = getattr(layer, "output_use", None)
-    if plan.impl == "peft" or use is None or not use.keeps_norm or not layer.training or _is_merge_aware(layer):
+    if plan.impl == "peft" or use is None or not use.keeps_norm or not layer.training:
         return plan
-    what = "norm and merged weight" if use.keeps_weight and plan.space == "weight" else "norm"
-    return plan._replace(reason=f"{plan.reason}; accumulating keeps the {what}")
+    in_weight_space = plan.space == "weight"
+    if getattr(layer, "merge_aware", False) or (_is_convolution(layer) and not in_weight_space):
+        what = "nothing of it"
+    else:
+        what = "the norm and merged weight" if use.keeps_weight and in_weight_space else "the norm"
+    return plan._replace(reason=f"{plan.reason}; accumulating keeps {what}")
 
 
-def _is_merge_aware(layer: nn.Module) -> bool:
-    return getattr(layer, "merge_aware", False)
+def _is_convolution(layer: nn.Module) -> bool:
+    return isinstance(getattr(layer, "base_layer", layer), (DoraConv, _ConvNd))
 
 
 def _not_kept(adapter: nn.Module) -> str:

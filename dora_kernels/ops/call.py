@@ -66,7 +66,7 @@ class Saved(NamedTuple):
     weight_norm: torch.Tensor
     mag_norm_scale: torch.Tensor
     weight: Weight
-    merged: torch.Tensor | None = None  # [N, K] W', inside a checkpointed region
+    merged: torch.Tensor | None = None  # [N, K] W', inside a checkpointed region, or kept by `accumulating`
     A_cast: torch.Tensor | None = None  # in weight space A in x's dtype, where the backward's merge wrote it beside
 
     @property

@@ -138,6 +138,10 @@ def why_not_mlp(device: torch.device, gate: Member, up: Member | None, down: Mem
             return "gate and up differ in their scaling"
         if (gate.bias is None) != (up.bias is None):
             return "one of gate and up has a bias"
+        if gate.lora_A.shape[1] != up.lora_A.shape[1]:
+            return "gate and up have inputs of several sizes"
+    if down.lora_A.shape[1] != sum(member.features for member in group) // 2:
+        return "down has other inputs than gate and up have features"
     return None
 
 
@@ -173,7 +177,9 @@ def dora_mlp(
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if reason := why_not_mlp(x.device, gate, up, down):
         raise ValueError(f"dora_mlp cannot compute these layers together: {reason}")
-    group = [gate] if up is None else [gate, up]
+    group, inputs = [gate] if up is None else [gate, up], gate.lora_A.shape[1]
+    if x.ndim < 1 or x.shape[-1] != inputs:
+        raise ValueError(f"x must be [..., in_features] = [..., {inputs}], got shape {list(x.shape)}")
     dtype, tokens = dtype_of_call(x, gate.weight), math.prod(x.shape[:-1])
     plan = plan_mlp(gate, up, down, tokens=tokens, dtype=dtype, space=space, impl=impl)
     members = [*group, down]

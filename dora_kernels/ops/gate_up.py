@@ -28,7 +28,7 @@ class Saved(NamedTuple):
     up: torch.Tensor | None
     norm: torch.Tensor  # [2 I]
     scale: torch.Tensor  # [2 I]
-    merged: torch.Tensor | None = None  # [2 I, K] W', inside a checkpointed region
+    merged: torch.Tensor | None = None  # [2 I, K] W', inside a checkpointed region, or kept by `accumulating`
 
     @property
     def products(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -81,7 +81,9 @@ class KeptWeight:
         if any(self.behind(index) != 0 for index in range(len(self.layers))):
             # Kernels' writes are not counted. A graph that holds this memory in spite of all raises.
             torch.autograd.graph.increment_version(self.merged)
-            self._of = [(layer.use.kept_norm, layer.use.kept_norm.comparisons) for layer in self.layers]
+            # No norm is kept yet where a recomputation took that of a forward outside the scope.
+            found = [layer.use.kept_norm for layer in self.layers]
+            self._of = [None if kept is None else (kept, kept.comparisons) for kept in found]
         return self.merged.detach()
 
     def _holders(self) -> int:

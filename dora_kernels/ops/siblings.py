@@ -41,7 +41,7 @@ class Saved(NamedTuple):
     h: torch.Tensor | None = None  # [M, ΣR], in token space
     A: torch.Tensor | None = None  # [ΣR, K] in x's dtype, in token space
     output: torch.Tensor | None = None  # [M, ΣN] without the biases, in weight space
-    merged: torch.Tensor | None = None  # [ΣN, K] W', inside a checkpointed region
+    merged: torch.Tensor | None = None  # [ΣN, K] W', inside a checkpointed region, or kept by `accumulating`
     layers: tuple[Own, ...] = ()  # in token space
 
     def tensors(self) -> list[torch.Tensor | None]:

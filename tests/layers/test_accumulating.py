@@ -280,3 +280,13 @@ def test_the_scope(make):
 def test_a_model_without_such_layers():
     with pytest.raises(ValueError, match="found no DoRA layer"), dk.accumulating(nn.Linear(2, 2)):
         pass
+
+
+def test_explain_says_where_nothing_is_kept():
+    grouped = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
+    dk.apply_dora(grouped, dk.DoraConfig(r=2, target_modules=["0"]))
+    patched = peft.get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3)), dora_config(target_modules=["0"]))
+    dk.patch_peft(patched, space="token")
+    for model in (grouped, patched):
+        with dk.accumulating(model.train(), keep_weights=True):
+            assert all("accumulating keeps nothing of it" in each.plan.reason for each in dk.explain(model, tokens=4))

@@ -173,12 +173,25 @@ def test_it_compiles_whole(stacked, space):
         (lambda gate, up, down: (gate, up, down._replace(bias=torch.zeros(8, requires_grad=True))), "a bias trains"),
         (lambda gate, up, down: (gate, up, down._replace(weight=down.weight.double())), "several formats"),
         (lambda gate, up, down: (gate, up, down._replace(magnitude=down.magnitude.to("meta"))), "several devices"),
+        (lambda gate, up, down: (gate, _wider(up), down), "inputs of several sizes"),
+        (lambda gate, up, down: (gate, up, _wider(down)), "other inputs than gate and up have features"),
     ],
 )  # fmt: skip
 def test_layers_that_do_not_fit(change, reason):
     x, _, *members = make_mlp(5, 8, 16, 2, torch.float32)
     with pytest.raises(ValueError, match=reason):
         dora_mlp(x, *change(*members), activation="silu")
+
+
+def _wider(member):
+    return member._replace(weight=member.weight.repeat(1, 2), lora_A=member.lora_A.repeat(1, 2))
+
+
+@pytest.mark.parametrize("shape", [(), (5, 9)])
+def test_an_input_that_does_not_fit(shape):
+    _, _, *members = make_mlp(5, 8, 16, 2, torch.float32)
+    with pytest.raises(ValueError, match=r"x must be .* 8"):
+        dora_mlp(torch.zeros(shape), *members, activation="silu")
 
 
 def test_an_activation_that_is_not_known():

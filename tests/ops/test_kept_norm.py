@@ -61,6 +61,17 @@ def test_a_changed_element_is_seen(problem, changed, place, ops):
 
 
 @every_engine
+def test_a_single_feature_of_a_larger_tensor(ops):
+    """Contiguous, with the stride that it has there."""
+    weight, factors = make((1, 16, 2, FP32, FP32))
+    factors[2] = torch.stack([factors[2], factors[2]], dim=1)[:, 0]
+    assert factors[2].is_contiguous() and factors[2].stride() == (2,)
+    kept = marked(ops, weight, factors)
+    found, _ = ops.kept_norm(weight, *factors, 0.5, kept)
+    assert all(map(torch.equal, found, kept.norm_scale))
+
+
+@every_engine
 def test_what_equals_in_value_but_not_in_bits(ops):
     """A zero of the other sign is computed anew, a NaN that stays is kept."""
     weight, factors = make(PROBLEMS["odd"])

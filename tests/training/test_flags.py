@@ -235,6 +235,10 @@ def test_what_the_parser_refuses(words, message, capsys):
         ({"early_stopping": 2, "eval_step": 0}, "`--early_stopping` needs evaluations"),
         ({"keep_weights": True}, "`--keep_weights` .* needs --gradient_accumulation_steps"),
         ({"keep_weights": True, "gradient_accumulation_steps": 2, "use_dora": False}, "`--keep_weights` .* DoRA"),
+        (
+            {"keep_weights": True, "gradient_accumulation_steps": 2, "merge_aware": True},
+            "`--keep_weights` does not go with --merge_aware, whose layers keep nothing",
+        ),
         ({"rank_pattern": "q_proj=high"}, "`--rank_pattern` q_proj=high should be name=number"),
         ({"max_steps": -1}, "`--max_steps` should be 0 or more but the value passed is -1"),
         ({"warmup_ratio": 2.0}, r"`--warmup_ratio` should be in \[0, 1\] but the value passed is 2.0"),

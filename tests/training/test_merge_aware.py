@@ -216,7 +216,7 @@ def test_explain_says_it(small):
 def test_layers_without_a_format_are_refused_by_name(small):
     model = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 3), "embed": nn.Embedding(8, 4), "linear": nn.Linear(4, 4)})
     for name, kind in (("conv", "Conv1d"), ("embed", "Embedding")):
-        with pytest.raises(ValueError, match=rf"{name} \({kind}\) is a {kind}, and merge_aware is for linear layers"):
+        with pytest.raises(ValueError, match=rf"{name} \({kind}\) is no linear layer, which merge_aware is for"):
             dk.apply_dora(model, dk.DoraConfig(target_modules=[name], merge_aware=True))
     assert not dora_layers(model)
 

@@ -357,6 +357,7 @@ def test_what_differs_from_what_one_expects_is_said():
         (["--card=nan"], "should be a positive number of GiB but the value passed is nan"),
         (["--batch=2"], "unrecognized arguments: --batch=2"),
         (["--use_liger", "--whole_logits"], "`--use_liger` does not go with --whole_logits"),
+        (["--keep_weights", "--merge_aware"], "`--keep_weights` does not go with --merge_aware"),
         (["--base_model={tmp}/empty"], "error: `--base_model` {tmp}/empty is not a folder with a config.json"),
         (["--base_model={tmp}/nowhere/at/all"], "error: `--base_model` {tmp}/nowhere/at/all has no config"),
         (["--base_model={tmp}/vit"], "no causal language model can be built of this vit config"),

@@ -74,6 +74,10 @@ class Flags(Hardware, Adapter, Training, Data, Run):
             raise ValueError("`--keep_weights` is for several passes a step: it needs --gradient_accumulation_steps")
         if self.keep_weights and not (self.fused and self.use_dora):
             raise ValueError("`--keep_weights` is for the engine's DoRA: leave --no-fused and --no_use_dora out")
+        if self.keep_weights and self.merge_aware:
+            raise ValueError(
+                "`--keep_weights` does not go with --merge_aware, whose layers keep nothing: leave one of them out"
+            )
         if self.early_stopping and self.eval_step == 0:
             raise ValueError("`--early_stopping` needs evaluations: leave --eval_step 0 out")
         if self.push_to_hub and not self.hub_model_id:

@@ -6,6 +6,9 @@ from ..base_weights import Packed
 from ..types import KeptNorm, NormScale
 from .weight_norm import weight_norm
 
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bytes of an element."""
+
 
 def kept_norm(
     weight: torch.Tensor | Packed,
@@ -34,7 +37,8 @@ def kept_norm(
 
 
 def _same_bits(kept: torch.Tensor, factor: torch.Tensor) -> bool:
-    return torch.equal(kept.view(torch.uint8), factor.detach().contiguous().view(torch.uint8))
+    bits = BITS[kept.element_size()]
+    return torch.equal(kept.view(bits), factor.detach().view(bits))
 
 
 def _copy(sources, targets) -> None:
