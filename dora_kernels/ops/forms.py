@@ -113,7 +113,7 @@ def weight_forward(ops: ModuleType, call: Call, inputs: Inputs, needs: Gradients
 def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Saved, asked: Gradients) -> Gradients:
     """dm, dB and db in one pass; dh = dy (s g ⊙ B) [M, R] for dA alone; dx = dy W' [M, K].
 
-    W' is merged again with the saved n and g, unless the recomputation of a checkpointed forward kept it. Where W' is
+    W' is merged again with the saved n and g, unless a recomputation or `accumulating` kept it. Where W' is
     quantised, dm = Σ dy ⊙ (z + s h Bᵀ) / n takes z = x Wᵀ, one more GEMM: see `served`.
     """
     if asked.magnitude is not None and saved.product is None:
@@ -139,7 +139,7 @@ def weight_backward(ops: ModuleType, call: Call, grad_y: torch.Tensor, saved: Sa
 
 
 def merged_again(ops, call, saved, dtype, A_into=None):
-    """W' [N, K], to the bits of the forward: what a recomputation left, or merged again, which fills `A_into`."""
+    """W' [N, K], to the bits of the forward: what was kept of it, or merged again, which fills `A_into`."""
     if saved.merged is not None:
         return saved.merged
     return _merge(ops, call, saved.weight, saved.lora_A, saved.lora_B, None, dtype, saved.norm_scale, A_into)[0]
