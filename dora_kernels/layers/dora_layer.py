@@ -179,6 +179,7 @@ class DoraLayer(Freezable):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"r={self.r}, scaling={self.scaling:g}, space={self.space}, impl={self.impl}, rounding={self.rounding}"
+            f"{', merge_aware=True' if self.merge_aware else ''}"
         )
 
 

@@ -232,3 +232,8 @@ def test_a_trace_is_refused_until_the_layer_is_merged():
     y = model(x)
     traced = torch.jit.trace(dk.merge_dora(model), x)
     assert relative_error(traced(x), y) <= SAME_FP32
+
+
+def test_what_prints_a_layer_says_how_it_is_served():
+    assert "merge_aware=True" in repr(make_layer("linear", torch.bfloat16, merge_aware=True))
+    assert "merge_aware" not in repr(make_layer("linear", torch.bfloat16))
