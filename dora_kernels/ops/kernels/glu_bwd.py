@@ -15,7 +15,7 @@ from .blocks import Matrix, addresses
 from .glu_fwd import Glu, feature_vectors, glu_chunks, largest_rank_block, layer_output
 from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, signed32
 from .lora_dot import Dot, lora_dot, right_rank_block
-from .rescale_bwd import Finish, _rescale_bwd_finish_kernel
+from .rescale_bwd import Finish, _rescale_bwd_finish_kernel, finish_ranks
 
 
 class GluBwdConfig(NamedTuple):
@@ -182,7 +182,7 @@ def glu_bwd(
     block_n, salts = 32, [signed32(rounding.salt) for rounding in roundings]
     finish = Finish(
         TRITON_DTYPES[acc], from_base=False, needs_magnitude=True, needs_B=True, needs_bias=False, block_n=block_n,
-        block_r=dot.block_r, holds_scale=in_token_space, cast_mode=roundings[0].mode, casts_g=not in_token_space,
+        block_r=finish_ranks(dot), holds_scale=in_token_space, cast_mode=roundings[0].mode, casts_g=not in_token_space,
     )  # fmt: skip
     _rescale_bwd_finish_kernel[(triton.cdiv(N, block_n), 2)](
         correlation, product, correlation, *lora_B, norm, scale, grad_magnitude, grad_B, grad_B, scaled_B,

@@ -10,6 +10,7 @@ from ..chunked import mm_fp32
 from ..types import NormScale, Rounding
 from .blocks import Matrix, addresses
 from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, either, signed32
+from .lora_dot import Dot
 from .rounding import round_to
 from .weight_norm import TINY_FP32, TINY_FP64
 
@@ -126,6 +127,11 @@ class Finish(NamedTuple):
     holds_scale: bool = False  # the product is dzᵀh, and the correlation is with V x
     cast_mode: str | None = None  # of s g ⊙ B
     casts_g: bool = True  # else of s B
+
+
+def finish_ranks(dot: Dot) -> int:
+    """How many ranks the reduction over chunks takes at once: more of them, masked element by element, spill."""
+    return min(dot.block_r, 32)
 
 
 @triton.jit(do_not_specialize=["salt", "salt_second"])
@@ -256,7 +262,7 @@ def rescale_bwd(
     if needs_sums:
         block_n, salt = 32, signed32(rounding.salt)
         finish = Finish(
-            TRITON_DTYPES[dtype], from_base, needs_magnitude, needs_B, needs_bias, block_n, dot.block_r,
+            TRITON_DTYPES[dtype], from_base, needs_magnitude, needs_B, needs_bias, block_n, finish_ranks(dot),
             cast_mode=None if B_into is None else rounding.mode, casts_g=B_has_g,
         )  # fmt: skip
         _rescale_bwd_finish_kernel[(triton.cdiv(N, block_n), 1)](
