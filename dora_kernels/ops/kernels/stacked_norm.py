@@ -198,7 +198,11 @@ def stack_of(layers: Sequence[Adapted], acc: torch.dtype) -> tuple[Stack, Dot, W
     missing = 3 - len(layers)
     splits = [config.splits for config in configs]
     stack = Stack(*features, *[0] * missing, *splits, *[1] * missing)
-    return stack, dot, config._replace(splits=max(splits))
+    # Not by `_replace`, which torch 2.11 cannot trace; so below.
+    most = WeightNormConfig(
+        config.block_n, config.block_k, max(splits), config.num_warps, config.num_stages, config.in_flight
+    )
+    return stack, dot, most
 
 
 def launch_stacked_norm(
@@ -222,7 +226,7 @@ def launch_stacked_norm(
     _stacked_norm_kernel[(programs,)](
         *pointers, *norm_scale, either(partial, scale), either(cast_A, scale),
         layers[0].scaling, K, R, *salts_of(layers),
-        stack._replace(cast_mode=mode), Format(), dot, config,
+        Stack(*stack.features, *stack.splits, mode), Format(), dot, config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
     )  # fmt: skip
     return partial
