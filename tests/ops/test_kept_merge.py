@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dora_kernels.ops import kernels, reference
 from dora_kernels.ops.types import NEAREST, Rounding
+from tests.ops.test_kept_norm import every_engine, make
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 # N, K, R, W's dtype and the factors'.
@@ -16,15 +16,6 @@ PROBLEMS = {
     "fp64": (16, 64, 4, FP64, FP64),
 }
 every_problem = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-every_engine = pytest.mark.parametrize("ops", [kernels, reference], ids=["kernels", "reference"])
-
-
-def make(problem):
-    N, K, R, dtype, factor_dtype = problem
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(N, K, generator=generator, dtype=FP64).to(dtype)
-    A, B, m = (torch.randn(*size, generator=generator, dtype=FP64).to(factor_dtype) for size in ((R, K), (N, R), (N,)))
-    return weight, A, B, m
 
 
 def guarded(like):
@@ -45,7 +36,7 @@ def changed_at(place):
 @pytest.mark.parametrize("place", [0, 255], ids=["first", "last"])
 @every_problem
 def test_what_changed_is_merged_anew(problem, place, rounding, ops):
-    weight, A, B, m = make(problem)
+    weight, (A, B, m) = make(problem)
     expected, norm_scale = ops.merge(weight, A, B, m, 0.5, dtype=weight.dtype, rounding=rounding)
     memory, out = guarded(expected)
     options = {"rounding": rounding, "norm_scale": norm_scale, "out": out}
@@ -57,7 +48,7 @@ def test_what_changed_is_merged_anew(problem, place, rounding, ops):
 @every_engine
 @every_problem
 def test_what_did_not_stays(problem, ops):
-    weight, A, B, m = make(problem)
+    weight, (A, B, m) = make(problem)
     norm_scale, _ = ops.weight_norm(weight, A, B, m, 0.5)
     out = torch.full_like(weight, 3.0)
     ops.kept_merge(weight, A, B, 0.5, rounding=NEAREST, norm_scale=norm_scale, changed=changed_at(None), out=out)
@@ -66,7 +57,7 @@ def test_what_did_not_stays(problem, ops):
 
 @every_engine
 def test_no_features(ops):
-    weight, A, B, m = make((0, 32, 2, FP32, FP32))
+    weight, (A, B, m) = make((0, 32, 2, FP32, FP32))
     norm_scale, _ = ops.weight_norm(weight, A, B, m, 0.5)
     out = torch.empty_like(weight)
     ops.kept_merge(weight, A, B, 0.5, rounding=NEAREST, norm_scale=norm_scale, changed=changed_at(0), out=out)
