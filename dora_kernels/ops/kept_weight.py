@@ -12,6 +12,7 @@ import torch
 
 from .accumulation import Kept, keeps_weight
 from .base_weights import Packed, readable
+from .call import Call, Inputs
 from .output import OutputUse
 from .recomputation import leave_norm
 from .types import NormScale, Rounding
@@ -107,7 +108,7 @@ def kept_weight(
     return first.kept_weight
 
 
-def merged_weight(ops: ModuleType, call, inputs) -> tuple[torch.Tensor, NormScale]:
+def merged_weight(ops: ModuleType, call: Call, inputs: Inputs) -> tuple[torch.Tensor, NormScale]:
     """W' [N, K] in x's dtype, n and g, of a call of `forms` in weight space: kept, or made anew."""
     x, _, lora_A, lora_B, magnitude, _, weight, given = inputs
     kept, known = None, given is not None

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .accumulation import keep_norm, keeps_weight
+from .call import Call, Inputs
 from .checkpointing import checkpoint_hook, is_saved_elsewhere, is_selective
 from .output import OutputUse
 from .types import NormScale
@@ -55,7 +56,7 @@ def remember_norm(use: OutputUse | None, factors: Sequence[torch.Tensor], scalin
         use.last_norm = LastNorm(tuple(map(weakref.ref, factors)), scaling, found)
 
 
-def leave_norm(call, inputs, found: NormScale) -> None:
+def leave_norm(call: Call, inputs: Inputs, found: NormScale) -> None:
     """Leaves n and g of a call of `forms` to its recomputation, and to later calls inside `accumulating`."""
     factors = inputs.lora_A, inputs.lora_B, inputs.magnitude
     remember_norm(call.output_use, factors, call.scaling, found)
