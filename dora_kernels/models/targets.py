@@ -7,6 +7,7 @@ from torch import nn
 from ..config import DoraConfig
 from ..layers.support import LINEAR_CLASSES
 from ..ops.base_weights import is_quantized
+from .modules import listed
 
 
 def find_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
@@ -25,9 +26,11 @@ def find_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
         unmatched = unmatched_targets(model, config.target_modules)
     if unmatched or not matched:
         linear = sorted({name.rpartition(".")[2] for name, m in modules.items() if _is_linear(m)})
+        # An adapter of another model names hundreds.
+        absent = f"[{listed(map(repr, unmatched))}]" if unmatched else config.target_modules
         raise ValueError(
-            f"Target modules {unmatched or config.target_modules} not found in the base model. Please check the target "
-            f"modules and try again. Its linear layers are named: {', '.join(linear) or 'it has none'}"
+            f"Target modules {absent} not found in the base model. Please check the target modules and try again. Its "
+            f"linear layers are named: {', '.join(linear) or 'it has none'}"
         )
     targets = {name: modules[name] for name in matched if not is_excluded(config, name)}
     if not targets:

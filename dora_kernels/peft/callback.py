@@ -51,15 +51,25 @@ class DoraKernelsCallback(AccumulatingCallback):
 
     Args:
         keep_weights: keep W' too, as `accumulating` does.
-        options: `space`, `impl`, `rounding`, `nf4_parity` and `blocks`, as for `patch_peft`.
+        space, impl, rounding, nf4_parity, blocks: as for `patch_peft`.
+
+    Raises:
+        ValueError: an option that does not exist.
     """
 
-    def __init__(self, *, keep_weights: bool = False, **options: str | bool):
+    def __init__(
+        self,
+        *,
+        keep_weights: bool = False,
+        space: str = "auto",
+        impl: str = "auto",
+        rounding: str = "dithered",
+        nf4_parity: bool = False,
+        blocks: str | bool = "auto",
+    ):
         super().__init__(keep_weights=keep_weights)
-        layer_options = dict(options)
-        check_blocks("blocks", layer_options.pop("blocks", "auto"))
-        checked_options(**layer_options)
-        self.options = options
+        check_blocks("blocks", blocks)
+        self.options = checked_options(space, impl, rounding, nf4_parity) | {"blocks": blocks}
         self.report: PatchReport | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:

@@ -111,6 +111,13 @@ def test_one_entry_that_matches_nothing_is_an_error_of_its_own():
         find_targets(llama(), DoraConfig(target_modules=["q_proj", "v_porj"]))
 
 
+def test_of_an_adapter_of_another_model_only_some_targets_are_named():
+    absent = [f"model.layers.{layer}.attn.{name}" for layer in range(40) for name in ("c_attn", "c_proj")]
+    with pytest.raises(ValueError, match=r"'model\.layers\.0\.attn\.c_attn', .*, and 75 more\] not found") as raised:
+        find_targets(llama(), DoraConfig(target_modules=absent))
+    assert len(str(raised.value)) < 500
+
+
 def test_everything_excluded_says_so():
     with pytest.raises(ValueError, match="All modules were excluded"):
         find_targets(llama(), DoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]))
