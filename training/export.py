@@ -132,7 +132,8 @@ def decode(flags: Flags) -> None:
     check_output(output)
     if sources.quantised_by:
         check_no_lora(sources, flags.to)
-    if sources.quantised_by in (None, "bitsandbytes"):
+    by_engine = sources.quantised_by in (None, "bitsandbytes")
+    if by_engine:
         errors = merge.merge(sources, output, torch.bfloat16)
     else:
         check_no_experts(sources, flags.to)
@@ -141,6 +142,8 @@ def decode(flags: Flags) -> None:
             sources.copy_tokenizer(folder)
     if errors.norms:
         print(f"what rounding to bf16 costs, as a share of each layer's update:\n{errors}")
+    if not by_engine:  # which warns by itself
+        warn_of_losses(errors, 1, "rounding costs more than the whole update: keep the adapter unmerged")
     print(f"merged checkpoint: {output}")
 
 
@@ -157,12 +160,19 @@ def requantize(flags: Flags) -> None:
         with new_folder(output) as folder:
             errors = quantised_checkpoint.write(sources.base_model, sources.adapter, flags.to, folder)
     print(f"what {flags.to} costs, as a share of each layer's update:\n{errors}")
-    if drowned := sum(error > DROWNED for error in errors.per_layer.values()):
-        print(
-            f"warning: in {drowned} of {len(errors.per_layer)} layers more than half of the update is lost, for it is "
-            "small beside the steps of the format: serve --to merged, or keep the adapter unmerged"
-        )
+    warn_of_losses(
+        errors,
+        DROWNED,
+        "more than half of the update is lost, for it is small beside the steps of the format: serve --to merged, or "
+        "keep the adapter unmerged",
+    )
     print(f"merged checkpoint: {output}")
+
+
+def warn_of_losses(errors: UpdateErrors, most: float, what: str) -> None:
+    """Say in how many layers more than `most` of the update is lost, and `what` that means."""
+    if drowned := sum(error > most for error in errors.per_layer.values()):
+        print(f"warning: in {drowned} of {len(errors.per_layer)} layers {what}")
 
 
 def main(arguments: list[str] | None = None) -> None:
