@@ -54,6 +54,16 @@ def test_a_fresh_layer_is_an_exact_no_op(kind, dtype, impl, space, rounding):
         assert torch.equal(layer(x), nn.functional.linear(x, weight))
 
 
+@SPACES
+@IMPLS
+@pytest.mark.parametrize("rounding", ["dithered", "nearest"])
+def test_of_a_fresh_layer_over_fp32_autocast_shows_the_dither_of_weight_space_alone(impl, space, rounding):
+    base, x = make_base("linear", bias=False), torch.randn(5, K)
+    layer = dk.DoraLinear.from_linear(base, r=3, lora_alpha=6, impl=impl, space=space, rounding=rounding)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), base(x)) == ((space, rounding) != ("weight", "dithered"))
+
+
 @pytest.mark.parametrize("kind", ["linear", "Conv1D"])
 def test_the_base_parameters_are_shared_and_frozen(kind):
     base = make_base(kind)
