@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
 # The tests of what other libraries change: torch.compile, and their models and trainers.
-OLDEST_FAST := ops/test_compile ops/test_dora_linear models/test_apply peft/test_patch peft/test_files
+OLDEST_FAST := ops/test_compile ops/test_dora_linear models/test_apply peft/test_patch peft/test_acts peft/test_files
 REHEARSAL := tests/bench/day_rehearsal.py tests/bench/day_compiles_ahead.py
 
 .PHONY: demo test scorecard scorecard-fast oldest oldest-fast lint wheel offline rehearse peft-suite peft-suite-kernels clean

@@ -1,7 +1,6 @@
 """Adapters on disk: PEFT reads ours and we read PEFT's, to the bit."""
 
 import json
-import os
 import sys
 
 import peft
@@ -9,16 +8,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from dora_kernels.adapters import save_load as adapter_module
 from dora_kernels.adapters.peft_config import HONOURED
 from dora_kernels.adapters.save_load import load_adapter, save_adapter
 from dora_kernels.config import DoraConfig
 from dora_kernels.models.apply import apply_dora
-from dora_kernels.models.merge import merge_dora
 from dora_kernels.models.modules import dora_layers
 from tests.support.tiny_models import FAMILIES, assert_unchanged, bert, llama, logits, snapshot
+from tests.support.trained_adapters import adapter_tensors, assert_same_bits, ours, pefts
 from tests.tolerances import SAME_FP32
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,47 +37,6 @@ VARIANTS = {
         "alpha_pattern": {r".*\.0\..*": 3},
     },
 }
-
-
-def randomize(parameters):
-    """Trained values: far enough from the start that a dropped tensor or a wrong scaling shows."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in parameters:
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.1 * noise)
-            elif "lora_" in name:
-                parameter.copy_(0.05 * noise)
-            else:
-                parameter.add_(0.05 * noise)
-
-
-def ours(model, **fields):
-    apply_dora(model, DoraConfig(**fields))
-    randomize((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return model
-
-
-def pefts(model, **fields):
-    model = peft.get_peft_model(model, peft.LoraConfig(use_dora=True, **fields)).eval()
-    randomize((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    return model
-
-
-def adapter_tensors(model):
-    """Ours or PEFT's, by PEFT's keys."""
-    if isinstance(model, peft.PeftModel):
-        return peft.get_peft_model_state_dict(model)
-    prefixed = adapter_module._adapter_tensors(model).items()
-    return {f"base_model.model.{key}": tensor.detach() for key, tensor in prefixed}
-
-
-def assert_same_bits(actual, expected):
-    assert actual.keys() == expected.keys()
-    for key, tensor in actual.items():
-        assert tensor.dtype == expected[key].dtype, key
-        assert torch.equal(tensor, expected[key]), key
 
 
 def assert_same_logits(actual, expected, base):
@@ -247,67 +203,3 @@ def test_a_patched_model_that_does_not_match_is_refused(fields, message, tmp_pat
     with pytest.raises(ValueError, match=message):
         load_adapter(model, tmp_path)
     assert_unchanged(model, before)
-
-
-def test_a_kill_while_saving_leaves_the_old_adapter(tmp_path, monkeypatch):
-    model = ours(llama(), r=2)
-    save_adapter(model, tmp_path)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with torch.no_grad():
-        next(iter(dora_layers(model).values())).lora_A.zero_()
-    for name in ("save_with_header", "write_config"):
-        with monkeypatch.context() as patched:
-            patched.setattr(adapter_module, name, killed)
-            with pytest.raises(KeyboardInterrupt):
-                save_adapter(model, tmp_path)
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    # The new file takes the old one's name; the old one, here under a second name, is never written to.
-    os.link(tmp_path / WEIGHTS, tmp_path / "old")
-    save_adapter(model, tmp_path)
-    assert (tmp_path / "old").read_bytes() == before[WEIGHTS]
-    assert (tmp_path / WEIGHTS).read_bytes() != before[WEIGHTS]
-    assert {path.name for path in tmp_path.iterdir()} == {*before, "old"}
-
-
-def killed(*args, **kwargs):
-    raise KeyboardInterrupt
-
-
-def test_what_cannot_be_saved(tmp_path):
-    model = ours(llama(), r=2)
-    with pytest.raises(ValueError, match='compat should be "peft" or "transformers", got "hf"'.replace('"hf"', "'hf'")):
-        save_adapter(model, tmp_path, compat="hf")
-    (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="should be a directory"):
-        save_adapter(model, tmp_path / "file")
-    with pytest.raises(ValueError, match="the model that apply_dora returned"):
-        save_adapter(llama(), tmp_path)
-    with pytest.raises(ValueError, match="the model that apply_dora returned, not a wrapper"):
-        save_adapter(nn.Sequential(model), tmp_path)
-    with pytest.raises(ValueError, match="PEFT's"):
-        save_adapter(pefts(llama(), r=2, target_modules=["q_proj"]), tmp_path)
-    path, layer = next(iter(dora_layers(model).items()))
-    with torch.no_grad():
-        layer.magnitude[3] = float("nan")
-    with pytest.raises(ValueError, match=f"{path}.magnitude holds NaN"):
-        save_adapter(model, tmp_path)
-    model = merge_dora(ours(llama(), r=2), keep_base=True)
-    with pytest.raises(ValueError, match="before merge_dora"):
-        save_adapter(model, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["full", "interrupted"])
-def test_a_first_save_that_fails_leaves_nothing(error, tmp_path, monkeypatch):
-    model = apply_dora(llama(), DoraConfig(r=2, target_modules=["q_proj"]))
-    replace = os.replace
-
-    def fails_at_the_weights(source, target):
-        if str(target).endswith(".safetensors"):
-            raise error
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", fails_at_the_weights)
-    with pytest.raises(type(error)):
-        save_adapter(model, tmp_path)
-    assert not list(tmp_path.iterdir())

@@ -13,12 +13,12 @@ from dora_kernels.config import DoraConfig
 from dora_kernels.layers.experts import adapted_experts
 from dora_kernels.models.apply import apply_dora
 from dora_kernels.models.modules import dora_layers
-from tests.adapters.test_save_load import randomize
 from tests.models.test_experts import adapted as adapted_mixture
 from tests.support.int4 import linear_compressed
 from tests.support.oracle import relative_error
 from tests.support.tiny_experts import BATCH, tiny_experts
 from tests.support.tiny_models import llama, logits
+from tests.support.trained_adapters import randomize
 from tests.tolerances import ORACLE_FP32
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")

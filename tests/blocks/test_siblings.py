@@ -7,85 +7,12 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import dora_kernels as dk
-from dora_kernels.blocks import siblings as room
-from dora_kernels.blocks.siblings import share_inputs
 from tests.layers.test_data_parallel import replica_of
+from tests.support.sibling_parents import assert_same, calls, nothing_is_left, outputs_and_gradients, together  # noqa: F401 (a fixture)
 
-NAMES = ("q", "k", "v")
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """The number of layers in each call of `dora_siblings`."""
-    made, original = [], room.dora_siblings
-
-    def counted(x, members, **options):
-        made.append(len(members))
-        return original(x, members, **options)
-
-    monkeypatch.setattr(room, "dora_siblings", counted)
-    return made
-
-
-class Parent(nn.Module):
-    """Calls its layers as `order` says, and does `between` to the input after the first."""
-
-    def __init__(self, dtype=torch.float64):
-        super().__init__()
-        torch.manual_seed(0)
-        for name, features in zip(NAMES, (12, 4, 8)):
-            linear = nn.Linear(6, features, bias=name == "v", dtype=dtype)
-            layer = dk.DoraLinear.from_linear(linear, r=3, lora_alpha=6, salt=features)
-            nn.init.normal_(layer.lora_B, std=0.1)
-            setattr(self, name, layer)
-        self.order, self.between, self.after = NAMES, lambda x: x, lambda y: y
-
-    def forward(self, x):
-        found = []
-        for name in self.order:
-            found.append(self.after(getattr(self, name)(x)))
-            if len(found) == 1:
-                x = self.between(x)
-        return tuple(found)
-
-
-def together(order=NAMES, between=lambda x: x, after=lambda y: y, **options):
-    """A parent whose layers share an input, and its twin, whose layers run alone."""
-    pair = Parent(**options), Parent(**options)
-    for parent in pair:
-        parent.order, parent.between, parent.after = order, between, after
-    share_inputs(pair[0], (NAMES,))
-    return pair
-
-
-def outputs_and_gradients(parent, run=lambda parent, x: parent(x)):
-    parent.zero_grad()
-    leaf = torch.randn(5, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
-    ys = run(parent, leaf * 1.0)
-    sum((y * torch.arange(1, y.numel() + 1).view_as(y)).sum() for y in ys if y.requires_grad).backward()
-    gradients = {name: p.grad for name, p in parent.named_parameters() if p.requires_grad}
-    return {f"y{i}": y.detach() for i, y in enumerate(ys)} | {"x": leaf.grad} | gradients
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (found[name] is None) == (value is None), name
-        assert value is None or torch.allclose(found[name], value, rtol=1e-11, atol=1e-11), name
-
-
-def nothing_is_left(parent):
-    return all(getattr(parent, name).shared_call is None for name in NAMES)
-
-
-def _no_grad_for_one(parent, x):
-    with torch.no_grad():
-        first = parent.q(x)
-    return [first, parent.k(x), parent.v(x)]
+# ruff: noqa: F811 (the fixture's name)
 
 
 STATES = {
@@ -187,91 +114,12 @@ def test_nothing_outlives_the_parents_forward(calls):
     assert calls == [3] and seen() is None
 
 
-def test_a_layer_that_is_called_outside_runs_alone(calls):
-    parent, _ = together()
-    parent.q(torch.randn(5, 6, dtype=torch.float64))
-    assert not calls
-
-
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_of_the_parent(use_reentrant, calls):
     parent, alone = together()
     found = outputs_and_gradients(parent, lambda parent, x: checkpoint(parent, x, use_reentrant=use_reentrant))
     assert_same(found, outputs_and_gradients(alone))
     assert calls == [3, 3]
-
-
-def test_inference_runs_the_layers_alone(calls):
-    parent, alone = (each.eval() for each in together())
-    x = torch.randn(5, 6, dtype=torch.float64)
-    with torch.no_grad():
-        assert all(map(torch.equal, parent(x), alone(x)))
-    assert not calls
-    parent(x)
-    assert calls == [3], "with gradients"
-    with torch.inference_mode():
-        parent.train()(x)
-    assert calls == [3]
-
-
-def _hook(parent):
-    parent.k.register_forward_hook(lambda *_: None)
-
-
-def _dropout(parent):
-    parent.k.lora_dropout = 1e-9
-
-
-def _frozen(parent):
-    parent.v.lora_A.requires_grad_(False)
-
-
-def _another_form(parent):
-    parent.k.space = "token"
-
-
-def _compiled(parent):
-    parent.v._compiled_call_impl = parent.v._call_impl
-
-
-def _plain(parent):
-    parent.k = nn.Linear(6, 4, bias=False, dtype=torch.float64).requires_grad_(False)
-
-
-def _written(parent):
-    parent.k.output_use.is_written = True
-
-
-def _wrapped(parent):
-    """As a wrapper that answers for the layer inside."""
-
-    class Wrapper(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return self.inner(x)
-
-        def __getattr__(self, name):
-            try:
-                return super().__getattr__(name)
-            except AttributeError:
-                return getattr(self.inner, name)
-
-    parent.k = Wrapper(parent.k)
-
-
-@pytest.mark.parametrize(
-    "change", [_hook, _dropout, _frozen, _another_form, _compiled, _plain, _written, _wrapped]
-)  # fmt: skip
-def test_what_makes_the_layers_run_alone(change, calls):
-    pair = together()
-    for parent in pair:
-        torch.manual_seed(1)
-        change(parent)
-    assert_same(*map(outputs_and_gradients, pair))
-    assert not calls
 
 
 def test_a_model_that_writes_over_an_output_is_found_out(calls):

@@ -10,9 +10,9 @@ import dora_kernels as dk
 from dora_kernels.blocks.siblings import shared_inputs
 from tests.blocks.test_mlp import adapted, differences
 from tests.blocks.test_mlp import calls as mlp_calls  # noqa: F401 (a fixture)
-from tests.blocks.test_siblings import calls  # noqa: F401 (a fixture)
 from tests.support.marks import slow
 from tests.support.peft_models import peft_model, step
+from tests.support.sibling_parents import calls  # noqa: F401 (a fixture)
 from tests.support.tiny_models import checkpoint_activations
 from tests.tolerances import SAME_FP32
 

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tests.support.interruptions import WEIGHTS, before_step
 from tests.support.tiny_experts import tiny_experts
 from tests.support.training_runs import arguments, data, metrics, numbers, run  # noqa: F401
-from tests.training.test_reliability import WEIGHTS, before_step
 from training import demo
 from training.__main__ import main
 from training.export import main as export

@@ -17,9 +17,9 @@ from tests.models.test_qdora import folder  # noqa: F401
 from tests.models.test_qdora import load as load_nf4
 from tests.support.adapter_folders import base_folder, load, printed_errors
 from tests.support.marks import slow
+from tests.support.quantised_bases import KINDS, bases, of_layer
 from tests.support.training_runs import data, run  # noqa: F401
 from tests.training.test_compressed_tensors import TO, by_the_library, packed_base
-from tests.training.test_quantised_checkpoint import KINDS, bases, of_layer
 from training.export import main as export
 from training.exporting import Sources
 from training.quantised_checkpoint import Checkpoint

@@ -3,7 +3,7 @@
 import pytest
 from transformers import LlamaConfig, ViTConfig
 
-from tests.training.test_plan import FORMAT_SIZES, SIZES
+from tests.support.planned import FORMAT_SIZES, SIZES
 from training.plan import main
 
 

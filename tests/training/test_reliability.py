@@ -1,20 +1,15 @@
 """A run that is interrupted, damaged or poisoned: what is kept, what is said, and that resuming changes no bit."""
 
-import json
-import os
-import re
-import shlex
 import signal
 import time
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-import dora_kernels as dk
+from tests.support.interruptions import WEIGHTS, before_step, ctrl_c, heeded, printed_command, sigterm  # noqa: F401 (a fixture)
 from tests.support.marks import slow
 from tests.support.training_runs import arguments, demo_rows, metrics, numbers, one_layer_base, run, write_rows
-from training import commands, demo
+from training import commands
 from training.__main__ import main
 from training.checkpoints import checkpoint as checkpoints
 from training.checkpoints.checkpoint import damage, list_checkpoints
@@ -22,48 +17,10 @@ from training.checkpoints.lock import sole_run
 from training.data.order import order_of_epoch
 from training.finetune.resumable import EpochOrder
 from training.finetune.trainer import DoraTrainer
-from training.minimal import demonstrate, loop
-from training.stopping import INTERRUPTED, REPEATED, StopRequest, stop_on_interrupt
+from training.stopping import INTERRUPTED, REPEATED
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-WEIGHTS = "adapter_model.safetensors"
 ENGINES = pytest.mark.parametrize("engine", [[], ["--use_peft"]], ids=["ours", "peft"])
-
-
-def before_step(monkeypatch, number, act):
-    """Calls `act(trainer, inputs)` before the first forward pass of step `number`."""
-    step = DoraTrainer.training_step
-
-    def wrapped(self, model, inputs, *rest):
-        if self.state.global_step == number - 1 and not done:
-            done.append(number)
-            act(self, inputs)
-        return step(self, model, inputs, *rest)
-
-    done = []
-    monkeypatch.setattr(DoraTrainer, "training_step", wrapped)
-
-
-@pytest.fixture(autouse=True)
-def heeded():
-    """Ctrl-C is not ignored, as it is where a shell starts the tests in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def sigterm(trainer, inputs):
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def ctrl_c(trainer, inputs):
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def printed_command(out):
-    """The words after `python -m training` of the command that the run printed."""
-    (line,) = (line.strip() for line in out.splitlines() if line.strip().startswith("python -m training --"))
-    return shlex.split(line)[3:]
 
 
 @pytest.fixture(scope="module")
@@ -144,45 +101,6 @@ def test_a_second_ctrl_c_aborts_and_says_what_is_saved(data, long, tmp_path, mon
     assert ended.value.code == INTERRUPTED and "aborted; " in said and hint in said and "Traceback" not in said
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert not (tmp_path / WEIGHTS).exists() and not list(tmp_path.glob(".tmp-*"))
-
-
-def test_what_runs_in_the_background_ignores_ctrl_c():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    request = StopRequest()
-    with stop_on_interrupt(request):
-        ctrl_c(None, None)
-    assert not request.requested
-
-
-@pytest.mark.parametrize("command", ["train", "merge", "export", "plan"])
-def test_ctrl_c_while_a_command_starts_is_one_line(monkeypatch, capsys, command):
-    monkeypatch.setattr(commands.importlib, "import_module", lambda *names: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(SystemExit) as ended:
-        getattr(commands, command)()
-    assert ended.value.code == INTERRUPTED and capsys.readouterr().err == "\ninterrupted: nothing was done\n"
-
-
-@pytest.mark.slow
-def test_ctrl_c_in_the_demo_saves_what_continues_to_the_same_bits(tmp_path, monkeypatch, capsys):
-    flags = ["--max_steps", "4", "--batch_size", "2", "--eval_step", "0", "--learning_rate", "0"]
-    summed = loop.summed_loss
-
-    def interrupted(*args):
-        if not done:
-            done.append(ctrl_c(None, None))
-        return summed(*args)
-
-    done = []
-    monkeypatch.setattr(demonstrate, "evaluate", lambda *args: {"loss": 0.0, "answers": [""] * 200, "match": 0.9})
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "summed_loss", interrupted)
-        main([*flags, "--output_dir", str(tmp_path / "stopped")])
-    assert [path.name for path in list_checkpoints(tmp_path / "stopped")] == ["checkpoint-1"]
-    for words in (printed_command(capsys.readouterr().out), [*flags, "--output_dir", str(tmp_path / "whole")]):
-        with pytest.raises(SystemExit, match="did not learn"):
-            main(words)
-    stopped, whole = ((tmp_path / name / WEIGHTS).read_bytes() for name in ("stopped", "whole"))
-    assert stopped == whole
 
 
 def test_sigterm_during_an_evaluation(data, long, whole, tmp_path, monkeypatch, capsys):
@@ -271,48 +189,6 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(data, long, whole, tmp_path
     assert damage(tmp_path / "checkpoint-3") is None and not list(tmp_path.glob(".tmp-*"))
     main(printed_command(str(error.value)))
     assert numbers(metrics(tmp_path)) == numbers(metrics(whole([])))
-
-
-def poisoned(kind, seen):
-    def act(trainer, inputs):
-        seen.append(inputs["input_ids"].clone())
-        model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
-        layer = model.model.layers[1].mlp.up_proj
-        if kind == "weight":
-            a = layer.lora_A if isinstance(layer, dk.DoraLinear) else layer.lora_A["default"].weight
-            with torch.no_grad():
-                a[0, 0] = torch.inf
-        else:
-            layer.magnitude.register_hook(lambda gradient: gradient * torch.nan)
-
-    return act
-
-
-@ENGINES
-def test_a_nan_loss_names_step_rows_and_layer(data, tmp_path, monkeypatch, engine):
-    seen = []
-    before_step(monkeypatch, 3, poisoned("weight", seen))
-    with pytest.raises(SystemExit) as error:
-        main(arguments(data, tmp_path, *engine, save_step=1))
-    message = str(error.value)
-    assert re.search(
-        r"the loss of step 3 \(.*\) is nan: .*model\.layers\.1\.mlp\.up_proj\S* was the first layer", message
-    )
-    assert re.search(r"the parameter \S*layers\.1\.mlp\.up_proj\S* holds NaN or infinity", message)
-    # The rows that it names are those that were in the batch.
-    numbers = [int(number) for number in re.findall(r"rows\.jsonl, row (\d+)", message)]
-    named = [json.loads(line) for line in data.read_text().splitlines()]
-    tokenizer = AutoTokenizer.from_pretrained(demo.BASE)
-    batch = [tokenizer.decode(row, skip_special_tokens=True) for row in seen[0]]
-    assert [named[number - 1]["prompt"] + named[number - 1]["completion"] for number in numbers] == batch
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-1"], "the good ones stay"
-
-
-def test_a_nan_gradient_stops_before_it_poisons_the_weights(data, tmp_path, monkeypatch):
-    before_step(monkeypatch, 3, poisoned("gradient", []))
-    with pytest.raises(SystemExit, match=r"gradient of step 3 \(rows.* finite: model\.layers\.1\.mlp\.up_proj\.mag"):
-        main(arguments(data, tmp_path, save_step=1))
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-1"]
 
 
 def test_two_runs_do_not_share_a_folder(data, tmp_path):
