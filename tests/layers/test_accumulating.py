@@ -15,6 +15,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 import dora_kernels as dk
 from dora_kernels.ops import reference
 from tests.layers.test_stale_norms import WAYS
+from tests.support.few_programs import few_programs  # noqa: F401 (a fixture)
+from tests.support.marks import slow
 from tests.support.peft_models import dora_config
 from tests.support.tiny_models import VOCAB, llama
 
@@ -174,9 +176,14 @@ def test_a_selective_checkpoint_runs_as_without_it(space):
             assert_same(*found)
 
 
-@every_keeping
-@pytest.mark.parametrize("impl", ["reference", "triton"])
-@every_space
+@pytest.mark.parametrize(
+    ("space", "keep_weights", "impl"),
+    [
+        *((space, keeping, "reference") for space in ("token", "weight") for keeping in (False, True)),
+        *((*case, "triton") for case in (("token", False), ("weight", True))),
+        *(slow(*case, "triton") for case in (("token", True), ("weight", False))),
+    ],
+)
 def test_blocks_of_layers(space, impl, keep_weights, norms):
     """A gated MLP as one function, and q, k and v as one group."""
     models = []
@@ -212,9 +219,10 @@ def test_blocks_of_layers(space, impl, keep_weights, norms):
     assert norms["computed"] == (14 if impl == "reference" else 0)
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @every_keeping
-@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(
+    ("impl", "training"), [("reference", False), ("reference", True), slow("triton", False), ("triton", True)]
+)
 def test_an_evaluation_in_between(impl, keep_weights, training):
     """In inference mode, before the first training call, and before A, B and m change."""
     options = {"impl": impl, "space": "weight" if keep_weights else "auto"}
