@@ -12,6 +12,7 @@ import torch
 from bench import predict, report, step
 from bench.__main__ import COMMANDS, main
 from bench.contestants import layer as contestants
+from bench.contestants import model as model_contestants
 from bench.counting import gpus
 from bench.counting.traffic import Operation
 from bench.installation import ROOT
@@ -147,7 +148,13 @@ def test_the_gpu_clock_reads_events_in_order(monkeypatch):
     assert timing._cuda_clock(DEVICE)(phases) == {"forward": 1e-3, "backward": 3e-3}
 
 
-def test_predictions_are_labelled_and_compared(tiny, capsys):
+def test_predictions_are_labelled_and_compared(tiny, capsys, monkeypatch):
+    names, every = ("frozen base", "PEFT DoRA fp32", "ours fp32, auto"), model_contestants.contestants
+
+    def three(*args, **options):
+        return {name: every(*args, **options)[name] for name in names}
+
+    monkeypatch.setattr(model_contestants, "contestants", three)
     arguments = ["predict", "--gpu", "h200", "--model", "tiny", "--tokens", "8", "--ranks", "4", "--bytes-alone"]
     assert main([*arguments, "--verbose", "--tables", "kernels", "layer"]) == 0
     text = capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Predictions for a GPU that is not here: what would not fit is said, and the committed tables are what comes out."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from bench import predict
 from bench.__main__ import main
 from bench.contestants import model as model_field
-from bench.counting import predicted
+from bench.counting import model_counts, predicted
 from bench.counting.gpus import ROOFS, by_bytes_and_flops
 from bench.counting.roofs import longest
 from bench.counting.traffic import Operation
@@ -29,6 +30,8 @@ def test_what_exceeds_the_memory_would_not_fit(monkeypatch):
     run = Run("tiny", 6, 2, 64, 4)
     three = {n: c for n, c in model_field.contestants(BF16, 4).items() if n in (BASE, PEFTS, OURS)}
     monkeypatch.setattr(model_field, "contestants", lambda dtype, rank, libraries: three)
+    # What is counted does not depend on the GPU's memory.
+    monkeypatch.setattr(model_counts, "count_step", cache(model_counts.count_step))
     base = model_field.build_base(run, BF16, torch.device("meta"))
     weights = sum(parameter.nbytes for parameter in base.parameters())
     ample = predicted.predict_model(run, BF16, H200, by_bytes_and_flops)

@@ -82,7 +82,7 @@ def test_a_step_is_that_of_the_layers(family, space, calls):
     assert max(differences(found, expected).values()) <= 1e-11
 
 
-def losses(model, steps=3):
+def losses(model, steps=2):
     """Over steps of an optimizer, on one batch."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     tokens = torch.arange(18).reshape(2, 9) * 7 % 61
@@ -130,7 +130,7 @@ def test_losses_are_those_of_peft(family, calls):
     expected = losses(made("peft"))
     assert losses(patched) == pytest.approx(expected, rel=SAME_FP32)
     assert losses(ours) == pytest.approx(expected, rel=SAME_FP32)
-    assert len(calls) == 2 * 2 * 3 and {call["impl"] for call in calls} == {"triton"}
+    assert len(calls) == 2 * 2 * 2 and {call["impl"] for call in calls} == {"triton"}
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

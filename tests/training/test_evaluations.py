@@ -56,7 +56,9 @@ def test_a_run_says_what_is_evaluated(data, tmp_path, capsys):  # noqa: F811
 @pytest.fixture
 def small(tmp_path):
     """A folder with the config of a model that the plan knows."""
-    AutoConfig.from_pretrained(demo.BASE).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(demo.BASE)
+    config.update({"num_hidden_layers": 1})
+    config.save_pretrained(tmp_path)
     return str(tmp_path)
 
 
