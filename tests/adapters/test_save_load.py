@@ -14,6 +14,7 @@ from dora_kernels.adapters.save_load import load_adapter, save_adapter
 from dora_kernels.config import DoraConfig
 from dora_kernels.models.apply import apply_dora
 from dora_kernels.models.modules import dora_layers
+from tests.support.marks import slow
 from tests.support.tiny_models import FAMILIES, assert_unchanged, bert, llama, logits, snapshot
 from tests.support.trained_adapters import adapter_tensors, assert_same_bits, ours, pefts
 from tests.tolerances import SAME_FP32
@@ -46,8 +47,14 @@ def assert_same_logits(actual, expected, base):
     assert (expected - base).abs().max() > 1e-2 * scale
 
 
-@pytest.mark.parametrize("compat", ["peft", "transformers"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "compat"),
+    [
+        *((variant, "peft") for variant in VARIANTS),
+        ("patterns", "transformers"),
+        *(slow(variant, "transformers") for variant in ("plain", "rslora")),
+    ],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_loads_what_we_save(family, variant, compat, tmp_path):
     model = ours(FAMILIES[family](), **VARIANTS[variant])

@@ -103,6 +103,7 @@ def test_two_depths_give_every_depth_of_a_mixture():
     assert at_depth(two.frozen, three.frozen, 6) == six.frozen
 
 
+@pytest.mark.slow
 def test_a_mixture_is_predicted_beside_pefts_expert_lora(monkeypatch):
     """At a 30B's sizes: PEFT writes the stacks anew, and forms their gradients."""
     run = Run("qwen3-30b-a3b", 2, 1, 2048, 16, checkpointing=True)

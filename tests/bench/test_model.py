@@ -20,6 +20,7 @@ from bench.gates import model as model_gate
 from bench.measuring.shapes import MODELS, Run
 from bench.rows.compare import FUSED_GLU
 from bench.rows.session import Session
+from tests.support.marks import slow
 from tests.support.oracle import relative_error
 from tests.tolerances import SAME_FP32, TWIN
 
@@ -36,6 +37,7 @@ CASES = {
     "PEFT DoRA": ("PEFT DoRA fp32, autocast", Run("tiny", 0, 2, 64, 4)),
     "fused GLU": (FUSED_GLU, Run("tiny", 0, 2, 64, 4)),
 }
+IN_SUITE = ("ours", "ours, nf4, checkpointed, high rank")
 
 
 def sums(step):
@@ -45,7 +47,9 @@ def sums(step):
     }
 
 
-@pytest.mark.parametrize(("name", "run"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("name", "run"), [case if name in IN_SUITE else slow(*case) for name, case in CASES.items()], ids=CASES
+)
 def test_two_depths_give_every_depth(name, run, monkeypatch):
     # A loss so large that at few layers it is the highest, and at six layers with a high rank the gradients are.
     monkeypatch.setitem(MODELS, "tiny", MODELS["tiny"]._replace(vocab_size=4096))

@@ -25,6 +25,7 @@ def two(tmp_path_factory):
     return load_file(folder / "losses.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one(two, one, wrapper):
     torch.testing.assert_close(two[wrapper], one, rtol=SAME_FP32, atol=0)

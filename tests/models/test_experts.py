@@ -11,6 +11,7 @@ import dora_kernels as dk
 from dora_kernels.layers.experts import adapted_experts
 from dora_kernels.ops import dispatch
 from tests.layers.test_data_parallel import replica_of
+from tests.support.marks import slow
 from tests.support.oracle import relative_error
 from tests.support.tiny_experts import BATCH, FAMILIES, OTHERS, losses, tiny_experts
 from tests.support.tiny_models import checkpoint_activations
@@ -18,6 +19,8 @@ from tests.tolerances import AFTER_ADAM_FP64, ORACLE_FP64, ORACLE_FP64_MODEL, SA
 
 STACKS = ["experts.gate_up_proj", "experts.down_proj"]
 FACTORS = ("lora_A", "lora_B", "magnitude")
+# OLMoE has Mixtral's layout.
+every_layout = pytest.mark.parametrize("name", [slow(name) if name == "OLMoE" else name for name in FAMILIES])
 
 
 def config(**options):
@@ -62,7 +65,7 @@ class Materialised:
         return functional_call(self.plain, merged, kwargs=inputs)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_layout
 def test_training_is_that_of_materialised_experts(name):
     """Loss and gradients at the start, parameters after three steps of Adam."""
     model = adapted(name).train()
@@ -98,7 +101,7 @@ def test_gradients_of_further_models_are_those_of_materialised_experts(name):
             assert relative_error(getattr(adapter, factor).grad, exact.grad) <= ORACLE_FP64_MODEL
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [slow(n) if n in ("OLMoE", "DeepSeek-V3") else n for n in FAMILIES])
 def test_both_forms_train_alike(name):
     gradients = []
     for space in ("token", "weight"):
@@ -117,7 +120,7 @@ def test_explain_says_the_form_and_at_how_many_tokens_of_an_expert():
     assert all("token space: asked for" in line for line in forced)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_layout
 def test_gate_times_up_is_one_pass_where_the_module_has_no_gate_of_its_own(name):
     gradients = []
     for fuse_blocks in ("auto", False):
@@ -172,7 +175,7 @@ def test_beside_a_stack_that_stays_frozen(name, stack):
             assert relative_error(getattr(adapter, factor).grad, expected.grad) <= ORACLE_FP64_MODEL
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_layout
 def test_a_fresh_adapter_changes_nothing(name):
     plain = tiny_experts(name, torch.float32)
     expected = plain(BATCH).logits
@@ -267,7 +270,7 @@ def test_frozen_adapters_keep_each_experts_norm(monkeypatch):
                 model.train()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_layout
 def test_a_rank_may_be_divided_over_the_experts_of_a_token(name):
     """Both experts that a token goes to have half the rank, the factors and the scaling of a model with that rank."""
     divided = adapted(name, r=7, lora_alpha=6, expert_rank="active", rank_pattern={"0.mlp.experts.down_proj": 5})

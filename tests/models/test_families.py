@@ -3,19 +3,20 @@
 import pytest
 
 from tests.scorecard import families
+from tests.support.marks import slow
 
 FAMILIES = (
     "decoder llama",
     "decoder falcon",  # writes over outputs in place
     "decoder glm4_moe",  # PEFT would take its dense layers for experts
     "decoder laguna",  # PEFT would rename what has its new name already
-    "decoder qwen3_next",
+    slow("decoder qwen3_next"),
     "encoder modernbert",
     "encoder-decoder bart",
-    "vision resnet",  # batch statistics, and one linear layer
+    slow("vision resnet"),  # batch statistics, and one linear layer
     "vision dinov2",
     "vision-language llava_onevision",
-    "speech wav2vec2",
+    slow("speech wav2vec2"),
 )
 
 

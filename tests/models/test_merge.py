@@ -15,6 +15,7 @@ from dora_kernels.layers.linear import DoraLinear
 from dora_kernels.models.apply import apply_dora
 from dora_kernels.models.merge import merge_dora, unmerge_dora
 from dora_kernels.models.modules import dora_layers
+from tests.support.marks import slow
 from tests.support.merging import assert_close, trained
 from tests.support.tiny_models import FAMILIES, gpt2, llama, logits
 from tests.tolerances import MERGED_LOGITS
@@ -73,7 +74,7 @@ def test_modules_to_save_keep_their_training():
     assert_close(logits(model), expected, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.bfloat16, slow(torch.float16)], ids=str)
 def test_a_hundred_cycles_change_no_bit(dtype):
     model = trained(llama(dtype=dtype, layers=1))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -23,6 +23,7 @@ from tests.support.compile_capture import (
     problem,
     siblings,
 )
+from tests.support.marks import slow
 from tests.support.oracle import make_problem, solve
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own use of it
@@ -106,7 +107,7 @@ def test_compiled_kernels_do_not_run_on_a_cpu(captured):
 
 
 @pytest.mark.parametrize("space", ["token", "weight"])
-@pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("bias", [slow(False), True], ids=["no_bias", "bias"])
 def test_the_reference_compiles_to_what_it_computes(space, bias):
     layer, x, grad_y = problem(torch.randn, bias=bias, space=space)
     leaves = [x, layer.lora_A, layer.lora_B, layer.magnitude]
@@ -130,7 +131,7 @@ def test_the_number_of_tokens_may_change():
             assert torch.equal(compiled(x), layer(x)), tokens
 
 
-@pytest.mark.parametrize("space", ["token", "weight"])
+@pytest.mark.parametrize("space", ["token", slow("weight")])
 def test_the_reference_is_compiled_once_for_all_numbers_of_tokens(space):
     layer, _, _ = problem(torch.randn, space=space)
     torch._dynamo.reset()

@@ -5,6 +5,7 @@ import torch
 
 from dora_kernels.ops import kernels, reference
 from dora_kernels.ops.types import KeptNorm, NormScale
+from tests.support.marks import slow
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
 # N, K, R, W's dtype and the factors'; the first's inputs are squared in several parts.
@@ -46,7 +47,7 @@ def test_equal_factors_take_what_was_kept(problem, ops):
 
 
 @every_engine
-@pytest.mark.parametrize("place", [0, -1], ids=["first", "last"])
+@pytest.mark.parametrize("place", [slow(0), -1], ids=["first", "last"])
 @pytest.mark.parametrize("changed", [0, 1, 2], ids=["A", "B", "m"])
 @every_problem
 def test_a_changed_element_is_seen(problem, changed, place, ops):

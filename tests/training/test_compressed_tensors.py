@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from dora_kernels.models.modules import dora_layers
 from dora_kernels.ops.base_weights import weight_of
 from dora_kernels.ops.dispatch import dense_weight
+from tests.support.marks import slow
 from tests.support.oracle import relative_error
 from tests.support.training_runs import data, one_layer_base, run  # noqa: F401
 from training.export import main as export
@@ -78,7 +79,7 @@ def by_the_library(layer, form):
     return compressor_of(form).decompress(tensors, scheme_of(form)[1])["weight"]
 
 
-@every_form
+@pytest.mark.parametrize("form", [slow(form) if form.startswith("mx") else form for form in TO])
 def test_trained_saved_exported_and_loaded_again(form, data, tmp_path):  # noqa: F811
     base, out = packed_base(tmp_path / "base", form), tmp_path / "out"
     for path, layer in AutoModelForCausalLM.from_pretrained(base).named_modules():

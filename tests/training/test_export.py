@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 import dora_kernels as dk
 from tests.support.adapter_folders import PREFIX, base_folder, load, our_adapter, pefts_adapter, printed_errors, updates
 from tests.support.images import TARGETS, batch, image_model, trained
+from tests.support.marks import slow
 from tests.support.oracle import relative_error
 from tests.support.tiny_models import logits
 from tests.tolerances import SAME_FP32
@@ -22,7 +23,7 @@ def run(adapter, output, *flags):
 
 
 @pytest.mark.parametrize("write", [our_adapter, pefts_adapter], ids=["ours", "pefts"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", slow("t5")])
 def test_at_full_rank_the_lora_adapter_is_the_dora_adapter(family, write, tmp_path):
     base = base_folder(tmp_path / "base", family)
     expected = logits(write(base, tmp_path / "adapter", family, use_rslora=True))
