@@ -1,5 +1,6 @@
 """Which of the engine's layers takes a module's place, and why none can."""
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -45,6 +46,14 @@ def why_not_merge_aware(module: nn.Module) -> str | None:
         return "is no linear layer, which merge_aware is for"
     reason = why_not_served(weight_of(module))
     return None if reason is None else f"{reason}: merge_aware has no format for it"
+
+
+def computes_in_fp16(linear: nn.Module) -> bool:
+    """Whether the layer in its place computes in fp16 outside autocast. Over a packed weight its input's dtype decides,
+    unless bitsandbytes was told one."""
+    weight = weight_of(linear)
+    stored = weight.dtype if isinstance(weight, torch.Tensor) else None
+    return (getattr(linear, "compute_dtype", None) or stored) == torch.float16
 
 
 def adapted(module: nn.Module, *, r: int, nf4_parity: bool = False, merge_aware: bool = False, **options) -> DoraLayer:

@@ -15,7 +15,7 @@ from torch import nn
 from ..blocks.fuse import fuse_blocks, unfuse_blocks
 from ..config import DoraConfig
 from ..layers import Model
-from ..layers.adapting import adapted, why_not_adapted, why_not_kind, why_not_merge_aware
+from ..layers.adapting import adapted, computes_in_fp16, why_not_adapted, why_not_kind, why_not_merge_aware
 from ..layers.dora_layer import DoraLayer
 from ..layers.experts import DoraExperts, adapt_experts, adapted_experts, frozen_experts
 from ..layers.probe import Probe, probe
@@ -49,17 +49,20 @@ def apply_dora(model: Model, config: DoraConfig) -> Model:
     Raises:
         TypeError: not a module, or not a `DoraConfig`.
         ValueError: nothing matches, a target that cannot be adapted (each is named, with its type), or a model that is
-            patched already, a PEFT model, on the meta device, or offloaded. The model is then unchanged. "all-linear"
-            leaves out, with a warning, layers whose class or model is the reason.
+            patched already, a PEFT model, on the meta device, or offloaded; with `merge_aware` a layer that computes in
+            fp16. The model is then unchanged. "all-linear" leaves out, with a warning, layers whose class or model is
+            the reason.
     """
     config = _checked(config)  # the model's own copy: the caller's may change later
     check_model(model)
-    return adapt(model, with_head(model, config))
+    return adapt(model, with_head(model, config), to_train=True)
 
 
-def adapt(model: Model, config: DoraConfig) -> Model:
-    """`apply_dora`, with no head that `config` does not name."""
+def adapt(model: Model, config: DoraConfig, *, to_train: bool = False) -> Model:
+    """`apply_dora`, with no head that `config` does not name. What was trained may serve where it could not train."""
     targets, parameters = check_targets(model, config), check_parameters(model, config)
+    if to_train and config.merge_aware:
+        _check_not_fp16(targets)
     saved = find_saved(model, config)
     keep_packing(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -160,6 +163,14 @@ def _why_not_here(model: nn.Module, path: str, r: int, seen: Probe) -> str | Non
 
 def _why_not_served(module: nn.Module, config: DoraConfig) -> str | None:
     return why_not_merge_aware(module) if config.merge_aware else None
+
+
+def _check_not_fp16(targets: dict[str, nn.Module]) -> None:
+    if in_fp16 := [f"{path} ({type(module).__name__})" for path, module in targets.items() if computes_in_fp16(module)]:
+        raise ValueError(
+            f"merge_aware cannot train layers that compute in fp16, where the gradient of the magnitude underflows in "
+            f"weight space: {listed(in_fp16)}; load the base in bf16 or fp32"
+        )
 
 
 def _warn_of_left_out(model: nn.Module, left_out: dict[str, str], config: DoraConfig) -> None:

@@ -133,6 +133,15 @@ def with_a_packed_head():
     return model, {}
 
 
+def with_merge_aware_in_fp16():
+    return llama().half(), {"merge_aware": True}
+
+
+def with_merge_aware_over_nf4_in_fp16():
+    linear = linear_4bit(torch.randn(64, 64), compute_dtype=torch.float16)
+    return nn.Sequential(nn.Linear(8, 64), linear), {"merge_aware": True}
+
+
 def with_nothing():
     return llama(), {"target_modules": ["nope"]}
 
@@ -160,6 +169,8 @@ REFUSALS = {
     with_module_list_to_save: (TypeError, "it is a ModuleList"),
     with_target_inside_saved: (ValueError, "modules_to_save lm_head holds the target lm_head"),
     with_a_packed_head: (ValueError, "modules_to_save classifier is quantised, and cannot be trained in full"),
+    with_merge_aware_in_fp16: (ValueError, r"in fp16, .*0.mlp.down_proj \(Linear\), .* load the base in bf16"),
+    with_merge_aware_over_nf4_in_fp16: (ValueError, r"merge_aware cannot train .* in fp16, [^\(]*: 1 \(Linear4bit\);"),
     with_nothing: (ValueError, "not found in the base model"),
 }
 

@@ -221,6 +221,17 @@ def test_layers_without_a_format_are_refused_by_name(small):
     assert not dora_layers(model)
 
 
+def test_what_was_trained_serves_in_fp16_too(tmp_path):
+    """Which cannot train it."""
+    plain = base_folder(tmp_path / "plain", dtype=torch.bfloat16)
+    model = train(dk.apply_dora(load(plain, dtype=torch.bfloat16), dk.DoraConfig(r=3, merge_aware=True)))
+    dk.save_adapter(model, tmp_path / "adapter")
+    served = dk.load_adapter(load(plain, dtype=torch.float16), tmp_path / "adapter").eval()
+    with torch.no_grad():
+        found = served(IDS).logits
+        assert torch.equal(dk.merge_dora(served)(IDS).logits, found)
+
+
 def test_the_command_line_refuses_it_with_peft(data, tmp_path):  # noqa: F811
     with pytest.raises(SystemExit, match="`--merge_aware` is for the engine's DoRA"):
         run(data, tmp_path / "out", "--merge_aware", "--use_peft")
