@@ -73,9 +73,7 @@ class DoraConfig:
             raise TypeError(f"`lora_dropout` should be a number, got {self.lora_dropout!r}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"`lora_dropout` should be a probability in [0, 1), got {self.lora_dropout}")
-        for name in ("use_rslora", "nf4_parity", "merge_aware"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"`{name}` should be True or False, got {getattr(self, name)!r}")
+        check_bools(use_rslora=self.use_rslora, nf4_parity=self.nf4_parity, merge_aware=self.merge_aware)
         check_blocks("fuse_blocks", self.fuse_blocks)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
@@ -119,6 +117,13 @@ class DoraConfig:
                 hint = f"did you mean `{nearest[0]}`? " if nearest else ""
                 raise ValueError(f"DoraConfig has no field {name!r}; {hint}The fields are: {', '.join(known)}")
         return cls(**values)
+
+
+def check_bools(**values) -> None:
+    """Raises TypeError for what is neither True nor False, by its name."""
+    for name, value in values.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"`{name}` should be True or False, got {value!r}")
 
 
 def check_blocks(name: str, value) -> None:

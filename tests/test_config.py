@@ -5,7 +5,10 @@ from dataclasses import asdict, fields, replace
 
 import peft
 import pytest
+import torch
+from torch import nn
 
+import dora_kernels as dk
 from dora_kernels.config import DoraConfig
 
 OURS_ALONE = {"dropout_mode", "space", "impl", "rounding", "nf4_parity", "fuse_blocks", "expert_rank"}
@@ -108,3 +111,59 @@ def test_what_has_no_merged_weight_to_quantise_is_refused(fields, message):
     with pytest.raises(ValueError, match=f"{message}.*: leave it or `merge_aware` out"):
         DoraConfig(**fields, merge_aware=True)
     assert DoraConfig(space="weight", merge_aware=True).merge_aware
+
+
+def _call_linear(**flags):
+    dk.dora_linear(
+        torch.ones(1, 2), torch.ones(2, 2), torch.ones(1, 2), torch.ones(2, 1), torch.ones(2), scaling=1, **flags
+    )
+
+
+def _scope(scope):
+    def enter(**flags):
+        with scope(**flags):
+            pass
+
+    return enter
+
+
+LINEAR, ADAPTER = nn.Linear(2, 2), {"r": 1, "lora_alpha": 1}
+# By what is called: how, and its flags that the signature has for itself or in its `**adapter`.
+FLAGS = {
+    dk.dora_linear: (_call_linear, {"training", "nf4_parity", "merge_aware"}),
+    dk.DoraConfig: (dk.DoraConfig, {"use_rslora", "nf4_parity", "merge_aware"}),
+    dk.DoraLinear: (
+        lambda **flags: dk.DoraLinear(LINEAR.weight, **ADAPTER, **flags),
+        {"fan_in_fan_out", "nf4_parity", "merge_aware", "use_rslora"},
+    ),
+    dk.DoraLinear.from_linear: (
+        lambda **flags: dk.DoraLinear.from_linear(LINEAR, **ADAPTER, **flags),
+        {"nf4_parity", "merge_aware", "use_rslora"},
+    ),
+    dk.DoraConv: (lambda **flags: dk.DoraConv(nn.Conv1d(2, 2, 1), **ADAPTER, **flags), {"use_rslora"}),
+    dk.DoraEmbedding: (lambda **flags: dk.DoraEmbedding(nn.Embedding(2, 2), **ADAPTER, **flags), {"use_rslora"}),
+    dk.accumulating: (_scope(lambda **flags: dk.accumulating(LINEAR, **flags)), {"keep_weights"}),
+    dk.AccumulatingCallback: (dk.AccumulatingCallback, {"keep_weights"}),
+    dk.DoraKernelsCallback: (dk.DoraKernelsCallback, {"keep_weights", "nf4_parity"}),
+    dk.merge_dora: (lambda **flags: dk.merge_dora(LINEAR, **flags), {"keep_base"}),
+    dk.save_adapter: (lambda **flags: dk.save_adapter(LINEAR, "nowhere", **flags), {"scales"}),
+    dk.patch_peft: (lambda **flags: dk.patch_peft(LINEAR, **flags), {"nf4_parity"}),
+    dk.patched_peft: (_scope(dk.patched_peft), {"nf4_parity"}),
+}
+
+
+@pytest.mark.parametrize("value", [1, "yes", None], ids=repr)
+@pytest.mark.parametrize("function", FLAGS, ids=lambda function: function.__qualname__)
+def test_a_flag_that_is_no_bool_is_refused(function, value):
+    call, flags = FLAGS[function]
+    for flag in flags:
+        with pytest.raises(TypeError, match=f"`{flag}` should be True or False, got {value!r}"):
+            call(**{flag: value})
+
+
+def test_no_public_flag_is_left_out():
+    for function in (getattr(dk, name) for name in dk.__all__):
+        if callable(function):
+            parameters = inspect.signature(function).parameters.values()
+            flags = {parameter.name for parameter in parameters if parameter.annotation is bool}
+            assert flags <= FLAGS.get(function, (None, set()))[1], function

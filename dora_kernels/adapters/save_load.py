@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from ..config import DoraConfig
+from ..config import DoraConfig, check_bools
 from ..layers import Model
 from ..layers.adapting import layer_class
 from ..layers.dora_layer import DoraLayer
@@ -69,6 +69,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike, compat: str = "
     """
     if compat not in ("peft", "transformers"):
         raise ValueError(f'compat should be "peft" or "transformers", got {compat!r}')
+    check_bools(scales=scales)
     check_model(model)
     if not hasattr(model, "dora_config"):
         raise ValueError(

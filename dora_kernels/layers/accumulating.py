@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ..config import check_bools
 from ..ops.output import OutputUse
 from . import Model
 from .frozen import Freezable
@@ -33,9 +34,10 @@ def accumulating(model: Model, *, keep_weights: bool = False) -> Iterator[Model]
     says what a layer keeps. Backward passes belong inside the scope.
 
     Raises:
-        ValueError: no such layer in the model. RuntimeError: the scope is open for it already; or, inside, frozen
-            weights are loaded.
+        ValueError: no such layer in the model. TypeError: `keep_weights` is no bool. RuntimeError: the scope is open
+            for it already; or, inside, frozen weights are loaded.
     """
+    check_bools(keep_weights=keep_weights)
     uses = norm_uses(model)
     if not uses:
         raise ValueError(

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ..config import check_bools
 from ..ops import dispatch
 from ..ops.base_weights import Weight
 from ..ops.output import OutputUse
@@ -62,6 +63,7 @@ class DoraLayer(Freezable):
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
         """Freezes the layer's parameters and gives it new ones of these `shapes`, which start as a no-op."""
+        check_bools(use_rslora=use_rslora)
         self.out_features, self.in_features = base.shape
         self.r, self.lora_alpha, self.use_rslora = r, lora_alpha, use_rslora
         self.lora_dropout, self.dropout_mode = lora_dropout, dropout_mode

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..config import check_bools
 from ..ops import dispatch
 from ..ops.base_weights import Weight, bias_of, is_quantized, keep_packed, needs_its_layer, weight_of
 from ..ops.dora_linear import dora_linear
@@ -35,7 +36,7 @@ class DoraLinear(DoraLayer):
             its state-dict keys stay its own, below `base_layer`.
 
     Raises:
-        ValueError: `r` < 1 or a weight that is not two-dimensional.
+        ValueError: `r` < 1 or a weight that is not two-dimensional. TypeError: a flag that is no bool.
     """
 
     # While the module around it runs: see `blocks.siblings`.
@@ -56,6 +57,7 @@ class DoraLinear(DoraLayer):
     ):
         super().__init__()
         check_rank(r)
+        check_bools(fan_in_fan_out=fan_in_fan_out, nf4_parity=nf4_parity, merge_aware=merge_aware)
         self.weight, self.bias, self.base_layer = weight, bias, base_layer
         # bitsandbytes' 4-bit layers keep it too: pickling, for one, makes a plain parameter of the weight.
         self.quant_state = getattr(weight, "quant_state", None)

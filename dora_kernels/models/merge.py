@@ -5,6 +5,7 @@ import logging
 import torch
 
 from ..blocks.fuse import fuse_blocks, unfuse_blocks
+from ..config import check_bools
 from ..layers import Model
 from ..layers.dora_layer import DoraLayer
 from ..layers.experts import DoraExperts, adapted_experts
@@ -51,6 +52,7 @@ def merge_dora(
     merges the rest.
     """
     check_model(model)
+    check_bools(keep_base=keep_base)
     check_dtype(dtype, base, keep_base)
     stacks = adapted_experts(model)
     for layer in (dora_layers(model) | stacks).values():

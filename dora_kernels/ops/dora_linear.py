@@ -26,6 +26,7 @@ import math
 import torch
 import torch.nn.functional as F
 
+from ..config import check_bools
 from . import dispatch
 from .accumulation import kept_norm
 from .base_weights import Weight, of_params4bit
@@ -139,6 +140,7 @@ def dora_linear(
             `torch.jit.trace`, which cannot record it.
     """
     refuse_tracing()
+    check_bools(training=training, nf4_parity=nf4_parity, merge_aware=merge_aware)
     if type(weight).__name__ == "Params4bit":
         weight = of_params4bit(weight, weight.quant_state, nf4_parity=nf4_parity)
     check_arguments(x, weight, lora_A, lora_B, magnitude, bias, rounding, lora_dropout, dropout_mode)

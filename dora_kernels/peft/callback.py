@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 from transformers import TrainerCallback
 
-from ..config import check_blocks
+from ..config import check_blocks, check_bools
 from ..layers.accumulating import accumulating, norm_uses
 from .patch import PatchReport, checked_options, patch_peft
 
@@ -26,6 +26,7 @@ class AccumulatingCallback(TrainerCallback):
     """
 
     def __init__(self, *, keep_weights: bool = False) -> None:
+        check_bools(keep_weights=keep_weights)
         self.keep_weights = keep_weights
         self._scope = ExitStack()
 
