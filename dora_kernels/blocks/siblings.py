@@ -1,7 +1,8 @@
 """Layers that share an input, computed together by the first of them that is called.
 
 Hooks of the module around the layers open such a call before its forward, and close it after. Each layer's forward asks
-it for the output. The forwards of the model stay as they are, and the layers carry nothing in between.
+it for the output. The forwards of the model stay as they are. In between a layer carries the handles of those hooks,
+for who takes the layer away.
 """
 
 from dataclasses import dataclass
@@ -103,11 +104,20 @@ class CloseShared:
 def share_inputs(module: nn.Module, groups: tuple[tuple[str, ...], ...]) -> None:
     """Lets each group of the module's layers compute together, until `unshare_inputs`."""
     unshare_inputs(module)
-    module.register_forward_pre_hook(OpenShared(groups))
-    module.register_forward_hook(CloseShared(groups), always_call=True)
+    opens = module.register_forward_pre_hook(OpenShared(groups))
+    closes = module.register_forward_hook(CloseShared(groups), always_call=True)
+    for names in groups:
+        for layer in _layers(module, names).values():
+            layer.shared_hooks = opens, closes
 
 
 def unshare_inputs(module: nn.Module) -> None:
+    """Takes back what `share_inputs` did, if it did."""
+    shared = shared_inputs(module)
+    for names in () if shared is None else shared.groups:
+        for layer in _layers(module, names).values():
+            if layer is not None:
+                vars(layer).pop("shared_hooks", None)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key in [key for key, hook in hooks.items() if isinstance(hook, (OpenShared, CloseShared))]:
             del hooks[key]

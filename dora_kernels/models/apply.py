@@ -91,7 +91,7 @@ def adapt(model: Model, config: DoraConfig, *, to_train: bool = False) -> Model:
         model.dora_batches = batches
     for path in probe(model).written & layers.keys():
         layers[path].output_use.is_written = True
-    unfuse_blocks(model)  # PEFT's unload leaves those of a patched model
+    unfuse_blocks(model)  # whose layers were replaced by hand
     if config.fuse_blocks:
         fuse_blocks(model)
     add_hooks(model)

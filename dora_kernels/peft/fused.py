@@ -5,6 +5,7 @@ from operator import is_
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ..layers.frozen import Freezable
 from ..layers.support import check_weights_loaded
@@ -46,6 +47,7 @@ class FusedLayer(Freezable):
     dora_fusion: Fusion
     # While the module around it runs: see `blocks.siblings`.
     shared_call = None
+    shared_hooks: tuple[RemovableHandle, ...] = ()
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         # A wrapper made while the layer was patched may call this after it was unpatched.
@@ -157,6 +159,16 @@ class FusedLayer(Freezable):
         # PEFT writes W here, and takes the update out again with a rounding.
         self.output_use.forget()
         super().merge(*args, **kwargs)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What PEFT's `unload` puts in the layer's place. It knows no blocks: the hooks around this one end here."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        for hook in self.shared_hooks:
+            hook.remove()
+        return self.get_base_layer()
 
     def frozen_scale_of(self, adapter: str) -> NormScale | None:
         """The kept n and g, where they are those of this adapter: another one may be active by now, or rescaled."""

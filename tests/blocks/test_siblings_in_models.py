@@ -93,7 +93,8 @@ def test_states_of_peft_that_run_the_layers_alone(calls):
     assert calls == [3, 3]
     model.unmerge_adapter()
     dk.unpatch_peft(model)
-    assert all(shared_inputs(module) is None for module in model.modules())
+    for module in model.modules():
+        assert not module._forward_pre_hooks and not module._forward_hooks and not hasattr(module, "shared_hooks")
 
 
 def test_merging_takes_the_hooks_away(calls):

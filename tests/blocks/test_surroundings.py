@@ -1,5 +1,7 @@
 """What surrounds a gated MLP, its class and its checkpointing, may make its layers run alone."""
 
+import copy
+import pickle
 from functools import partial
 
 import peft
@@ -56,9 +58,23 @@ def test_peft_gives_the_class_back_when_it_unloads(unload):
     model = peft_model()
     dk.patch_peft(model)
     assert fused_blocks(model)
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     plain = getattr(model, unload)()
     assert type(plain.model.layers[0].mlp) is type(base().model.layers[0].mlp)
     assert not hasattr(plain.model.layers[0].mlp, "dora_block")
+    assert hooks_of(plain) == [] and len(hooks_of(copied)) == 6
+    # A copy's hooks are its own.
+    assert hooks_of(getattr(copied, unload)()) == []
+    # The file of the plain model needs no engine to be read.
+    assert b"dora_kernels" not in pickle.dumps(plain)
+
+
+def hooks_of(model):
+    return [
+        hook
+        for module in model.modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    ] + [key for module in model.modules() for key in module._forward_hooks_always_called]
 
 
 def test_an_activation_whose_class_got_another_forward(calls, monkeypatch):  # noqa: F811
