@@ -42,7 +42,7 @@ class Memory(NamedTuple):
     adapters: int
     gradients: int
     optimizer: int
-    kept: int  # over micro-steps: W' and copies of the adapters
+    kept: int  # over micro-steps: W', norms and copies of the adapters
     activations: int
     loss: int
     layer_backward: int
@@ -135,17 +135,17 @@ def predict(
     """Memory of a step over [batch_size, cutoff_len] tokens.
 
     `loss`: "tiled" is TRL's SFTTrainer, "liger" Liger's fused linear cross-entropy, "whole" transformers' own loss
-    over all logits. `keep_weights`: of `accumulating`, where all layers run in weight space.
+    over all logits. `keep_weights`: a later micro-step inside `accumulating(keep_weights=True)`.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss should be one of {', '.join(LOSSES)}, got {loss!r}")
-    counted = planned.count(batch_size, cutoff_len, activation_checkpointing, loss)
+    counted = planned.count(batch_size, cutoff_len, activation_checkpointing, loss, keep_weights)
     return Memory(
         weights=planned.weights,
         adapters=planned.trained.adapters,
         gradients=planned.trained.total,
         optimizer=2 * planned.trained.total,
-        kept=planned.trained.merged + planned.trained.adapters if keep_weights else 0,
+        kept=counted.kept,
         activations=counted.activations,
         loss=counted.loss,
         layer_backward=counted.layer,

@@ -65,7 +65,7 @@ class Flags:
         metadata={"nargs": "?", "const": True},
     )
     fuse_blocks: Literal["auto", "off"] = HfArg(default="auto", help="a gated MLP as one function, or layer by layer")
-    keep_weights: bool = HfArg(default=False, help="keep merged weights over micro-steps, all of them at most")
+    keep_weights: bool = HfArg(default=False, help="keep merged weights over micro-steps")
     use_liger: bool = HfArg(default=False, help="Liger's fused linear cross-entropy")
     whole_logits: bool = HfArg(default=False, help="a loop of your own: transformers' loss")
     card: list[float] = field(

@@ -1,7 +1,7 @@
 """Counted allocations of a training step: a tracker that sees every tensor of it, and knows no formula."""
 
 import weakref
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from unittest.mock import patch
 
 import pytest
@@ -86,8 +86,9 @@ def in_format(model, base_format):
     return model
 
 
-def count(config, batch_size, cutoff_len, *, base_format="", checkpointing=False, loss="whole", **options):
-    """Bytes before the step, with all gradients and moments; and the peak of the step, as training takes it."""
+def count(config, batch_size, cutoff_len, *, base_format="", checkpointing=False, loss="whole", keep=False, **options):
+    """Bytes before the step, with all gradients and moments; and the peak of the step, as training takes it; to `keep`
+    weights that of its second micro-step, and of the scope around both."""
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     adapter = dk.DoraConfig(**{"r": RANK} | options, impl="triton")
     model = dk.apply_dora(in_format(model, base_format), adapter).train()
@@ -114,8 +115,11 @@ def count(config, batch_size, cutoff_len, *, base_format="", checkpointing=False
         accumulate(torch.zeros(1, 8, dtype=torch.int64))
         optimizer.step()  # its moments exist from here on, and the gradients, which accumulate
         before = live.peak = live.live
-        accumulate(torch.zeros(batch_size, cutoff_len, dtype=torch.int64))
-        optimizer.step()
+        with dk.accumulating(model, keep_weights=True) if keep else nullcontext():
+            for _ in range(2 if keep else 1):
+                live.peak = live.live
+                accumulate(torch.zeros(batch_size, cutoff_len, dtype=torch.int64))
+            optimizer.step()
     return before, live.peak
 
 

@@ -13,9 +13,11 @@ from training.memory_model import planned_model, predict
 from training.planning import losses
 
 
-def assert_predicted(config, batch_size, cutoff_len, *, base_format="", checkpointing=False, loss="whole", **options):
+def assert_predicted(
+    config, batch_size, cutoff_len, *, base_format="", checkpointing=False, loss="whole", keep=False, **options
+):
     """`options` are `DoraConfig`'s."""
-    step = {"checkpointing": checkpointing, "loss": loss}
+    step = {"checkpointing": checkpointing, "loss": loss, "keep": keep}
     before, peak = count(config, batch_size, cutoff_len, base_format=base_format, **step, **options)
     plan = predict(
         planned_model(config, dk.DoraConfig(**{"r": RANK} | options), base_format=base_format),
@@ -23,6 +25,7 @@ def assert_predicted(config, batch_size, cutoff_len, *, base_format="", checkpoi
         cutoff_len=cutoff_len,
         activation_checkpointing=checkpointing,
         loss=loss,
+        keep_weights=keep,
     )
     static = plan.weights + plan.adapters + plan.gradients + plan.optimizer
     # bitsandbytes' tables and Adam's step counters are left out.
@@ -116,3 +119,10 @@ def test_losses_over_a_large_vocabulary(loss, checkpointing, monkeypatch):
 def test_the_peak_of_a_step_over_a_format(base_format, merge_aware):
     step = {"base_format": base_format, "merge_aware": merge_aware, "checkpointing": merge_aware}
     assert_predicted(LlamaConfig(**SIZES | FORMAT_SIZES), 2, 128, **step)
+
+
+@pytest.mark.parametrize(
+    ("base_format", "checkpointing"), [("", False), ("nf4", True), slow("", True), slow("nf4", False)], ids=str
+)
+def test_the_peak_of_a_micro_step_that_finds_merged_weights(base_format, checkpointing):
+    assert_predicted(LlamaConfig(**SIZES), 2, 128, keep=True, base_format=base_format, checkpointing=checkpointing)

@@ -4,9 +4,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig
 
 import dora_kernels as dk
+from dora_kernels.layers.accumulating import norm_uses
+from tests.support.live_bytes import LiveBytes
 from tests.support.planned import OTHERS, RANK, SIZES
 from training import memory_model
 from training.memory_model import planned_model, predict
@@ -55,22 +58,31 @@ def test_a_loop_over_tokens_is_not_counted(monkeypatch):
         predict(planned_model(LlamaConfig(**SIZES)), batch_size=1, cutoff_len=64)
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_what_is_kept_over_micro_steps(tied):
-    config = LlamaConfig(**SIZES | {"num_hidden_layers": 2, "tie_word_embeddings": tied})
-    planned = planned_model(config, dk.DoraConfig(r=RANK))
-    step = {"batch_size": 1, "cutoff_len": 64}
-    plan = predict(planned, keep_weights=True, **step)
+@pytest.mark.parametrize(
+    ("space", "targets"), [("weight", ["lm_head", "embed_tokens", "q_proj"]), ("token", ["q_proj"])], ids=str
+)
+def test_what_is_kept_over_micro_steps(space, targets):
+    """An embedding keeps its norm alone, and so do layers in token space."""
+    config, options = LlamaConfig(**SIZES), {"r": RANK, "target_modules": targets, "space": space}
+    planned = planned_model(config, dk.DoraConfig(**options))
+    plan = predict(planned, batch_size=1, cutoff_len=32, loss="whole", keep_weights=True)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    dk.apply_dora(model, dk.DoraConfig(r=RANK, space="weight"))
-    tokens = torch.arange(8)[None]
-    with dk.accumulating(model, keep_weights=True):
-        model.train()(input_ids=tokens, labels=tokens).loss.backward()
-        uses = [module.output_use for module in model.modules() if hasattr(module, "output_use")]
-        kept = sum(use.kept_weight.merged.nbytes for use in uses if use.kept_weight is not None)
-        copies = sum(part.nbytes for use in uses for part in use.kept_norm.norm.factors)
-    assert plan.kept == kept + copies
-    assert plan.peak == predict(planned, **step).peak + plan.kept
+    uses = norm_uses(dk.apply_dora(model, dk.DoraConfig(**options, impl="triton")).train())
+    tokens = torch.zeros(1, 32, dtype=torch.int64)
+    with LiveBytes().as_on_a_gpu(), dk.accumulating(model, keep_weights=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        kept = [tensor for use in uses for tensor in tree_iter(use.kept_norm.norm)]
+        weights = [use.kept_weight.merged for use in uses if use.kept_weight is not None]
+    assert len(uses) == len(targets) + 2 and len(weights) == (4 if space == "weight" else 0)
+    assert plan.kept == sum(tensor.nbytes for tensor in kept + weights)
+
+
+def test_experts_keep_nothing_over_micro_steps():
+    stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = MixtralConfig(**SIZES | {"num_hidden_layers": 1}, num_local_experts=4)
+    planned = planned_model(config, dk.DoraConfig(r=8, target_modules=[], target_parameters=stacks))
+    assert predict(planned, batch_size=1, cutoff_len=32, loss="whole", keep_weights=True).kept == 0
 
 
 def test_what_differs_from_what_one_expects_is_said():

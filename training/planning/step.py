@@ -6,7 +6,7 @@ A decoder's layers of one kind are alike, so that one of them runs. What it keep
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 from unittest import mock
@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
@@ -23,12 +24,13 @@ from dora_kernels.layers.experts import DoraExperts
 from dora_kernels.layers.valueless import Undecided
 from dora_kernels.models.passed_head import close_head, open_head
 from dora_kernels.models.targets import unmatched_targets
+from dora_kernels.ops.output import OutputUse
 
 from .attention import fused_attention
 from .decoder import Passing, Running, examples, kinds, reduce
 from .fake_gpu import fake_gpu, fake_module, fake_tensor
 from .formats import layer_in
-from .held import HeldBytes
+from .held import HeldBytes, tensors
 from .losses import STAND_INS, TRL_TILE
 from .nf4 import linears_to_quantize
 
@@ -40,20 +42,19 @@ MOST_OPERATIONS = 20_000
 class Counted(NamedTuple):
     """Bytes beyond the parameters, their gradients and moments."""
 
+    kept: int  # by the layers, over micro-steps
     activations: int  # after the last decoder layer's forward
     loss: int  # the most that is added to them until that layer's backward
     layer: int  # the most that is added to them while a layer runs
 
 
 class Trained(NamedTuple):
-    """`layers` and `stacks` of experts have adapters, of so many bytes; `total` is all that trains. `merged` is what
-    the layers' W' take in 16 bits."""
+    """`layers` and `stacks` of experts have adapters, of so many bytes; `total` is all that trains."""
 
     layers: int
     stacks: int
     adapters: int
     total: int
-    merged: int
 
 
 class Stretch(NamedTuple):
@@ -66,13 +67,14 @@ class Stretch(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The bytes `held` at each moment, before the first operation of a stretch and after each operation. Steps that
-    issue the same operations are on a straight line, moment for moment."""
+    """The bytes `held` at each moment, before the first operation of a stretch and after each operation, beside those
+    `kept` all the time. Steps that issue the same operations are on a straight line, moment for moment."""
 
     operations: tuple
     stretches: list[Stretch]
     calls: list[str]  # the members, in order
     held: np.ndarray
+    kept: int
 
     def between(self, other: "Step", share: float) -> "Step":
         """The step at this `share` of the way to the other one."""
@@ -154,21 +156,26 @@ class CountedModel:
 
     def trained(self) -> Trained:
         """Of the whole model."""
-        repeated, layers, stacks, adapters, total, merged = Counter(self._examples.values()), 0, 0, 0, 0, 0
-        for path, module in self.model.named_modules():
-            times = next((count for member, count in repeated.items() if f"{path}.".startswith(f"{member}.")), 1)
+        layers, stacks, adapters, total = 0, 0, 0, 0
+        for times, module in self._modules():
             own = times * sum(p.nbytes for p in module.parameters(recurse=False) if p.requires_grad)
             total += own
             if isinstance(module, DoraLayer | DoraExperts):
                 adapters += own
                 layers += times * isinstance(module, DoraLayer)
                 stacks += times * isinstance(module, DoraExperts)
-            if isinstance(module, DoraLayer):
-                merged += times * 2 * module.out_features * module.in_features
-        return Trained(layers, stacks, adapters, total, merged)
+        return Trained(layers, stacks, adapters, total)
 
-    def count(self, batch_size: int, cutoff_len: int, activation_checkpointing: bool, loss: str) -> Step:
-        """A step over [batch_size, cutoff_len] tokens.
+    def _modules(self) -> Iterator[tuple[int, nn.Module]]:
+        """Each module that is there, and for how many of the whole model it stands."""
+        repeated = Counter(self._examples.values())
+        for path, module in self.model.named_modules():
+            yield next((count for member, count in repeated.items() if f"{path}.".startswith(f"{member}.")), 1), module
+
+    def count(
+        self, batch_size: int, cutoff_len: int, activation_checkpointing: bool, loss: str, keep_weights: bool
+    ) -> Step:
+        """A step over [batch_size, cutoff_len] tokens; with `keep_weights` one inside `accumulating`, after another.
 
         Raises:
             ValueError: the model's code cannot run without values.
@@ -182,19 +189,27 @@ class CountedModel:
                 self.model.gradient_checkpointing_disable()
                 self.model.disable_input_require_grads()  # which checkpointing had switched on
         attention = mock.patch.object(F, "scaled_dot_product_attention", fused_attention)
-        with self._noting(timeline), attention, fake_gpu(mode=self._mode), Countable():
+        scope = dk.accumulating(self.model, keep_weights=True) if keep_weights else nullcontext()
+        with attention, fake_gpu(mode=self._mode), Countable(), scope:
             tokens = torch.empty(batch_size, cutoff_len, dtype=torch.int64)
-            with timeline:
-                with torch.autocast("cpu", torch.bfloat16):
-                    result = self._loss(tokens, loss)
-                result.backward()
+            if keep_weights:
+                with Timeline():  # which refuses too many operations
+                    self._step(tokens, loss)
+            kept = sum(times * _kept_bytes(module) for times, module in self._modules())
+            with self._noting(timeline), timeline:
+                self._step(tokens, loss)
         if not timeline.calls:
             raise ValueError(
                 "its forward calls no member of a torch.nn.ModuleList, where decoder layers are looked for"
             )
         # A tile that is full grows no more.
         operations = (*timeline.operations, batch_size * cutoff_len >= TRL_TILE[0])
-        return Step(operations, timeline.stretches, timeline.calls, np.array(timeline.moments))
+        return Step(operations, timeline.stretches, timeline.calls, np.array(timeline.moments), kept)
+
+    def _step(self, tokens: torch.Tensor, loss: str) -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            result = self._loss(tokens, loss)
+        result.backward()
 
     def _loss(self, tokens: torch.Tensor, loss: str) -> torch.Tensor:
         if loss == "whole":
@@ -243,4 +258,12 @@ class CountedModel:
         last = max(i for i, stretch in enumerate(stretches) if stretch.event != "backward")
         activations = starts[last] + missing(stretches[last])
         layer = max(tops[:last] + tops[last + 1 :])
-        return Counted(int(activations), int(tops[last] - activations), max(0, int(layer - activations)))
+        return Counted(step.kept, int(activations), int(tops[last] - activations), max(0, int(layer - activations)))
+
+
+def _kept_bytes(module: nn.Module) -> int:
+    """What a layer keeps from one micro-step to the next: copies of its factors, n and g, and W'."""
+    use = getattr(module, "output_use", None) or OutputUse()
+    norm, weight = use.kept_norm, use.kept_weight
+    kept = [*(tensors(norm.norm) if norm else ()), *([weight.merged] if weight else ())]
+    return sum(tensor.nbytes for tensor in kept)
