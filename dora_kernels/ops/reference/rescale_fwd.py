@@ -36,10 +36,10 @@ def rescale_fwd(
             product = base if in_place else base.clone()
             product.addmm_(h[rows].to(acc_dtype), factor, alpha=scaling).mul_(mag_norm_scale)
         else:
-            # g = 1 and B = 0 leave no trace of z.
-            product = (h[rows].to(acc_dtype) @ factor).mul_(scaling * mag_norm_scale)
-            product += (mag_norm_scale - 1) * (base if base_bias is None else base - base_bias)
-            product += base if undropped is None else undropped[rows].to(acc_dtype)
+            # g = 1 and B = 0 leave no trace of z. Nothing is in place: selective checkpointing may keep a product.
+            product = (h[rows].to(acc_dtype) @ factor) * (scaling * mag_norm_scale)
+            product = product + (mag_norm_scale - 1) * (base if base_bias is None else base - base_bias)
+            product = product + (base if undropped is None else undropped[rows].to(acc_dtype))
         if bias is not None:
             product += bias.to(acc_dtype)
         rounded = round_to(product, out.dtype, rounding, rows.start)
