@@ -1,14 +1,15 @@
 """bitsandbytes' 4-bit weights: NF4, which the operations decode themselves, and FP4, which the library dequantises."""
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from .library import LibraryWeight
+from .parts import packed
 
 
+@packed
 class Nf4Weight(NamedTuple):
     """bitsandbytes' NF4, as it lies in memory: w = code[nibble] · absmax[i // blocksize] in fp32, i the flat index.
 
@@ -29,25 +30,9 @@ class Nf4Weight(NamedTuple):
     parity: bool  # round what is decoded to `dtype` first, as PEFT does
 
     @property
-    def device(self) -> torch.device:
-        return self.packed.device
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.packed.is_cuda
-
-    @property
-    def requires_grad(self) -> bool:
-        return False
-
-    @property
     def straddles(self) -> bool:
         """Whether a block, or even a byte, holds elements of two output features."""
         return self.shape[1] % self.blocksize > 0
-
-    @property
-    def is_packed(self) -> bool:
-        return True
 
     @property
     def note(self) -> str:
@@ -56,12 +41,6 @@ class Nf4Weight(NamedTuple):
     def element_size(self) -> float:
         """Bytes of one element, its share of the statistics left out."""
         return 0.5
-
-    def readable(self) -> "Nf4Weight":
-        return self
-
-    def dense(self, dtype: torch.dtype, ops: ModuleType) -> torch.Tensor:
-        return ops.decode(self, dtype)
 
     def rounding(self, mode: str) -> str:
         """To nearest, unless `parity` rounds what is decoded. Decoded values have no zero bits behind the 16-bit

@@ -1,16 +1,16 @@
 """4-bit floats (e2m1) with a scale for each group of input features: MXFP4 and NVFP4."""
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from .parts import check_parts
+from .parts import check_parts, packed
 
 VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Of the codes 0 to 7; those of 8 to 15 are their negatives, −0 among them."""
 
 
+@packed
 class Fp4Weight(NamedTuple):
     """W = value(code) · scale, in fp32, rounded to `dtype`. A byte holds two codes, the first in the low bits.
 
@@ -27,22 +27,6 @@ class Fp4Weight(NamedTuple):
     is_factor: bool = False
 
     @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.codes.is_cuda
-
-    @property
-    def requires_grad(self) -> bool:
-        return False
-
-    @property
-    def is_packed(self) -> bool:
-        return True
-
-    @property
     def name(self) -> str:
         return "MXFP4" if self.scales.dtype == torch.uint8 else "NVFP4"
 
@@ -53,12 +37,6 @@ class Fp4Weight(NamedTuple):
     def element_size(self) -> float:
         """Bytes of one element, its share of the scales left out."""
         return 0.5
-
-    def readable(self) -> "Fp4Weight":
-        return self
-
-    def dense(self, dtype: torch.dtype, ops: ModuleType) -> torch.Tensor:
-        return ops.decode(self, dtype)
 
     def rounding(self, mode: str) -> str:
         """As asked where the weight has 16 bits: every value is then on their grid, into whose gaps small updates would

@@ -1,12 +1,14 @@
 """transformers' FP8 layers: e4m3 numbers with a scale for each block, or one for all."""
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from .parts import packed
 
+
+@packed
 class Fp8Weight(NamedTuple):
     """FP8 as it lies in memory: w = code · scale[n // rows, k // columns] in fp32, with `block` = (rows, columns)."""
 
@@ -20,34 +22,12 @@ class Fp8Weight(NamedTuple):
         return self.codes.shape
 
     @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def requires_grad(self) -> bool:
-        return False
-
-    @property
-    def is_packed(self) -> bool:
-        return True
-
-    @property
     def note(self) -> str:
         return "FP8 is decoded in the same pass; activations are not quantised, as the layer's own forward does"
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.codes.is_cuda
 
     def element_size(self) -> float:
         """Bytes of one element, its share of the scales left out."""
         return 1.0
-
-    def readable(self) -> "Fp8Weight":
-        return self
-
-    def dense(self, dtype: torch.dtype, ops: ModuleType) -> torch.Tensor:
-        return ops.decode(self, dtype)
 
     def rounding(self, mode: str) -> str:
         """As asked where scales are powers of two: every value is then on a 16-bit grid, into whose gaps small updates

@@ -1,12 +1,11 @@
 """4-bit integers with a scale, and often a zero, for each group of input features."""
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from .parts import check_parts
+from .parts import check_parts, packed
 
 INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -19,6 +18,7 @@ class Int4Layout(NamedTuple):
     interleaved: bool = False  # a word holds its elements in the order `INTERLEAVED`
 
 
+@packed
 class Int4Weight(NamedTuple):
     """W = (code − zero) · scale, rounded to the scales' dtype; without zeros, zero = 8.
 
@@ -38,34 +38,12 @@ class Int4Weight(NamedTuple):
         return self.scales.dtype
 
     @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.codes.is_cuda
-
-    @property
-    def requires_grad(self) -> bool:
-        return False
-
-    @property
-    def is_packed(self) -> bool:
-        return True
-
-    @property
     def note(self) -> str:
         return "int4 is decoded in the same pass"
 
     def element_size(self) -> float:
         """Bytes of one element, its share of scales and zeros left out."""
         return 0.5
-
-    def readable(self) -> "Int4Weight":
-        return self
-
-    def dense(self, dtype: torch.dtype, ops: ModuleType) -> torch.Tensor:
-        return ops.decode(self, dtype)
 
     def rounding(self, mode: str) -> str:
         """As asked where scales have 16 bits: every value is then on their grid, into whose gaps small updates would
