@@ -17,27 +17,27 @@ from transformers import masking_utils
 from dora_kernels.ops import chunked, dispatch
 from dora_kernels.ops import gpus as launch_data
 
+from . import without_triton
+
 
 @contextmanager
 def fake_gpu(
-    launched: Callable = lambda kernel, *args, **options: None,
+    launched: Callable | None = None,
     capability: tuple[int, int] | None = None,
     mode: FakeTensorMode | None = None,
 ) -> Iterator[None]:
     """Inside, `launched` stands where Triton launches, on a GPU of `capability`; None is one that nothing is known of.
+    Where nobody asks what is launched, it needs no Triton.
 
     Fake tensors belong to a mode: whoever comes back to some gives theirs.
 
     Raises:
-        ValueError: the kernels cannot be imported here.
+        ValueError: the kernels whose launches are asked for cannot be imported here.
     """
-    if dispatch.kernels is None:
+    if dispatch.kernels is None and launched is not None:
         raise ValueError(
             f"what a GPU would run is counted from its kernels, which are missing: {dispatch._IMPORT_ERROR}"
         )
-    from triton.runtime.interpreter import InterpretedFunction  # not everywhere is there a Triton
-    from triton.runtime.jit import JITFunction
-
     choose_impl = dispatch.choose_impl
 
     def as_on_a_gpu(device, impl="auto"):
@@ -48,8 +48,16 @@ def fake_gpu(
         return torch.mm(a, b, out_dtype=torch.float32)
 
     def run(kernel, *args, **options):
-        launched(kernel, *args, **options)
+        if launched is not None:
+            launched(kernel, *args, **options)
 
+    if dispatch.kernels is None:
+        kernels, launching = without_triton.kernels(), ()
+    else:
+        from triton.runtime.interpreter import InterpretedFunction
+        from triton.runtime.jit import JITFunction
+
+        kernels, launching = dispatch.kernels, (InterpretedFunction, JITFunction)
     known = launch_data.GPUS.get(capability, launch_data.DEFAULT_GPU)
     with ExitStack() as stack:
         for holder, name, stand_in in (
@@ -57,8 +65,8 @@ def fake_gpu(
             (dispatch, "_why_no_triton", lambda device: None),
             (dispatch, "_capability", lambda device: capability),
             (launch_data, "DEFAULT_GPU", known),
-            (JITFunction, "run", run),
-            (InterpretedFunction, "run", run),
+            *((kind, "run", run) for kind in launching),
+            (dispatch, "kernels", kernels),
             # Whether a batch is packed is read from its positions, which have no values; here none is.
             (masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
             *((module, "mm_fp32", mm_fp32) for module in _users_of(chunked.mm_fp32)),
