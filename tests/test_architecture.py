@@ -32,7 +32,9 @@ TWINS = [
     "expert_rescale_fwd", "expert_wgrad", "glu_bwd", "glu_fwd", "kept_merge", "kept_norm", "merge", "rescale_bwd",
     "rescale_fwd", "rounding", "stacked_merge", "stacked_norm", "weight_norm",
 ]  # fmt: skip
-NO_TWIN = {"__init__", "blocks", "expert_sums", "expert_tiles", "floats", "fp4", "int4", "launch", "lora_dot"}
+NO_TWIN = {
+    "__init__", "blocks", "chunks", "expert_sums", "expert_tiles", "floats", "fp4", "fp8", "int4", "launch", "lora_dot",
+}  # fmt: skip
 
 
 def parse(path):

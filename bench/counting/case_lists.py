@@ -26,14 +26,14 @@ def quick_cases() -> Iterable[Case]:
         yield Case(*dtypes, _spaces(dtypes[0])[-1], 16, 1001, 333, 1)
         yield Case(*dtypes, _spaces(dtypes[0])[-1], 24, 1024, 4096, 1)
     yield from _options(DTYPES[:1] + DTYPES[3:5], (16,))
-    yield from _nf4(DTYPES[:1], (8, 128), ("nested",))
+    yield from _nf4(DTYPES[:1], (8, 16, 128), ("nested",))
     yield from _nf4(DTYPES[1:2], (16,), ("plain", "parity"))
     for dtypes in DTYPES:
         yield from _mlps(dtypes, (16, 24, 33, 96) if FP32 in dtypes else (24,))
         yield from _experts(dtypes, (16, 24, 40) if FP32 in dtypes else (24,))
         yield from _siblings(dtypes, (16, 24, 64) if FP32 in dtypes else (24,))
-    yield from _int4(DTYPES[:1], (8, 128))
-    yield from _fp8_and_fp4((8, 128))
+    yield from _int4(DTYPES[:1], (8, 16, 128))
+    yield from _fp8_and_fp4((8, 16, 128))
     yield from _accumulating()
 
 

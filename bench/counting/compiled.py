@@ -27,6 +27,7 @@ SHARED_LIMITS = {
 """Bytes of shared memory one program may use, by compute capability."""
 
 WIDE = 128  # bits: the widest access every supported GPU has
+COPIED = 8  # numbers that the compiler copies to shared memory at once: of bytes, less than the widest access
 DTYPE_BITS = {"i8": 8, "f16": 16, "bf16": 16, "f32": 32}
 
 
@@ -134,7 +135,8 @@ def _widths(ttgir: str, ptx: str, num_warps: int) -> tuple[int | None, tuple[str
 
 
 def _allowed_widths(ttgir: str, threads: int) -> dict[tuple[str, int], int]:
-    """By place: 128 bits, or a thread's share where the block is too small for all threads to access that much."""
+    """By place: 128 bits, or a thread's share where the block is too small for all threads to access that much. A copy
+    to shared memory moves `COPIED` numbers."""
     locations = dict(re.findall(r"^(#loc\d*) = (.*)$", ttgir, re.MULTILINE))
 
     def place(text: str) -> tuple[str, int] | None:
@@ -144,13 +146,12 @@ def _allowed_widths(ttgir: str, threads: int) -> dict[tuple[str, int], int]:
         return place(locations[reference[0]]) if reference and reference[0] in locations else None
 
     allowed: dict[tuple[str, int], int] = {}
-    access = (
-        r"(?:tt\.load|tt\.store|ttg\.async_copy_global_to_local) .*tensor<(\d+)x(\d+)x!tt\.ptr<(\w+)>.* loc\((.*)\)$"
-    )
-    for rows, columns, dtype, location in re.findall(access, ttgir, re.MULTILINE):
+    access = r"(tt\.load|tt\.store|ttg\.async_copy_global_to_local) .*tensor<(\d+)x(\d+)x!tt\.ptr<(\w+)>.* loc\((.*)\)$"
+    for operation, rows, columns, dtype, location in re.findall(access, ttgir, re.MULTILINE):
         where = place(location)
         if where and dtype in DTYPE_BITS:
-            width = min(WIDE, int(rows) * int(columns) * DTYPE_BITS[dtype] // threads)
+            share = int(rows) * int(columns) * DTYPE_BITS[dtype] // threads
+            width = min(WIDE, share, COPIED * DTYPE_BITS[dtype] if "copy" in operation else WIDE)
             allowed[where] = min(width, allowed.get(where, WIDE))
     return allowed
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from dora_kernels.ops import kernels, reference
-from dora_kernels.ops.kernels.rescale_bwd import rescale_bwd_config
 from dora_kernels.ops.types import NEAREST
 from tests.support.oracle import make_problem
 from tests.support.twin_problems import ALL_GRADIENTS, ROUNDED, every_dtype, every_shape, norm_scale_of, token_space
@@ -99,13 +98,6 @@ def test_rescale_bwd_in_chunks(rank):
     needs = ALL_GRADIENTS
     arguments = (problem.grad_y, base_out, h, lora_B, norm_scale_of(problem), problem.scaling)
     compare("rescale_bwd", *arguments, saved_is="base", **needs, **ROUNDED)
-
-
-@pytest.mark.parametrize("out_features", [1024, 4096, 14336, 28672])
-def test_rescale_bwd_is_one_wave(out_features):
-    """Four programs run at once on each of 132 multiprocessors: none waits for another, and most places are taken."""
-    config = rescale_bwd_config(8192, out_features, 4, 2)
-    assert 3 * 132 < -(-out_features // config.block_n) * config.chunks <= 4 * 132
 
 
 def test_rescale_bwd_past_two_to_the_31(tmp_path):

@@ -9,8 +9,8 @@ import triton.language as tl
 
 from ..base_weights import Fp4Weight, Fp8Weight, Int4Weight, Packed
 from .blocks import Matrix, addresses, offsets_2d
-from .floats import from_e4m3
 from .fp4 import fp4_block
+from .fp8 import fp8_block
 from .int4 import int4_block
 from .launch import TRITON_DTYPES, dot_of
 from .lora_dot import Dot, lora_dot
@@ -163,24 +163,6 @@ def nf4_block(w, offs_n, start_k, N, K, FORMAT: tl.constexpr, BLOCK_K: tl.conste
         nibbles = tl.where(flat % 2 == 0, pairs >> 4, pairs & 15)
         block = decoded(w, nibbles) * absmax_of(w, flat // FORMAT.nf4_block, mask, FORMAT)
     return block.to(FORMAT.dtype)
-
-
-@triton.jit
-def fp8_block(w, offs_n, start_k, N, K, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """W [len(offs_n), BLOCK_K] from column `start_k` on, zero outside [N, K]."""
-    offs_k = start_k + tl.arange(0, BLOCK_K)
-    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
-    codes = tl.load(addresses(Matrix(w.data, w.stride_n, w.stride_k), offs_n, offs_k), mask=mask, other=0).to(tl.int32)
-    values = from_e4m3(codes)
-    row = offs_n * 0 if FORMAT.scale_rows == 0 else offs_n // FORMAT.scale_rows
-    WIDTH: tl.constexpr = FORMAT.scale_columns
-    if WIDTH == 0:
-        scales = tl.load(w.absmax + row, mask=offs_n < N, other=0.0)[:, None]
-    elif WIDTH % BLOCK_K == 0:  # one scale for a block's every row
-        scales = tl.load(w.absmax + row * tl.cdiv(K, WIDTH) + start_k // WIDTH, mask=offs_n < N, other=0.0)[:, None]
-    else:
-        scales = tl.load(w.absmax + offsets_2d(row, offs_k // WIDTH, tl.cdiv(K, WIDTH), 1), mask=mask, other=0.0)
-    return values * scales
 
 
 @triton.jit

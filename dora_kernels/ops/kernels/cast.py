@@ -12,6 +12,22 @@ from .rounding import round_to
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 128
 
 
+@triton.jit
+def cast_strips(
+    a, cast, program, programs, K, R, salt, BLOCK_K: tl.constexpr, DOT: tl.constexpr, DITHERED: tl.constexpr
+):
+    """A [R, K] rounded into `cast`, its columns dealt out over `programs`."""
+    DTYPE: tl.constexpr = cast.ptr.dtype.element_ty
+    for start in range(program * BLOCK_K, K, programs * BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        for start_r in range(0, R, DOT.block_r):
+            offs_r = start_r + tl.arange(0, DOT.block_r)
+            mask = (offs_r < R)[:, None] & (offs_k < K)[None, :]
+            factor = tl.load(addresses(a, offs_r, offs_k), mask=mask, other=0.0).to(DOT.acc)
+            rounded = round_to(factor, offs_r, offs_k, salt, DTYPE, DITHERED)
+            tl.store(addresses(cast, offs_r, offs_k), rounded, mask=mask)
+
+
 @triton.jit(do_not_specialize=["salt"])
 def _scaled_cast_kernel(
     # pointers

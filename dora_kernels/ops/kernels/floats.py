@@ -9,16 +9,17 @@ import triton.language as tl
 
 @triton.jit
 def from_e4m3(codes):
-    """Of int32: sign, four bits of exponent and three of mantissa; no infinity, and NaN in all ones."""
-    bits = ((codes & 0x80) << 24) | ((codes & 0x7F) << 20)
+    """Of the low byte of int32: sign, four bits of exponent and three of mantissa; no infinity, and NaN in all ones."""
+    # The shift to the right leaves the sign where it is, and copies of it that are masked.
+    bits = (codes << 24 >> 4) & -0x78000001
     values = bits.to(tl.float32, bitcast=True) * 2.0**120  # the difference of the exponents' biases
-    return tl.where((codes & 0x7F) == 0x7F, float("nan"), values)
+    return tl.where(tl.abs(values) > 448.0, float("nan"), values)  # all ones would be 480
 
 
 @triton.jit
 def from_e2m1(codes):
-    """Of int32: sign, two bits of exponent and one of mantissa; neither infinity nor NaN."""
-    bits = ((codes & 0x8) << 28) | ((codes & 0x7) << 22)
+    """Of the low four bits of int32: sign, two bits of exponent and one of mantissa; neither infinity nor NaN."""
+    bits = (codes << 28 >> 6) & -0x7E000001
     return bits.to(tl.float32, bitcast=True) * 2.0**126
 
 

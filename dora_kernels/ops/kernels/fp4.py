@@ -39,6 +39,6 @@ def fp4_block(w, offs_n, start_k, N, K, FORMAT: tl.constexpr, BLOCK_K: tl.conste
     scales = fp4_scales(w, offs_n, groups, mask, K, FORMAT)
     scales = tl.broadcast_to(scales[:, :, None], [BLOCK_N, GROUPS, FORMAT.group // 2])
     scales = tl.reshape(scales, [BLOCK_N, BLOCK_K // 2])
-    block = tl.interleave(from_e2m1(pairs & 15) * scales, from_e2m1(pairs >> 4) * scales)
+    block = tl.interleave(from_e2m1(pairs) * scales, from_e2m1(pairs >> 4) * scales)
     offs_k = start_k + tl.arange(0, BLOCK_K)
     return tl.where(mask_n[:, None] & (offs_k < K)[None, :], block, 0.0).to(FORMAT.dtype)

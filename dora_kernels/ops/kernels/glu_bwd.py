@@ -12,7 +12,8 @@ from ..gpus import gpu_of
 from ..types import GluFactors, GluGradients, Rounding
 from .activations import activation, derivative
 from .blocks import Matrix, addresses
-from .glu_fwd import Glu, feature_vectors, glu_chunks, largest_rank_block, layer_output
+from .chunks import token_chunks
+from .glu_fwd import Glu, feature_vectors, largest_rank_block, layer_output
 from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, signed32
 from .lora_dot import Dot, lora_dot, right_rank_block
 from .rescale_bwd import Finish, _rescale_bwd_finish_kernel, finish_ranks
@@ -162,11 +163,11 @@ def glu_bwd(
     acc, in_token_space = scale.dtype, space == "token"
     glu = Glu(activation, in_token_space, bias is not None, h.shape[1] == R)
     dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=largest_rank_block(N))
-    config = glu_bwd_config(dot, N, gate.element_size())
-    chunks = glu_chunks(M, N, config.block_n)
+    config, gpu = glu_bwd_config(dot, N, gate.element_size()), gpu_of(gate)
+    chunks = token_chunks(M, triton.cdiv(N, config.block_n), 1, gpu)
     correlation = torch.empty(chunks, 2 * N, dtype=acc, **options)
     # At higher ranks its accumulator would spill, and cuBLAS computes it.
-    fused_product = dot.one_block and (R <= 32 or gpu_of(gate).has_wgmma)
+    fused_product = dot.one_block and (R <= 32 or gpu.has_wgmma)
     product = torch.empty(chunks, 2 * N, R, dtype=acc, **options) if fused_product else correlation
     _glu_bwd_kernel[(triton.cdiv(N, config.block_n), chunks)](
         grad_a, gate, up, h, *lora_B, scale, scale if bias is None else bias, grads, correlation, product,

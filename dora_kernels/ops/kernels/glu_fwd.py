@@ -13,6 +13,7 @@ from ..gpus import gpu_of
 from ..types import GluFactors
 from .activations import activation
 from .blocks import Matrix, addresses
+from .chunks import token_chunks
 from .launch import ALL_REGISTERS, acc_dtype, contiguous, contiguous_rows, dot_of
 from .lora_dot import Dot, lora_dot, right_rank_block
 
@@ -54,12 +55,6 @@ def glu_fwd_config(dot: Dot, features: int, itemsize: int, *, has_room: bool) ->
         # At high ranks time goes into reading h and B again for each block.
         return GluFwdConfig(128, 64, num_warps=8, num_stages=2)
     return GluFwdConfig(64 if has_room else 32, 64, num_warps=4, num_stages=2)
-
-
-def glu_chunks(tokens: int, features: int, block_n: int) -> int:
-    """How many programs share a feature's tokens, none with fewer than 128. At most eight run for each of Hopper's 132
-    multiprocessors: the last wave is a small part. By shape alone, so that the order of summation is fixed."""
-    return max(1, min(8 * 132 // triton.cdiv(features, block_n), tokens // 128))
 
 
 @triton.jit
@@ -165,8 +160,11 @@ def glu_fwd(
         scale, scaling = factors.scale, factors.scaling
     dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=largest_rank_block(N))
     glu = Glu(activation, factors is not None, bias is not None, h.shape[1] == R)
-    config = glu_fwd_config(dot, N, gate.element_size(), has_room=gpu_of(gate).has_wgmma and bias is None)
-    chunks = glu_chunks(M, N, config.block_n)
+    gpu = gpu_of(gate)
+    config = glu_fwd_config(dot, N, gate.element_size(), has_room=gpu.has_wgmma and bias is None)
+    # With B and its pieces in registers fewer run at once.
+    resident = 3 if factors is None else 2 if dot.one_block else 1
+    chunks = token_chunks(M, triton.cdiv(N, config.block_n), resident, gpu)
     _glu_fwd_kernel[(triton.cdiv(N, config.block_n), chunks)](
         gate, up, h, *lora_B, scale, unused if bias is None else bias, a,
         scaling, M, N, R, triton.cdiv(triton.cdiv(M, config.block_m), chunks) * config.block_m,

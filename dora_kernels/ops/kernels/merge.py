@@ -15,10 +15,11 @@ from ..gpus import gpu_of
 from ..types import NormScale, Rounding
 from .base_weight import Format, WeightMemory, adapted_block, adapted_dot, weight_arguments
 from .blocks import Matrix, addresses
+from .cast import cast_strips
 from .launch import ALL_REGISTERS, contiguous, either, signed32
 from .lora_dot import Dot, rank_block
 from .rounding import round_to
-from .weight_norm import cast_strips, empty_norm_scale, launch_weight_norm, norm_and_scale, sum_splits
+from .weight_norm import empty_norm_scale, launch_weight_norm, norm_and_scale, sum_splits
 
 
 class Store(NamedTuple):

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 
 from ..chunked import mm_fp32
+from ..gpus import Gpu, gpu_of
 from ..types import NormScale, Rounding
 from .blocks import Matrix, addresses
+from .chunks import token_chunks
 from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, either, signed32
 from .lora_dot import Dot
 from .rounding import round_to
@@ -17,6 +19,15 @@ from .weight_norm import TINY_FP32, TINY_FP64
 MAX_FUSED_RANK = 64
 """Up to this rank, in 16 bits, dyᵀh is summed in the pass itself; above, its accumulator would spill and cuBLAS
 computes it."""
+
+
+class Needs(NamedTuple):
+    """What the pass over dy computes."""
+
+    correlation: bool  # Σ dy ⊙ saved
+    product: bool  # dyᵀh
+    bias: bool  # Σ dy
+    base: bool  # dZ
 
 
 class RescaleBwdConfig(NamedTuple):
@@ -29,24 +40,16 @@ class RescaleBwdConfig(NamedTuple):
     num_stages: int
 
 
-def rescale_bwd_config(tokens: int, out_features: int, itemsize: int, stored_itemsize: int) -> RescaleBwdConfig:
-    """By shape and types alone, so that the order of summation is fixed: at most four programs, which run at once, for
-    each of Hopper's 132 multiprocessors, none with fewer than 128 tokens."""
+def rescale_bwd_config(
+    tokens: int, out_features: int, itemsize: int, stored_itemsize: int, needs: Needs, gpu: Gpu
+) -> RescaleBwdConfig:
+    """By shape, types and architecture, and whether both dyᵀh and dZ take registers."""
     block_m, block_n = (32, 64) if itemsize < 8 else (16, 32)
-    # Rounded down: a few programs more would run when all others are done.
-    chunks = max(1, min(4 * 132 // triton.cdiv(out_features, block_n), tokens // 128))
+    resident = 3 if needs.product and needs.base else 4
+    chunks = token_chunks(tokens, triton.cdiv(out_features, block_n), resident, gpu)
     # Wider values, or rows that start at odd addresses, which take a pointer an element: more threads, or they spill.
     num_warps = 8 if stored_itemsize == 4 or out_features % 16 else 4
     return RescaleBwdConfig(block_m, block_n, chunks, num_warps, num_stages=2)
-
-
-class Needs(NamedTuple):
-    """What the pass over dy computes."""
-
-    correlation: bool  # Σ dy ⊙ saved
-    product: bool  # dyᵀh
-    bias: bool  # Σ dy
-    base: bool  # dZ
 
 
 @triton.jit(do_not_specialize=["salt"])
@@ -241,10 +244,10 @@ def rescale_bwd(
     grad_base = empty(needs_base, M, N, like=grad_y.dtype)
     if N == 0 or not (needs_sums or needs_base):
         return grad_magnitude, grad_B, grad_bias, grad_base
-    config = rescale_bwd_config(M, N, dtype.itemsize, grad_y.element_size())
+    needs = Needs(needs_magnitude, fused_product, needs_bias, needs_base)
+    config = rescale_bwd_config(M, N, dtype.itemsize, grad_y.element_size(), needs, gpu_of(grad_y))
     correlation, bias = empty(needs_magnitude, config.chunks, N), empty(needs_bias, config.chunks, N)
     product = empty(fused_product, config.chunks, N, R)
-    needs = Needs(needs_magnitude, fused_product, needs_bias, needs_base)
     unused = scale  # stands for pointers the kernel never follows
     if any(needs):
         _rescale_bwd_kernel[(triton.cdiv(N, config.block_n), config.chunks)](

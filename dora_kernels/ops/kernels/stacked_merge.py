@@ -14,6 +14,7 @@ from ..gpus import gpu_of
 from ..types import Adapted, NormScale
 from .base_weight import Format, adapted_block, adapted_dot
 from .blocks import Matrix, addresses
+from .cast import cast_strips
 from .launch import ALL_REGISTERS, either
 from .lora_dot import rank_block
 from .merge import merge_config
@@ -30,7 +31,6 @@ from .stacked_norm import (
     salts_of,
     stack_of,
 )
-from .weight_norm import cast_strips
 
 
 @triton.jit(do_not_specialize=["salt_first", "salt_second", "salt_third"])

@@ -15,11 +15,11 @@ from ..gpus import gpu_of
 from ..types import Adapted, NormScale
 from .base_weight import Format, WeightMemory
 from .blocks import Matrix
+from .cast import cast_strips
 from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, either, signed32
 from .lora_dot import Dot
 from .weight_norm import (
     WeightNormConfig,
-    cast_strips,
     norm_and_scale,
     norm_launch,
     sum_splits,

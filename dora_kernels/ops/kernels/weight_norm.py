@@ -10,10 +10,10 @@ from ..base_weights import Packed
 from ..gpus import Gpu, gpu_of
 from ..types import NEAREST, NormScale, Rounding
 from .base_weight import Format, WeightMemory, adapted_block, adapted_dot, weight_arguments
-from .blocks import Matrix, addresses
+from .blocks import Matrix
+from .cast import cast_strips
 from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, either, signed32
 from .lora_dot import Dot, rank_block
-from .rounding import round_to
 
 # Squares of fp32 numbers leave fp32's range below 1e-19 and above 1e19: where the plain sum has left [2⁻⁸⁰, 2¹²⁰] a
 # second pass over the rows scales by a power of two. Other features keep the plain sum, bit for bit.
@@ -53,8 +53,6 @@ def weight_norm_config(
         block_n, block_k, num_warps = 32, 64, 8
         if dot.is_16_bit and aligned:
             block_n, block_k = 128, 128 if gpu.has_wgmma and not packed else 64
-    elif dot.is_16_bit and aligned and packed:
-        block_n, block_k, num_warps, in_flight = 32, 128, 4, 3
     elif dot.is_16_bit and aligned and dot.block_r == 64:
         block_n, block_k, num_warps, in_flight = 128, 64, 8, 2
     elif dot.is_16_bit and aligned:
@@ -151,22 +149,6 @@ def sum_splits(
                 large += tl.load(partial_ptr + (SPLITS + split) * N + offs_n, mask=mask, other=0.0)
                 small += tl.load(partial_ptr + (2 * SPLITS + split) * N + offs_n, mask=mask, other=0.0)
     return plain, large, small
-
-
-@triton.jit
-def cast_strips(
-    a, cast, program, programs, K, R, salt, BLOCK_K: tl.constexpr, DOT: tl.constexpr, DITHERED: tl.constexpr
-):
-    """A [R, K] rounded into `cast`, its columns dealt out over `programs`."""
-    DTYPE: tl.constexpr = cast.ptr.dtype.element_ty
-    for start in range(program * BLOCK_K, K, programs * BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
-        for start_r in range(0, R, DOT.block_r):
-            offs_r = start_r + tl.arange(0, DOT.block_r)
-            mask = (offs_r < R)[:, None] & (offs_k < K)[None, :]
-            factor = tl.load(addresses(a, offs_r, offs_k), mask=mask, other=0.0).to(DOT.acc)
-            rounded = round_to(factor, offs_r, offs_k, salt, DTYPE, DITHERED)
-            tl.store(addresses(cast, offs_r, offs_k), rounded, mask=mask)
 
 
 @triton.jit(do_not_specialize=["salt"])
