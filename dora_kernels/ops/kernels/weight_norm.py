@@ -116,8 +116,10 @@ def sums_of_squares(
 def norm_and_scale(plain, large, small, magnitude, ACC: tl.constexpr):
     """n and g from the sums: g = sign(m) max(|m| / n, 2⁻⁴⁰), 0 where n is subnormal; IEEE roots and quotients."""
     if ACC == tl.float32:
-        norm = tl.where(plain > PLAIN_MAX, tl.sqrt_rn(large) * SCALE_UP, tl.sqrt_rn(plain))
-        norm = tl.where(plain < PLAIN_MIN, tl.sqrt_rn(small) * SCALE_DOWN, norm)
+        # One root of the sum that is in its range: a root to the last bit takes twenty instructions.
+        is_large, is_small = plain > PLAIN_MAX, plain < PLAIN_MIN
+        scale = tl.where(is_large, SCALE_UP, tl.where(is_small, SCALE_DOWN, 1.0))
+        norm = tl.sqrt_rn(tl.where(is_large, large, tl.where(is_small, small, plain))) * scale
         ratio = tl.div_rn(tl.abs(magnitude), norm)
         tiny = TINY_FP32
     else:
