@@ -104,12 +104,10 @@ def test_a_norm_that_is_given_is_returned(ops):
     assert ops.merge(*arguments, dtype=torch.float32, norm_scale=given, rounding=NEAREST)[1] is given
 
 
-@pytest.mark.parametrize("scaled", [False, True], ids=["cast", "scaled"])
+@pytest.mark.parametrize("options", [{}, {"scaling": 0.37}, {"scaling": 0.37, "scale": torch.randn(19)}], ids=len)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-def test_scaled_cast(dtype, scaled):
-    factor, scale = torch.randn(19, 133), torch.randn(19)
-    options = {"scale": scale, "scaling": 0.37} if scaled else {}
-    compare("scaled_cast", factor, dtype, **options, **ROUNDED)
+def test_scaled_cast(dtype, options):
+    compare("scaled_cast", torch.randn(19, 133), dtype, **options, **ROUNDED)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
