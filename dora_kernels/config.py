@@ -67,7 +67,7 @@ class DoraConfig:
     merge_aware: bool = False
 
     def __post_init__(self):
-        _check_rank("`r`", self.r)
+        check_rank("`r`", self.r)
         _check_alpha("`lora_alpha`", self.lora_alpha)
         if not _is_number(self.lora_dropout):
             raise TypeError(f"`lora_dropout` should be a number, got {self.lora_dropout!r}")
@@ -89,7 +89,7 @@ class DoraConfig:
             self._check_merge_aware()
         self.exclude_modules = _names("exclude_modules", self.exclude_modules, regex=True)
         self.modules_to_save = _names("modules_to_save", self.modules_to_save, regex=False)
-        self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, _check_rank)
+        self.rank_pattern = _pattern("rank_pattern", self.rank_pattern, check_rank)
         self.alpha_pattern = _pattern("alpha_pattern", self.alpha_pattern, _check_alpha)
 
     def _check_merge_aware(self) -> None:
@@ -126,6 +126,14 @@ def check_bools(**values) -> None:
             raise TypeError(f"`{name}` should be True or False, got {value!r}")
 
 
+def check_rank(name: str, value) -> None:
+    """Raises TypeError or ValueError for what is no rank, in PEFT's words."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} should be a positive integer value but the value passed is {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} should be a positive integer value but the value passed is {value}")
+
+
 def check_blocks(name: str, value) -> None:
     """Raises ValueError for what is neither "auto" nor False."""
     if value is not False and value != "auto":
@@ -134,13 +142,6 @@ def check_blocks(name: str, value) -> None:
 
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _check_rank(name: str, value) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} should be a positive integer value but the value passed is {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} should be a positive integer value but the value passed is {value}")
 
 
 def _check_alpha(name: str, value) -> None:

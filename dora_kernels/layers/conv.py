@@ -4,11 +4,12 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from ..config import check_rank
 from ..ops import dispatch
 from ..ops.convolution import Geometry, as_kernel, as_matrix, is_channels_last
 from ..ops.dora_conv import choose, dora_conv, norm_and_scale, why_no_weight, why_token_space
 from ..ops.types import NormScale
-from .dora_layer import DoraLayer, check_rank
+from .dora_layer import DoraLayer
 from .support import why_not_format, why_not_weight, why_wrapped
 
 CONVOLUTIONS: dict[int, type[_ConvNd]] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -36,7 +37,7 @@ class DoraConv(DoraLayer):
 
     def __init__(self, conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, *, r: int, **adapter):
         super().__init__()
-        check_rank(r)
+        check_rank("`r`", r)
         if not isinstance(conv, tuple(CONVOLUTIONS.values())):
             raise TypeError(f"DoraConv takes an nn.Conv1d, nn.Conv2d or nn.Conv3d, got {type(conv).__name__}")
         if reason := why_not_conv_class(conv) or why_not_format(conv) or why_not_rank(conv, r):

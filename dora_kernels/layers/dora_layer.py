@@ -183,9 +183,3 @@ class DoraLayer(Freezable):
             f"r={self.r}, scaling={self.scaling:g}, space={self.space}, impl={self.impl}, rounding={self.rounding}"
             f"{', merge_aware=True' if self.merge_aware else ''}"
         )
-
-
-def check_rank(r) -> None:
-    """Raises ValueError for what is no rank, in PEFT's words."""
-    if not isinstance(r, int) or r < 1:
-        raise ValueError(f"`r` should be a positive integer value but the value passed is {r}")

@@ -5,9 +5,10 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ..config import check_rank
 from ..ops import dispatch
 from ..ops.dora_embedding import dora_embedding, plan
-from .dora_layer import DoraLayer, check_rank
+from .dora_layer import DoraLayer
 from .support import why_not_format, why_not_weight, why_wrapped
 
 SETTINGS = ("num_embeddings", "embedding_dim", "padding_idx", "norm_type", "max_norm", "scale_grad_by_freq", "sparse")
@@ -40,7 +41,7 @@ class DoraEmbedding(DoraLayer):
 
     def __init__(self, embedding: nn.Embedding, *, r: int, **adapter):
         super().__init__()
-        check_rank(r)
+        check_rank("`r`", r)
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"DoraEmbedding takes an nn.Embedding, got {type(embedding).__name__}")
         if reason := why_not_embedding_class(embedding) or why_not_format(embedding):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..config import check_bools
+from ..config import check_bools, check_rank
 from ..ops import dispatch
 from ..ops.base_weights import Weight, bias_of, is_quantized, keep_packed, needs_its_layer, weight_of
 from ..ops.dora_linear import dora_linear
@@ -12,7 +12,7 @@ from ..ops.members import BlockOptions, Member
 from ..ops.problem import problem_of
 from ..ops.served import why_not_served
 from ..ops.types import Rounding
-from .dora_layer import DoraLayer, check_rank
+from .dora_layer import DoraLayer
 from .support import LINEAR_CLASSES, is_offloaded, why_not_format, why_wrapped
 
 
@@ -56,7 +56,7 @@ class DoraLinear(DoraLayer):
         **adapter,
     ):
         super().__init__()
-        check_rank(r)
+        check_rank("`r`", r)
         check_bools(fan_in_fan_out=fan_in_fan_out, nf4_parity=nf4_parity, merge_aware=merge_aware)
         self.weight, self.bias, self.base_layer = weight, bias, base_layer
         # bitsandbytes' 4-bit layers keep it too: pickling, for one, makes a plain parameter of the weight.

@@ -202,6 +202,7 @@ def test_several_adapters_from_several_threads(space, monkeypatch):
 
 BAD = {
     "r_0": (lambda: make_layer(r=0), ValueError, "`r` should be a positive integer value but the value passed is 0"),
+    "r_true": (lambda: make_layer(r=True), TypeError, "`r` should be a positive integer value but .* is True"),
     "not_linear": (
         lambda: dk.DoraLinear.from_linear(nn.Embedding(3, 4), r=1, lora_alpha=1),
         TypeError,
