@@ -20,6 +20,7 @@ ACTIVATIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 aten = torch.ops.aten
 FUNCTIONS = (FunctionType, BuiltinFunctionType)
 PLAIN = (bool, float, str, type(None))
+NO_SETTINGS = ("training", "name_or_path")  # of models that do the same: whether they train, and where they lay
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -88,7 +89,7 @@ def signature(module: nn.Module) -> tuple:
             type(part),
             type(part).forward,  # a library may have given the class another
             tuple((name, tuple(p.shape)) for name, p in part._parameters.items() if p is not None),
-            tuple((k, v) for k, v in vars(part).items() if type(v) in PLAIN and k != "training"),
+            tuple((k, v) for k, v in vars(part).items() if type(v) in PLAIN and k not in NO_SETTINGS),
             tuple((k, getattr(v, "__code__", v)) for k, v in vars(part).items() if isinstance(v, FUNCTIONS)),
         )
         for path, part in module.named_modules()

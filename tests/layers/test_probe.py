@@ -209,10 +209,15 @@ def test_what_was_seen_of_the_first_holds_for_all():
     assert probe(olmo()).written == paths
 
 
-def test_a_model_that_was_seen_is_not_run_again(monkeypatch):
-    first = probe(olmo())
+def test_a_model_that_was_seen_is_not_run_again(tmp_path, monkeypatch):
+    """Nor one from another folder."""
+    built, folders = olmo(), (tmp_path / "one", tmp_path / "other")
+    for folder in folders:
+        built.save_pretrained(folder)
+    one, other = (type(built).from_pretrained(folder) for folder in folders)
+    first, loaded = probe(olmo()), probe(one)
     monkeypatch.setattr(room, "inputs_of", lambda model: pytest.fail("runs again"))
-    assert probe(olmo()) is first
+    assert probe(olmo()) is first and probe(other) is loaded
 
 
 @pytest.mark.parametrize(
