@@ -1,8 +1,8 @@
 """Layers that share an input, computed together by the first of them that is called.
 
 Hooks of the module around the layers open such a call before its forward, and close it after. Each layer's forward asks
-it for the output. The forwards of the model stay as they are. In between a layer carries the handles of those hooks,
-for who takes the layer away.
+it for the output. The forwards of the model stay as they are. In between a patched layer carries the handles of those
+hooks, for PEFT takes it away.
 """
 
 from dataclasses import dataclass
@@ -108,7 +108,8 @@ def share_inputs(module: nn.Module, groups: tuple[tuple[str, ...], ...]) -> None
     closes = module.register_forward_hook(CloseShared(groups), always_call=True)
     for names in groups:
         for layer in _layers(module, names).values():
-            layer.shared_hooks = opens, closes
+            if hasattr(layer, "shared_hooks"):
+                layer.shared_hooks = opens, closes
 
 
 def unshare_inputs(module: nn.Module) -> None:

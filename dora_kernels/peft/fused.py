@@ -49,6 +49,13 @@ class FusedLayer(Freezable):
     shared_call = None
     shared_hooks: tuple[RemovableHandle, ...] = ()
 
+    def __getstate__(self) -> dict:
+        state = super().__getstate__()
+        # Copied without the module around it, a layer has no hooks there: torch refuses to copy their handles again.
+        if any(hook.hooks_dict_ref() is None for hook in self.shared_hooks):
+            del state["shared_hooks"]
+        return state
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         # A wrapper made while the layer was patched may call this after it was unpatched.
         if not isinstance(self, FusedLayer):

@@ -69,6 +69,17 @@ def test_peft_gives_the_class_back_when_it_unloads(unload):
     assert b"dora_kernels" not in pickle.dumps(plain)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "file"])
+def test_a_layer_is_copied_without_the_module_around_it(copied):
+    """Again and again: the handles of hooks that are gone stay behind."""
+    model = peft_model()
+    dk.patch_peft(model)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert len(layer.shared_hooks) == 2
+    again = copied(copied(layer))
+    assert isinstance(again, dk.peft.layer.FusedLinear) and again.shared_hooks == ()
+
+
 def hooks_of(model):
     return [
         hook
