@@ -21,7 +21,7 @@ GPUS = {
     (10, 0): Gpu(148, False, True),
     (12, 0): Gpu(170, False, False),
 }
-"""By compute capability, from the vendor's data sheets. Frozen: the order of a sum never depends on what is asked."""
+"""By compute capability, from the vendor's data sheets. Frozen: no driver's answer decides the order of a sum."""
 
 
 DEFAULT_GPU = GPUS[9, 0]
