@@ -6,7 +6,7 @@ import pytest
 
 from dora_kernels.ops.gpus import GPUS
 from dora_kernels.ops.kernels.chunks import FULL, token_chunks
-from dora_kernels.ops.kernels.rescale_bwd import Needs, rescale_bwd_config
+from dora_kernels.ops.kernels.rescale_bwd import rescale_bwd_config
 
 BLOCKS = {features: ceil(features / 64) for features in (1024, 4096, 5120, 8192, 11008, 14336, 28672)}
 
@@ -39,13 +39,12 @@ def test_more_features_than_the_waves_hold():
 
 
 def test_rescale_bwd_fills_the_wave_of_its_gpu():
-    """With three programs a multiprocessor where both dyᵀh and dZ take registers, else with four."""
+    """With three programs a multiprocessor where dyᵀh takes registers, else with four."""
 
-    def chunks(needs, gpu):
-        return rescale_bwd_config(65536, 4096, 4, 2, needs, gpu).chunks
+    def chunks(has_product, gpu):
+        return rescale_bwd_config(65536, 4096, 4, 2, has_product, gpu).chunks
 
     hopper, ampere = GPUS[9, 0], GPUS[8, 0]
-    assert chunks(Needs(correlation=True, product=True, bias=False, base=True), hopper) == 3 * 132 // 64
-    assert chunks(Needs(correlation=True, product=True, bias=True, base=False), hopper) == 4 * 132 // 64
-    assert chunks(Needs(correlation=True, product=False, bias=True, base=True), hopper) == 4 * 132 // 64
-    assert chunks(Needs(correlation=True, product=True, bias=False, base=True), ampere) == 3 * 108 // 64
+    assert chunks(True, hopper) == 3 * 132 // 64
+    assert chunks(False, hopper) == 4 * 132 // 64
+    assert chunks(True, ampere) == 3 * 108 // 64

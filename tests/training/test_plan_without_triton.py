@@ -4,8 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from training.memory_model import planned_model, predict
 
 CASES = """
@@ -45,7 +43,6 @@ except ValueError as error:
 """
 
 
-@pytest.mark.slow
 def test_what_is_counted_is_the_same():
     root = Path(__file__).parents[2]
     command = [sys.executable, "-W", "ignore", "-c", WITHOUT + CASES + PLANS + THEN]

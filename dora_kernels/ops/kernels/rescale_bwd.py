@@ -41,12 +41,12 @@ class RescaleBwdConfig(NamedTuple):
 
 
 def rescale_bwd_config(
-    tokens: int, out_features: int, itemsize: int, stored_itemsize: int, needs: Needs, gpu: Gpu
+    tokens: int, out_features: int, itemsize: int, stored_itemsize: int, has_product: bool, gpu: Gpu
 ) -> RescaleBwdConfig:
-    """By shape, types and architecture, and whether both dyᵀh and dZ take registers."""
+    """By shape, types and architecture, and whether dyᵀh takes registers. Not by dZ, which takes them too: whether x
+    trains would change the order of summation."""
     block_m, block_n = (32, 64) if itemsize < 8 else (16, 32)
-    resident = 3 if needs.product and needs.base else 4
-    chunks = token_chunks(tokens, triton.cdiv(out_features, block_n), resident, gpu)
+    chunks = token_chunks(tokens, triton.cdiv(out_features, block_n), 3 if has_product else 4, gpu)
     # Wider values, or rows that start at odd addresses, which take a pointer an element: more threads, or they spill.
     num_warps = 8 if stored_itemsize == 4 or out_features % 16 else 4
     return RescaleBwdConfig(block_m, block_n, chunks, num_warps, num_stages=2)
@@ -245,7 +245,7 @@ def rescale_bwd(
     if N == 0 or not (needs_sums or needs_base):
         return grad_magnitude, grad_B, grad_bias, grad_base
     needs = Needs(needs_magnitude, fused_product, needs_bias, needs_base)
-    config = rescale_bwd_config(M, N, dtype.itemsize, grad_y.element_size(), needs, gpu_of(grad_y))
+    config = rescale_bwd_config(M, N, dtype.itemsize, grad_y.element_size(), fused_product, gpu_of(grad_y))
     correlation, bias = empty(needs_magnitude, config.chunks, N), empty(needs_bias, config.chunks, N)
     product = empty(fused_product, config.chunks, N, R)
     unused = scale  # stands for pointers the kernel never follows
