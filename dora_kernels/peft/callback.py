@@ -55,7 +55,7 @@ class DoraKernelsCallback(AccumulatingCallback):
         space, impl, rounding, nf4_parity, blocks: as for `patch_peft`.
 
     Raises:
-        ValueError: an option that does not exist.
+        ValueError, TypeError: an option is none of its choices.
     """
 
     def __init__(

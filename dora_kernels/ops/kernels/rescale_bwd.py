@@ -21,15 +21,6 @@ MAX_FUSED_RANK = 64
 computes it."""
 
 
-class Needs(NamedTuple):
-    """What the pass over dy computes."""
-
-    correlation: bool  # Σ dy ⊙ saved
-    product: bool  # dyᵀh
-    bias: bool  # Σ dy
-    base: bool  # dZ
-
-
 class RescaleBwdConfig(NamedTuple):
     """Launch data. `chunks` programs share an output feature's tokens."""
 
@@ -50,6 +41,15 @@ def rescale_bwd_config(
     # Wider values, or rows that start at odd addresses, which take a pointer an element: more threads, or they spill.
     num_warps = 8 if stored_itemsize == 4 or out_features % 16 else 4
     return RescaleBwdConfig(block_m, block_n, chunks, num_warps, num_stages=2)
+
+
+class Needs(NamedTuple):
+    """What the pass over dy computes."""
+
+    correlation: bool  # Σ dy ⊙ saved
+    product: bool  # dyᵀh
+    bias: bool  # Σ dy
+    base: bool  # dZ
 
 
 @triton.jit(do_not_specialize=["salt"])
@@ -244,10 +244,10 @@ def rescale_bwd(
     grad_base = empty(needs_base, M, N, like=grad_y.dtype)
     if N == 0 or not (needs_sums or needs_base):
         return grad_magnitude, grad_B, grad_bias, grad_base
-    needs = Needs(needs_magnitude, fused_product, needs_bias, needs_base)
     config = rescale_bwd_config(M, N, dtype.itemsize, grad_y.element_size(), fused_product, gpu_of(grad_y))
     correlation, bias = empty(needs_magnitude, config.chunks, N), empty(needs_bias, config.chunks, N)
     product = empty(fused_product, config.chunks, N, R)
+    needs = Needs(needs_magnitude, fused_product, needs_bias, needs_base)
     unused = scale  # stands for pointers the kernel never follows
     if any(needs):
         _rescale_bwd_kernel[(triton.cdiv(N, config.block_n), config.chunks)](
