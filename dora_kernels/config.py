@@ -1,4 +1,7 @@
-"""`DoraConfig`: what to adapt and how. Field names and meanings are those of PEFT's `LoraConfig`."""
+"""`DoraConfig`: what to adapt and how.
+
+Names and meanings are those of PEFT's `LoraConfig`; of `lora_dropout` the meaning is where `dropout_mode` is "peft".
+"""
 
 import difflib
 import re

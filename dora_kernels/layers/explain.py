@@ -68,14 +68,14 @@ def explain(model: nn.Module, tokens: int) -> Explanations:
     the dtype it will run in.
 
     Raises:
-        ValueError: fewer than 0 tokens, no `DoraLinear`, or options that cannot run.
+        ValueError: fewer than 0 tokens, no DoRA layer, or options that cannot run.
     """
     if tokens < 0:
         raise ValueError(f"tokens must be at least 0, got {tokens}")
     layers = [(name, module) for name, module in model.named_modules() if hasattr(type(module), "plan")]
     stacks = adapted_experts(model)
     if not layers and not stacks:
-        raise ValueError("explain found no DoraLinear in the model; call apply_dora, or patch_peft a PEFT model, first")
+        raise ValueError("explain found no DoRA layer in the model; call apply_dora, or patch_peft a PEFT model, first")
     blocks, inside = {}, {}
     for path, module in model.named_modules():
         if hasattr(type(module), "block_plans"):

@@ -35,8 +35,8 @@ def merge_dora(
         base: for a quantised base, of which the merged model keeps nothing, and required there: "dequantized" merges
             into the weights that the adapter was trained on, rounded once; the path of the original model merges into
             its weights instead, which differ by the quantisation's error; "requantized" keeps the base's own format
-            (FP8, NF4), with its scales and the codes nearest to W', which loses small updates. The log says what each
-            costs, as a share of the update, and for "requantized" warns from half of it on.
+            (NF4, or transformers' FP8), with its scales and the codes nearest to W', which loses small updates. The log
+            says what each costs, as a share of the update, and for "requantized" warns from half of it on.
         keep_base: keep the unmerged layers too (twice the memory), so that `unmerge_dora` restores them bit for bit.
         dtype: of the merged weights, rounded once from fp32, and of all the model's floating-point parameters; None
             leaves each in its own, and decoded weights in the one that the model was loaded in.
