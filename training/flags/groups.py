@@ -122,7 +122,7 @@ class Adapter:
     )
     lora_target_modules: str = flag(
         "all-linear",
-        "comma-separated module names; default: all attention and MLP linears",
+        "comma-separated module names; default: every linear layer but the head",
         *("target_modules", "lora_target"),
     )
     lora_target_parameters: str = flag(
@@ -160,7 +160,9 @@ class Hardware:
     impl: Literal["auto", "triton", "reference"] = flag("auto", "which implementation of DoRA runs")
     space: Literal["auto", "token", "weight"] = flag("auto", "the form in which a layer runs")
     rounding: Literal["dithered", "nearest"] = flag("dithered", "how fused results are rounded to 16 bits")
-    fuse_blocks: Literal["auto", "off"] = flag("auto", "compute a gated MLP by one function, or each layer alone")
+    fuse_blocks: Literal["auto", "off"] = flag(
+        "auto", "compute a gated MLP, and layers of one input, by one function, or each layer alone"
+    )
 
 
 GROUPS = (Run, Data, Training, Adapter, Hardware)
