@@ -116,8 +116,9 @@ class DoraConfig:
         known = [field.name for field in fields(cls)]
         for name in values:
             if name not in known:
-                nearest = difflib.get_close_matches(str(name), known, n=1)
-                hint = f"did you mean `{nearest[0]}`? " if nearest else ""
+                short = {field.removeprefix("lora_"): field for field in known}  # "lora_r" is meant for "r"
+                nearest = difflib.get_close_matches(str(name).removeprefix("lora_"), short, n=1)
+                hint = f"did you mean `{short[nearest[0]]}`? " if nearest else ""
                 raise ValueError(f"DoraConfig has no field {name!r}; {hint}The fields are: {', '.join(known)}")
         return cls(**values)
 

@@ -77,6 +77,10 @@ def test_bad_value_is_refused(field, value, error, message):
 def test_unknown_field_suggests_the_nearest():
     with pytest.raises(ValueError, match="no field 'lora_aplha'; did you mean `lora_alpha`"):
         DoraConfig.from_dict({"r": 4, "lora_aplha": 8})
+    with pytest.raises(ValueError, match="no field 'lora_r'; did you mean `r`"):
+        DoraConfig.from_dict({"lora_r": 8})
+    with pytest.raises(ValueError, match="no field 'dropout'; did you mean `lora_dropout`"):
+        DoraConfig.from_dict({"dropout": 0.1})
     with pytest.raises(ValueError, match="no field 'zzz'; The fields are: r, lora_alpha"):
         DoraConfig.from_dict({"zzz": 1})
     with pytest.raises(TypeError, match="unexpected keyword argument 'rank'"):
