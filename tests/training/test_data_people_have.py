@@ -4,7 +4,9 @@ import gzip
 import json
 from collections import Counter
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 from transformers import AutoTokenizer
 
 from tests.support.training_runs import write_rows
@@ -75,6 +77,44 @@ def test_openais_tool_calls_with_null_content(tmp_path, tokenizer):
     rows = load(write_rows(tmp_path / "a.jsonl", [{"messages": messages}]), tokenizer)
     (text,), _ = written(rows, tokenizer)
     assert '"arguments": {"city": "Ulm"}' in text and "None" not in text and text.endswith("Assistant:\nMe.<eos>\n")
+
+
+def tabular(folder, rows):
+    """A table, in which each struct has the fields of all others, as null."""
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet")
+    return folder / "a.parquet"
+
+
+def call_of(**arguments):
+    return {"type": "function", "function": {"name": "find", "arguments": arguments}}
+
+
+@pytest.mark.parametrize(
+    "write", [tabular, lambda folder, rows: write_rows(folder / "a.jsonl", rows)], ids=["table", "json"]
+)
+def test_a_table_has_the_tokens_of_the_same_rows_in_json(tmp_path, tokenizer, write):
+    """Templates ask whether a message has tool calls, and write tools and arguments as they are."""
+    tokenizer.chat_template = (
+        "{{ tools | tojson if tools }}{% for m in messages %}{{ m.content }}"
+        "{% if 'tool_calls' in m %}{{ m.tool_calls | length }}{{ m.tool_calls | tojson }}{% endif %}{% endfor %}"
+    )
+    tools = [{"name": name, "parameters": {name: {"type": "string"}}} for name in ("city", "day")]
+    called = [ASK, {"role": "assistant", "content": "", "tool_calls": [call_of(city="Ulm"), call_of(day="1")]}]
+    rows = load(
+        write(tmp_path, [{"messages": called, "tools": tools}, {"messages": [ASK, TELL], "tools": tools[:1]}]),
+        tokenizer,
+    )
+    assert rows.skipped == []
+    assert not [text for text in written(rows, tokenizer)[0] if "null" in text]
+
+
+def test_a_null_beside_a_message_is_no_tool_call(tmp_path, tokenizer):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}"
+        "{% if 'tool_calls' in m %}{{ m.tool_calls | length }}{% endif %}{% endfor %}"
+    )
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": [ASK, TELL | {"tool_calls": None, "refusal": None}]}])
+    assert load(path, tokenizer).skipped == []
 
 
 @pytest.mark.parametrize(

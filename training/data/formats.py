@@ -9,7 +9,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +77,20 @@ def numbered(name: str, values) -> Iterator[SourceRow]:
     """Rows numbered from 1."""
     for number, value in enumerate(values, 1):
         yield _row(f"{name}, row {number}", value)
+
+
+def table_rows(name: str, values: Iterable[dict]) -> Iterator[SourceRow]:
+    """Rows of an Arrow table, numbered from 1. Its structs have the fields of all rows' structs, as null: those that a
+    row does not fill are left out."""
+    return numbered(name, ({column: _filled(value) for column, value in row.items()} for row in values))
+
+
+def _filled(value):
+    if isinstance(value, list):
+        return [_filled(each) for each in value]
+    if isinstance(value, dict):
+        return {name: _filled(each) for name, each in value.items() if each is not None}
+    return value
 
 
 def _row(place: str, value) -> SourceRow:
@@ -230,7 +244,7 @@ def _long_fields() -> Iterator[None]:
 def _read_parquet(path: Path, name: str) -> Iterator[SourceRow]:
     try:
         with parquet.ParquetFile(path) as file:
-            return numbered(name, file.read().to_pylist())
+            return table_rows(name, file.read().to_pylist())
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a readable Parquet file ({reason}): write or download it again") from None

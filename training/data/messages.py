@@ -71,7 +71,8 @@ def _message(message: dict) -> dict:
     role, content = _role_and_content(message)
     if isinstance(content, list):
         content = "".join(map(_text_of, content))
-    kept = {name: value for name, value in message.items() if name not in ("from", "value")}
+    # Templates ask whether a message has tool calls: a null is none.
+    kept = {name: value for name, value in message.items() if name not in ("from", "value") and value is not None}
     kept |= {"role": role, "content": content or ""}
     if calls := message.get("tool_calls"):
         kept["tool_calls"] = [_with_parsed_arguments(call) for call in calls]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from .formats import READERS, SourceRow, numbered, read_file, suffix_of
+from .formats import READERS, SourceRow, read_file, suffix_of, table_rows
 from .mixture import Part
 from .splits import SPLITS, chosen_splits, files_by_split
 
@@ -86,7 +86,7 @@ def _read_saved(folder: Path) -> Source:
     try:
         found = datasets.load_from_disk(str(folder))
         if isinstance(found, datasets.Dataset):
-            return Source({"train": list(numbered(folder.resolve().name, found))})
+            return Source({"train": list(table_rows(folder.resolve().name, found))})
         return _named_splits(folder.resolve().name, found)
     except Exception as error:  # damaged files raise errors of many classes
         raise ValueError(f"`--data_path` {folder} is a `save_to_disk` folder that cannot be read: {error}") from None
@@ -103,7 +103,7 @@ def _read_hub(name: str, config: str, split: str) -> Source:
             f"`--data_path` {name} is neither here nor readable from the hub: {type(error).__name__}: {error}"
         ) from None
     if split:
-        return Source({"train": list(numbered(f"{name} [{split}]", found))})
+        return Source({"train": list(table_rows(f"{name} [{split}]", found))})
     try:
         return _named_splits(name, found)
     except ValueError as error:
@@ -114,6 +114,6 @@ def _named_splits(name: str, found: Mapping) -> Source:
     chosen = chosen_splits(list(found))
     splits: dict[str, list[SourceRow]] = {}
     for own, split in chosen.items():
-        splits.setdefault(split, []).extend(numbered(f"{name} [{own}]", found[own]))
+        splits.setdefault(split, []).extend(table_rows(f"{name} [{own}]", found[own]))
     unread = [own for own in found if own not in chosen]
     return Source(splits, [f"splits that are not read: {', '.join(unread)}"] if unread else [])
