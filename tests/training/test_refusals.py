@@ -4,11 +4,14 @@ import re
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from tests.support.training_runs import arguments, data  # noqa: F401
+from tests.support.training_runs import arguments, data, one_layer_base  # noqa: F401
 from training import demo
 from training.__main__ import main
 from training.flags import parse_flags
+from training.model.base_model import load_model
 
 
 @pytest.mark.parametrize(
@@ -112,6 +115,17 @@ def test_a_misspelled_target_is_found_before_the_weights_are_read(data, tmp_path
         main(arguments(data, tmp_path / "out", **flags))
     with pytest.raises(SystemExit, match=r"no file named model\.safetensors"):
         main(arguments(data, tmp_path / "out", **flags | {"lora_target_modules": "q_proj,k_proj"}))
+
+
+@pytest.mark.parametrize("damage", ["absent", "of another shape"])
+def test_a_base_that_lacks_a_weight_is_refused(damage, tmp_path):
+    """transformers draws such weights at random."""
+    file = one_layer_base(tmp_path) / "model.safetensors"
+    tensors, name = load_file(file), "model.layers.0.mlp.up_proj.weight"
+    weight = tensors.pop(name)
+    save_file(tensors if damage == "absent" else tensors | {name: weight[1:]}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"`--base_model` {tmp_path} lacks 1 weights .* \({name}\)"):
+        load_model(str(tmp_path), torch.device("cpu"))
 
 
 def test_another_runs_folder_is_not_overwritten(data, tmp_path):  # noqa: F811

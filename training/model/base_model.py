@@ -11,6 +11,7 @@ from transformers import (
 
 import dora_kernels as dk
 from dora_kernels.models.expert_targets import check_parameters
+from dora_kernels.models.modules import listed
 from dora_kernels.models.targets import find_targets
 
 
@@ -56,16 +57,32 @@ def load_model(
     """The base model in `compute_dtype(device)`, or in NF4 with `quantize`.
 
     It is on `device`, or with `keep_on_cpu` on the CPU.
+
+    Raises:
+        ValueError: the checkpoint lacks some of the weights, which transformers would draw at random.
     """
     dtype = compute_dtype(device)
     options: dict = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantize:
         options["device_map"] = {"": device}
         options["quantization_config"] = nf4_config(torch.bfloat16 if device.type == "cuda" else dtype)
-    model = AutoModelForCausalLM.from_pretrained(path, **options)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = AutoModelForCausalLM.from_pretrained(path, **options)
+    # Those on the meta device come from another process.
+    held = {name for name, parameter in model.named_parameters() if not parameter.is_meta}
+    if random := absent_weights(info) & held:
+        raise ValueError(
+            f"`--base_model` {path} lacks {len(random)} weights of its {type(model).__name__}, or has them in another "
+            f"shape than its config.json says ({listed(random)}): download or save it again"
+        )
     # The key-value cache serves generation, and conflicts with activation checkpointing.
     model.config.use_cache = False
     return model if quantize or keep_on_cpu else model.to(device)
+
+
+def absent_weights(info: dict) -> set[str]:
+    """The weights that a checkpoint lacks or has in another shape, by `from_pretrained`'s loading info."""
+    return {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
 
 
 def why_not_on_head(by_peft: bool, lora_dropout: float) -> str | None:
