@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.hf_argparser import HfArg
 
+from dora_kernels.adapters.base_tensors import resized_embeddings
 from dora_kernels.adapters.peft_config import adapter_fields, write_config
 from dora_kernels.adapters.save_load import PREFIX, WEIGHTS_NAME
 from dora_kernels.models.merge_requantized import DROWNED
@@ -61,7 +62,7 @@ def low_rank(update: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 def write_lora(model: PreTrainedModel, rank: int, folder: Path) -> UpdateErrors:
     """Write the adapter of a DoRA model as a plain LoRA adapter of this rank. Returns the error by layer.
 
-    `modules_to_save` are written unchanged.
+    `modules_to_save`, and embeddings of a resized vocabulary, are written unchanged.
     """
     errors, tensors = UpdateErrors(), {}
     for path, layer in tqdm(dora_layers(model).items(), desc="decomposing", unit="layer", disable=None):
@@ -74,6 +75,7 @@ def write_lora(model: PreTrainedModel, rank: int, folder: Path) -> UpdateErrors:
             tensors[f"{PREFIX}{path}.{layer.file_names[name]}"] = factor.reshape(shape)
     for path, module in find_saved(model, model.dora_config).items():
         tensors |= {f"{PREFIX}{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+    tensors |= {f"{PREFIX}{key}": tensor.detach() for key, tensor in resized_embeddings(model).items()}
     # The scaling is in A and B.
     plain = {"use_dora": False, "use_rslora": False, "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
     write_config(adapter_fields(model) | plain | {"rank_pattern": {}, "alpha_pattern": {}}, folder)

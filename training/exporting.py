@@ -19,6 +19,8 @@ import dora_kernels as dk
 from dora_kernels.adapters.peft_config import CONFIG_NAME, read_config
 from dora_kernels.adapters.save_load import MAGNITUDE, PREFIX, WEIGHTS_NAME
 
+from .checkpoints.lock import why_not_made
+from .model.base_model import absent_weights
 from .model_class import class_of
 
 TOKENIZER_FILES = (
@@ -107,8 +109,7 @@ class Sources:
         )  # fmt: skip
         if found.vocabulary:
             model.resize_token_embeddings(found.vocabulary, mean_resizing=False)
-        absent = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-        random = {name for name in absent if PREFIX + name not in stored}
+        random = {name for name in absent_weights(info) if PREFIX + name not in stored}
         if heads := sorted(name for name in random if "pooler" not in name):
             raise ValueError(
                 f"{found.cls.__name__} has {heads[0]}, which is neither in the base model nor in the adapter: pass the "
@@ -157,24 +158,33 @@ def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_output(output: Path) -> None:
-    """Raise FileExistsError unless `output` is absent or an empty folder, ValueError if it has no name."""
+    """Raise FileExistsError unless `output` is absent or an empty folder, ValueError if it has no name or no place."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise FileExistsError(f"`--output_dir` {output} exists already: choose another, nothing is overwritten")
     if output.name in ("", ".."):
         raise ValueError(f"`--output_dir` {output} should end in the name of a folder: it is replaced by the new one")
+    if reason := why_not_made(_linked(output).parent):
+        raise ValueError(f"`--output_dir` {output} cannot be made there: {reason}")
+
+
+def _linked(output: Path) -> Path:
+    """The folder itself where `output` is a link to it."""
+    return Path(os.path.realpath(output))
 
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside `output`. It is renamed to `output` at the end, or deleted on an error."""
-    staged = output.parent / f".{output.name}-{os.getpid()}"
+    """A temporary folder beside `output`, or what it links to. It is renamed to that at the end, or deleted on an
+    error."""
+    target = _linked(output)
+    staged = target.parent / f".{target.name}-{os.getpid()}"
     try:
         staged.mkdir(parents=True)
     except OSError as error:
         raise OSError(f"`--output_dir` {output} cannot be made there: {error}") from None
     try:
         yield staged
-        staged.rename(output)  # raises if files have appeared there meanwhile
+        staged.rename(target)  # raises if files have appeared there meanwhile
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise

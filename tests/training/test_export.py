@@ -10,7 +10,7 @@ from tests.support.adapter_folders import PREFIX, base_folder, load, our_adapter
 from tests.support.images import TARGETS, batch, image_model, trained
 from tests.support.marks import slow
 from tests.support.oracle import relative_error
-from tests.support.tiny_models import logits
+from tests.support.tiny_models import VOCAB, logits
 from tests.tolerances import SAME_FP32
 from training import merge
 from training.export import low_rank, main, write_lora
@@ -101,6 +101,16 @@ def test_modules_to_save_are_kept(tmp_path):
     model = peft.PeftModel.from_pretrained(load(base), tmp_path / "lora").eval()
     assert torch.allclose(logits(model), expected, atol=SAME_FP32 * expected.abs().max().item())
     assert f"{PREFIX}lm_head.weight" in load_file(tmp_path / "lora" / "adapter_model.safetensors")
+
+
+def test_a_vocabulary_that_grew_is_kept(tmp_path):
+    model = load(base_folder(tmp_path / "base"))
+    model.resize_token_embeddings(VOCAB + 6, mean_resizing=False)
+    dk.save_adapter(dk.apply_dora(model, dk.DoraConfig(r=2, target_modules=["q_proj"])), tmp_path / "adapter")
+    run(tmp_path / "adapter", tmp_path / "lora", "--to", "lora")
+    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    for path in ("model.embed_tokens", "lm_head"):
+        assert torch.equal(stored[f"{PREFIX}{path}.weight"], model.get_submodule(path).weight)
 
 
 def test_merged_is_what_training_merge_writes(tmp_path):

@@ -13,15 +13,21 @@ LOCK = ".lock"
 
 def check_folder(output_dir: Path, resume: bool) -> None:
     """Raise ValueError if it cannot be a folder, or a new run would write beside the checkpoints of another."""
-    there = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        why = "cannot be written to" if there.is_dir() else "is no folder"
-        raise ValueError(f"`--output_dir` {output_dir} cannot be a run's folder: {there} {why}")
+    if reason := why_not_made(output_dir):
+        raise ValueError(f"`--output_dir` {output_dir} cannot be a run's folder: {reason}")
     if not resume and (there := list_checkpoints(output_dir)):
         raise ValueError(
             f"{output_dir} holds {there[0].name} of an earlier run: "
             "continue it with --resume, or choose another --output_dir"
         )
+
+
+def why_not_made(folder: Path) -> str | None:
+    """Why nothing can be written into a folder, made if need be; None if it can."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return None
+    return f"{there} {'cannot be written to' if there.is_dir() else 'is no folder'}"
 
 
 @contextmanager
