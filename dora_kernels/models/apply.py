@@ -28,7 +28,7 @@ from .hooks import add_hooks
 from .lost_state import batches_seen, warn_when_saved
 from .modules import check_model, check_not_sharded, dora_layers, listed, replace_module
 from .peft_names import misread_by_peft
-from .targets import find_saved, find_targets, is_all_linear, rank_and_alpha
+from .targets import check_patterns, find_saved, find_targets, is_all_linear, rank_and_alpha
 
 
 def apply_dora(model: Model, config: DoraConfig) -> Model:
@@ -48,10 +48,10 @@ def apply_dora(model: Model, config: DoraConfig) -> Model:
 
     Raises:
         TypeError: not a module, or not a `DoraConfig`.
-        ValueError: nothing matches, a target that cannot be adapted (each is named, with its type), or a model that is
-            patched already, a PEFT model, on the meta device, or offloaded; with `merge_aware` a layer that computes in
-            fp16. The model is then unchanged. "all-linear" leaves out, with a warning, layers whose class or model is
-            the reason.
+        ValueError: nothing matches, a key of a pattern matches no target, a target that cannot be adapted (each is
+            named, with its type), or a model that is patched already, a PEFT model, on the meta device, or offloaded;
+            with `merge_aware` a layer that computes in fp16. The model is then unchanged. "all-linear" leaves out, with
+            a warning, layers whose class or model is the reason.
     """
     config = _checked(config)  # the model's own copy: the caller's may change later
     check_model(model)
@@ -61,8 +61,10 @@ def apply_dora(model: Model, config: DoraConfig) -> Model:
 def adapt(model: Model, config: DoraConfig, *, to_train: bool = False) -> Model:
     """`apply_dora`, with no head that `config` does not name. What was trained may serve where it could not train."""
     targets, parameters = check_targets(model, config), check_parameters(model, config)
-    if to_train and config.merge_aware:
-        _check_not_fp16(targets)
+    if to_train:
+        check_patterns(config, targets, parameters)
+        if config.merge_aware:
+            _check_not_fp16(targets)
     saved = find_saved(model, config)
     keep_packing(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -80,6 +80,19 @@ def rank_and_alpha(config: DoraConfig, name: str, r: int | None = None) -> tuple
     return r, _lookup(config.alpha_pattern, name, config.lora_alpha)
 
 
+def check_patterns(config: DoraConfig, targets: dict, stacks: dict[str, tuple[nn.Module, list[str]]]) -> None:
+    """Raises ValueError for a key of `rank_pattern` or `alpha_pattern` that means none of the layers `targets`, nor of
+    the experts' parameters, both by path."""
+    names = [*targets, *(f"{path}.{name}".strip(".") for path, (_, own) in stacks.items() for name in own)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        idle = [key for key in getattr(config, field) or {} if not any(_means(key, name) for name in names)]
+        if idle:
+            raise ValueError(
+                f"`{field}` [{listed(map(repr, idle))}] matches no layer that is adapted: the end of its name, or a "
+                f"regular expression for it. The first of these layers is {names[0]}"
+            )
+
+
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """The language-model head, for a Hugging Face model that has one."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -95,6 +108,10 @@ def matches(names: list[str] | str, name: str) -> bool:
 def _lookup(pattern: dict | None, name: str, default):
     """The value of the first key that matches the end of `name`, as `peft.utils.other.get_pattern_key` finds it."""
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if _means(key, name):
             return value
     return (pattern or {}).get(name, default)
+
+
+def _means(key: str, name: str) -> bool:
+    return re.match(rf"(.*\.)?({key})$", name) is not None

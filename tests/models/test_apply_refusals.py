@@ -142,6 +142,14 @@ def with_merge_aware_over_nf4_in_fp16():
     return nn.Sequential(nn.Linear(8, 64), linear), {"merge_aware": True}
 
 
+def with_a_rank_of_no_target():
+    return llama(), {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 2, "qproj": 4}}
+
+
+def with_an_alpha_of_a_layer_that_is_left_out():
+    return llama(), {"exclude_modules": ["v_proj"], "alpha_pattern": {r".*\.v_proj": 4}}
+
+
 def with_nothing():
     return llama(), {"target_modules": ["nope"]}
 
@@ -171,6 +179,8 @@ REFUSALS = {
     with_a_packed_head: (ValueError, "modules_to_save classifier is quantised, and cannot be trained in full"),
     with_merge_aware_in_fp16: (ValueError, r"in fp16, .*0.mlp.down_proj \(Linear\), .* load the base in bf16"),
     with_merge_aware_over_nf4_in_fp16: (ValueError, r"merge_aware cannot train .* in fp16, [^\(]*: 1 \(Linear4bit\);"),
+    with_a_rank_of_no_target: (ValueError, r"`rank_pattern` \['qproj'\] matches no layer that is adapted"),
+    with_an_alpha_of_a_layer_that_is_left_out: (ValueError, "`alpha_pattern` .*v_proj'.* matches no layer that is"),
     with_nothing: (ValueError, "not found in the base model"),
 }
 

@@ -107,12 +107,19 @@ def test_bad_input_is_an_error_before_work_starts(data, tmp_path, monkeypatch, f
     assert not output_dir.exists()
 
 
-def test_a_misspelled_target_is_found_before_the_weights_are_read(data, tmp_path):  # noqa: F811
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"lora_target_modules": "q_proj,kproj"}, r"\['kproj'\] not found .* named: .*k_proj"),
+        ({"rank_pattern": "qproj=4"}, r"`rank_pattern` \['qproj'\] matches no layer that is adapted"),
+    ],
+    ids=["target", "pattern"],
+)
+def test_a_misspelled_name_is_found_before_the_weights_are_read(data, tmp_path, flags, message):  # noqa: F811
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(demo.BASE / name, tmp_path)
-    flags = {"base_model": tmp_path, "lora_target_modules": "q_proj,kproj"}
-    with pytest.raises(SystemExit, match=r"\['kproj'\] not found .* named: .*k_proj"):
-        main(arguments(data, tmp_path / "out", **flags))
+    with pytest.raises(SystemExit, match=message):
+        main(arguments(data, tmp_path / "out", base_model=tmp_path, **flags))
     with pytest.raises(SystemExit, match=r"no file named model\.safetensors"):
         main(arguments(data, tmp_path / "out", **flags | {"lora_target_modules": "q_proj,k_proj"}))
 

@@ -12,7 +12,7 @@ from transformers import (
 import dora_kernels as dk
 from dora_kernels.models.expert_targets import check_parameters
 from dora_kernels.models.modules import listed
-from dora_kernels.models.targets import find_targets
+from dora_kernels.models.targets import check_patterns, find_targets
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> tuple[PreTrainedTokenizerBase, list[str]]:
@@ -105,9 +105,10 @@ def check_targets(path: str, config: dk.DoraConfig, trust_remote_code: bool = Fa
     options = {"trust_remote_code": trust_remote_code}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **options), **options)
-    check_parameters(model, config)
+    stacks, targets = check_parameters(model, config), find_targets(model, config)
+    check_patterns(config, targets, stacks)
     head = model.get_output_embeddings()
-    for name, module in find_targets(model, config).items():
+    for name, module in targets.items():
         if module is head and (reason := why_not_on_head(by_peft, config.lora_dropout)):
             raise ValueError(f"`--lora_target_modules` {name}: {reason}")
 
