@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .cases import BF16, DTYPES, FP4, FP8, FP16, FP32, INT4, Case
+from .cases import BF16, DTYPES, FP4, FP8, FP16, FP32, FP64, INT4, Case
 
 
 def quick_cases() -> Iterable[Case]:
@@ -32,6 +32,9 @@ def quick_cases() -> Iterable[Case]:
         yield from _mlps(dtypes, (16, 24, 33, 96) if FP32 in dtypes else (24,))
         yield from _experts(dtypes, (16, 24, 40) if FP32 in dtypes else (24,))
         yield from _siblings(dtypes, (16, 24, 64) if FP32 in dtypes else (24,))
+    # What spilled once, and what loaded a number at a time.
+    yield Case(FP64, FP64, "token", 16, 1001, 333, 77, mlp="gelu_tanh", bias=True)
+    yield Case(FP32, FP32, "weight", 32, mlp="silu")
     yield from _int4(DTYPES[:1], (8, 16, 128))
     yield from _fp8_and_fp4((8, 16, 128))
     yield from _accumulating()

@@ -39,6 +39,13 @@ def glu_bwd_config(dot: Dot, features: int, itemsize: int) -> GluBwdConfig:
 
 
 @triton.jit
+def _block_of_h(ptrs, mask):
+    block = tl.load(ptrs, mask=mask, other=0.0)
+    # A load alone, of fp32, the compiler would do in the layout of a dot: a number at a time.
+    return tl.where(mask, block, 0.0) if block.dtype == tl.float32 else block
+
+
+@triton.jit
 def _glu_bwd_kernel(
     # pointers
     grad_a_ptr, gate_ptr, up_ptr, h_ptr, b_gate_ptr, b_up_ptr, scale_ptr, bias_ptr,
@@ -98,10 +105,10 @@ def _glu_bwd_kernel(
         up = tl.load(up_ptrs + first * stride_um, mask=mask, other=0.0).to(ACC)
         if GLU.in_token_space or FUSED_PRODUCT:
             mask_h = mask_m[:, None] & mask_r[None, :]
-            h_gate_block = tl.load(h_gate_ptrs + first * stride_hm, mask=mask_h, other=0.0)
+            h_gate_block = _block_of_h(h_gate_ptrs + first * stride_hm, mask_h)
             h_up_block = h_gate_block
             if not GLU.one_h:
-                h_up_block = tl.load(h_up_ptrs + first * stride_hm, mask=mask_h, other=0.0)
+                h_up_block = _block_of_h(h_up_ptrs + first * stride_hm, mask_h)
         if GLU.in_token_space:
             gate += scaling * lora_dot(
                 h_gate, b_gate, h_gate_block, offs_m, offs_n, mask_m, mask_n, R, DOT, b_gate_block

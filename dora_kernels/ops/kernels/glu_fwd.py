@@ -45,7 +45,7 @@ def largest_rank_block(features: int) -> int:
 def glu_fwd_config(dot: Dot, features: int, itemsize: int, *, has_room: bool) -> GluFwdConfig:
     """By product, and whether rows start at aligned addresses. `has_room`: registers hold larger blocks."""
     if dot.acc == tl.float64:
-        return GluFwdConfig(32, 32, num_warps=8, num_stages=2)
+        return GluFwdConfig(16, 32, num_warps=8, num_stages=2)
     if itemsize == 4:
         return GluFwdConfig(32, 64, num_warps=8, num_stages=2)
     if features % 16:
