@@ -120,8 +120,9 @@ def test_a_misspelled_name_is_found_before_the_weights_are_read(data, tmp_path, 
         shutil.copy(demo.BASE / name, tmp_path)
     with pytest.raises(SystemExit, match=message):
         main(arguments(data, tmp_path / "out", base_model=tmp_path, **flags))
+    right = {"lora_target_modules": "q_proj,k_proj"}
     with pytest.raises(SystemExit, match=r"no file named model\.safetensors"):
-        main(arguments(data, tmp_path / "out", **flags | {"lora_target_modules": "q_proj,k_proj"}))
+        main(arguments(data, tmp_path / "out", base_model=tmp_path, **right))
 
 
 @pytest.mark.parametrize("damage", ["absent", "of another shape"])
