@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one call per compiled path (ten minutes) instead of every rank, shape and option (an hour)",
+        help="one call per compiled path (an hour of one core) instead of every rank, shape and option (three hours)",
     )
     parser.add_argument("--check", action="store_true", help="compare with the committed summary: CI's choice")
     parser.add_argument("--update", action="store_true", help="rewrite the committed summary")
