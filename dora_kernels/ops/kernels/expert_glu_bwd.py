@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gpus import gpu_of
 from .activations import activation, derivative
 from .blocks import Matrix, addresses
 from .expert_glu_fwd import gate_and_up
@@ -64,7 +65,7 @@ def expert_glu_bwd(
     if grads.numel() == 0:
         return grads
     dot = dot_of(R, h.dtype, lora_B.dtype, acc=mag_norm_scale.dtype, onto=base_out.dtype)
-    config = glu_bwd_config(dot, N, base_out.element_size())
+    config = glu_bwd_config(dot, N, base_out.dtype, has_room=gpu_of(base_out).has_wgmma)
     _expert_glu_bwd_kernel[(most_tiles(S, E, config.block_m) * triton.cdiv(N, config.block_n),)](
         grad_a, base_out, h, lora_B, mag_norm_scale, ends, grads,
         scaling, N, R, E,

@@ -80,7 +80,7 @@ def expert_glu_fwd(
     if a.numel() == 0:
         return a
     dot = dot_of(R, h.dtype, lora_B.dtype, acc=mag_norm_scale.dtype, onto=base_out.dtype)
-    config = glu_fwd_config(dot, N, base_out.element_size(), has_room=gpu_of(base_out).has_wgmma)
+    config = glu_fwd_config(dot, N, base_out.dtype, has_room=gpu_of(base_out).has_wgmma)
     _expert_glu_fwd_kernel[(most_tiles(S, E, config.block_m) * triton.cdiv(N, config.block_n),)](
         base_out, h, lora_B, mag_norm_scale, ends, a,
         scaling, N, R, E,

@@ -13,7 +13,7 @@ from ..types import GluFactors, GluGradients, Rounding
 from .activations import activation, derivative
 from .blocks import Matrix, addresses
 from .chunks import token_chunks
-from .glu_fwd import Glu, feature_vectors, largest_rank_block, layer_output
+from .glu_fwd import Glu, cuts_both, feature_vectors, largest_rank_block, layer_output
 from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, signed32
 from .lora_dot import Dot, lora_dot, right_rank_block
 from .rescale_bwd import Finish, _rescale_bwd_finish_kernel, finish_ranks
@@ -28,12 +28,13 @@ class GluBwdConfig(NamedTuple):
     num_stages: int
 
 
-def glu_bwd_config(dot: Dot, features: int, itemsize: int) -> GluBwdConfig:
-    """By types, and whether rows start at aligned addresses."""
+def glu_bwd_config(dot: Dot, features: int, dtype: torch.dtype, *, has_room: bool) -> GluBwdConfig:
+    """By types, and whether rows start at aligned addresses. `has_room`: registers hold larger blocks."""
     if dot.acc == tl.float64:
         return GluBwdConfig(16, 32, num_warps=8, num_stages=2)
-    if itemsize == 4 or features % 16:
-        # Wider values, or rows that start at odd addresses, which take a pointer an element: larger blocks spill.
+    if dtype.itemsize == 4 or features % 16 or (cuts_both(dot, dtype) and not has_room):
+        # Wider values, rows that start at odd addresses, which take a pointer an element, or more pieces: larger blocks
+        # spill.
         return GluBwdConfig(16, 64, num_warps=8, num_stages=2)
     return GluBwdConfig(32, 64, num_warps=8, num_stages=2)
 
@@ -170,7 +171,8 @@ def glu_bwd(
     acc, in_token_space = scale.dtype, space == "token"
     glu = Glu(activation, in_token_space, bias is not None, h.shape[1] == R)
     dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=largest_rank_block(N))
-    config, gpu = glu_bwd_config(dot, N, gate.element_size()), gpu_of(gate)
+    gpu = gpu_of(gate)
+    config = glu_bwd_config(dot, N, gate.dtype, has_room=gpu.has_wgmma)
     chunks = token_chunks(M, triton.cdiv(N, config.block_n), 1, gpu)
     correlation = torch.empty(chunks, 2 * N, dtype=acc, **options)
     # At higher ranks its accumulator would spill, and cuBLAS computes it.

@@ -42,15 +42,22 @@ def largest_rank_block(features: int) -> int:
     return 32 if features % 16 else 64
 
 
-def glu_fwd_config(dot: Dot, features: int, itemsize: int, *, has_room: bool) -> GluFwdConfig:
+def cuts_both(dot: Dot, dtype: torch.dtype) -> bool:
+    """Whether h and B become pieces in blocks that fill the registers: of bf16 layers h is bf16 already."""
+    return dot.in_pieces and dtype == torch.float16 and (dot.block_r > 32 or not dot.one_block)
+
+
+def glu_fwd_config(dot: Dot, features: int, dtype: torch.dtype, *, has_room: bool) -> GluFwdConfig:
     """By product, and whether rows start at aligned addresses. `has_room`: registers hold larger blocks."""
     if dot.acc == tl.float64:
         return GluFwdConfig(16, 32, num_warps=8, num_stages=2)
-    if itemsize == 4:
+    if dtype.itemsize == 4:
         return GluFwdConfig(32, 64, num_warps=8, num_stages=2)
     if features % 16:
         # Rows that start at odd addresses take a pointer an element.
         return GluFwdConfig(32, 64, num_warps=8, num_stages=1)
+    if cuts_both(dot, dtype) and not has_room:
+        return GluFwdConfig(32, 64, num_warps=8, num_stages=2)
     if not dot.one_block:
         # At high ranks time goes into reading h and B again for each block.
         return GluFwdConfig(128, 64, num_warps=8, num_stages=2)
@@ -161,7 +168,7 @@ def glu_fwd(
     dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=largest_rank_block(N))
     glu = Glu(activation, factors is not None, bias is not None, h.shape[1] == R)
     gpu = gpu_of(gate)
-    config = glu_fwd_config(dot, N, gate.element_size(), has_room=gpu.has_wgmma and bias is None)
+    config = glu_fwd_config(dot, N, gate.dtype, has_room=gpu.has_wgmma and bias is None)
     # With B and its pieces in registers fewer run at once.
     resident = 3 if factors is None else 2 if dot.one_block else 1
     chunks = token_chunks(M, triton.cdiv(N, config.block_n), resident, gpu)
