@@ -25,7 +25,7 @@ from .expert_targets import check_parameters, expert_rank_and_alpha, how_to_adap
 from .first_step import warn_after_first_step
 from .heads import with_head
 from .hooks import add_hooks
-from .lost_state import batches_seen, warn_when_saved
+from .lost_state import batches_seen
 from .modules import check_model, check_not_sharded, dora_layers, listed, replace_module
 from .peft_names import misread_by_peft
 from .targets import check_patterns, find_saved, find_targets, is_all_linear, rank_and_alpha
@@ -98,7 +98,6 @@ def adapt(model: Model, config: DoraConfig, *, to_train: bool = False) -> Model:
         fuse_blocks(model)
     add_hooks(model)
     warn_after_first_step(model)
-    warn_when_saved(model)
     return model
 
 

@@ -1,21 +1,9 @@
 """Trained state that a save would lose, and the warnings about it."""
 
 import warnings
-from types import MethodType
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-
-def warn_when_saved(model: nn.Module) -> None:
-    """Lets `model.save_pretrained` say that what it writes loads as the base model."""
-    if hasattr(type(model), "save_pretrained"):
-        model.save_pretrained = MethodType(save_pretrained, model)
-
-
-def save_silently(model: nn.Module) -> None:
-    """Undoes `warn_when_saved`."""
-    model.__dict__.pop("save_pretrained", None)
 
 
 def save_pretrained(model: nn.Module, *args, **kwargs):

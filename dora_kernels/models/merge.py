@@ -11,7 +11,6 @@ from ..layers.dora_layer import DoraLayer
 from ..layers.experts import DoraExperts, adapted_experts
 from ..ops.chunked import row_chunks
 from .hooks import add_hooks, remove_hooks
-from .lost_state import save_silently, warn_when_saved
 from .merge_experts import merge_experts
 from .merge_quantized import check_base, dense_dtype, dense_linear, quantized_layers, remove_marks, restore_marks
 from .merge_requantized import DROWNED, REQUANTIZED, requantized_layer
@@ -146,7 +145,6 @@ def merge_dora(
         cast_parameters(model, dtype)
     if hasattr(model, "dora_config"):
         del model.dora_config
-    save_silently(model)
     remove_hooks(model)
     return model
 
@@ -174,7 +172,6 @@ def unmerge_dora(model: Model) -> Model:
     if model.dora_config is not None and model.dora_config.fuse_blocks:
         fuse_blocks(model)
     add_hooks(model)
-    warn_when_saved(model)
     del model.dora_unmerged
     return model
 

@@ -1,28 +1,16 @@
 """`resize_token_embeddings` of an adapted model: refused where an adapter has the size of the vocabulary."""
 
-from types import MethodType
-
 from torch import nn
 
 from ..layers.dora_layer import DoraLayer
 from .targets import output_embeddings
 
 
-def refuse_resizing(model: nn.Module) -> None:
-    """Lets `model.resize_token_embeddings` say what to do where transformers would stop half way."""
-    if hasattr(type(model), "resize_token_embeddings"):
-        model.resize_token_embeddings = MethodType(resize_token_embeddings, model)
-
-
-def allow_resizing(model: nn.Module) -> None:
-    """Undoes `refuse_resizing`."""
-    model.__dict__.pop("resize_token_embeddings", None)
-
-
 def resize_token_embeddings(
     model: nn.Module, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args, **kwargs
 ) -> nn.Module:
-    """`type(model).resize_token_embeddings`. A method of adapted models; a copy of the model has its own.
+    """`type(model).resize_token_embeddings`, where transformers would not stop half way. A method of adapted models; a
+    copy of the model has its own.
 
     Raises:
         ValueError: the embeddings or the head have an adapter, and the size would change.

@@ -96,6 +96,22 @@ for _, made in sized_launches(cases, (9, 0)):
 print(*seen)
 """
 
+# On all generations but Hopper the committed summary has one launch of each kernel and types: not these, which spilled.
+MLP = """
+import sys
+import torch
+from bench.counting.cases import Case
+from bench.counting.compiled import broken_limits, compile_launch
+from bench.counting.launches import launches
+
+capability, rank = tuple(map(int, sys.argv[1].split("."))), int(sys.argv[2])
+found = launches([Case(torch.float16, torch.float32, "token", rank, mlp="silu")], capability)
+passes = [launch for launch in found if launch.name in ("glu_fwd", "glu_bwd")]
+assert len(passes) == 2
+for launch in passes:
+    print(*(f"{launch}: {limit}" for limit in broken_limits(compile_launch(launch, capability), capability)), sep="\\n")
+"""
+
 
 def run(*command, path=ROOT):
     """Runs Python with kernels that compile; modules in `path` can be imported."""
@@ -203,3 +219,9 @@ def test_the_summary_covers_one_generation_wholly_and_of_the_others_each_kernel_
     found |= {made("merge", "aligned"): other}
     assert offline.summarised(found, (9, 0)) == found
     assert list(offline.summarised(found, (8, 0))) == [made("norm", "odd"), made("merge", "aligned")]
+
+
+@pytest.mark.parametrize("capability, rank", [("10.0", 64), ("12.0", 100)])
+def test_passes_of_a_gated_mlp_in_fp16(capability, rank):
+    result = run("-c", MLP, capability, str(rank))
+    assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "", "")
