@@ -95,11 +95,13 @@ def main(args: argparse.Namespace) -> int:
     if not work:
         print(f"no kernel is called {', '.join(args.kernel)}", file=sys.stderr)
         return 2
-    compiled = list(compile_all(work, args.jobs))
-    if args.verbose:
-        print(*compiled, sep="\n")
-    # First: what breaks a limit may be no kernel that can be disassembled.
-    failed = report_broken(compiled)
+    compiled, failed = [], False
+    for one in compile_all(work, args.jobs):
+        if args.verbose:
+            print(one, flush=True)
+        # At once: every launch takes hours, and what breaks a limit may be no kernel that can be disassembled.
+        failed |= report_broken(one)
+        compiled.append(one)
     tables = [summarise(compiled), roofs_table(profile_all(args.capability, args.kernel, args.jobs))]
     print(*join(tables), sep="\n")
     path = RESULTS / f"offline-triton-{triton.__version__}.txt"
@@ -133,11 +135,11 @@ def check_compilable() -> bool:
 
 
 def compile_all(work: dict[tuple[tuple[int, int], Launch], Case], jobs: int) -> Iterator[Compiled]:
-    """Compiles in `jobs` processes; the order is that of `work`."""
+    """Compiles in `jobs` processes; yields the launches of a batch when it is done."""
     keys = iter(work)
     batches = list(iter(lambda: list(islice(keys, BATCH)), []))
-    figures = {key: found for batch in in_processes("compiled", _compile_batch, batches, jobs) for key, found in batch}
-    return (Compiled(*key, case, figures[key]) for key, case in work.items())
+    for batch in in_processes("compiled", _compile_batch, batches, jobs):
+        yield from (Compiled(*key, work[key], figures) for key, figures in batch)
 
 
 def profile_all(capabilities: Sequence[tuple[int, int]] | None, kernels: Sequence[str] | None, jobs: int) -> list[Row]:
@@ -190,13 +192,11 @@ def summarise(compiled: Iterable[Compiled]) -> list[str]:
     return ["{:<20}{:<11}{:>4}{:>10}{:>11}{:>7}{:>8}{:>8}{:>5}{:>7}".format(*line) for line in lines]
 
 
-def report_broken(compiled: Iterable[Compiled]) -> bool:
-    """Prints each broken limit with its launch; whether there was one."""
-    broken = [(one, limit) for one in compiled for limit in broken_limits(one.figures, one.capability)]
-    for one, limit in broken:
-        print(f"BROKEN: {limit}: sm_{_sm(one.capability)} {one.launch} [{one.case}]", file=sys.stderr)
-    if broken:
-        print(f"{len(broken)} broken limits", file=sys.stderr)
+def report_broken(one: Compiled) -> bool:
+    """Prints each limit that a launch breaks; whether there was one."""
+    broken = broken_limits(one.figures, one.capability)
+    for limit in broken:
+        print(f"BROKEN: {limit}: sm_{_sm(one.capability)} {one.launch} [{one.case}]", file=sys.stderr, flush=True)
     return bool(broken)
 
 

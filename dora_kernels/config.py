@@ -1,6 +1,6 @@
 """`DoraConfig`: what to adapt and how.
 
-Names and meanings are those of PEFT's `LoraConfig`; of `lora_dropout` the meaning is where `dropout_mode` is "peft".
+Names and meanings are those of PEFT's `LoraConfig`. `lora_dropout` means the same with `dropout_mode="peft"`.
 """
 
 import difflib

@@ -20,16 +20,16 @@ def find_targets(model: nn.Module, config: DoraConfig) -> dict[str, nn.Module]:
     if is_all_linear(config.target_modules):
         head = output_embeddings(model)
         matched = [name for name, m in modules.items() if _is_linear(m) and m is not head]
-        unmatched = []
+        absent = []
     else:
         matched = [name for name in modules if matches(config.target_modules, name)]
-        unmatched = unmatched_targets(model, config.target_modules)
-    if unmatched or not matched:
+        absent = unmatched(model, config.target_modules)
+    if absent or not matched:
         linear = sorted({name.rpartition(".")[2] for name, m in modules.items() if _is_linear(m)})
         # An adapter of another model names hundreds.
-        absent = f"[{listed(map(repr, unmatched))}]" if unmatched else config.target_modules
+        wanted = config.target_modules if isinstance(config.target_modules, str) else f"[{listed(map(repr, absent))}]"
         raise ValueError(
-            f"Target modules {absent} not found in the base model. Please check the target modules and try again. Its "
+            f"Target modules {wanted} not found in the base model. Please check the target modules and try again. Its "
             f"linear layers are named: {', '.join(linear) or 'it has none'}"
         )
     targets = {name: modules[name] for name in matched if not is_excluded(config, name)}
@@ -66,12 +66,11 @@ def is_all_linear(target_modules: list[str] | str) -> bool:
     return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
 
 
-def unmatched_targets(model: nn.Module, target_modules: list[str] | str) -> list[str]:
-    """The entries of a list of names that no module of the model matches."""
-    if isinstance(target_modules, str):
-        return []
+def unmatched(model: nn.Module, entries: list[str] | str) -> list[str]:
+    """The names of a list, or the regular expression, that no module of the model matches."""
     names = [name for name, _ in model.named_modules()]
-    return [entry for entry in target_modules if not any(matches([entry], name) for name in names)]
+    each = [(entries, entries)] if isinstance(entries, str) else [([entry], entry) for entry in entries]
+    return [entry for single, entry in each if not any(matches(single, name) for name in names)]
 
 
 def rank_and_alpha(config: DoraConfig, name: str, r: int | None = None) -> tuple[int, float]:

@@ -1,6 +1,7 @@
 """Target matching, held against PEFT's own functions."""
 
 import re
+import warnings
 
 import peft
 import pytest
@@ -11,6 +12,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from dora_kernels import apply_dora
 from dora_kernels.config import DoraConfig
 from dora_kernels.models.targets import find_saved, find_targets, is_excluded, matches, rank_and_alpha
 from tests.support.tiny_models import FAMILIES, llama, t5
@@ -121,6 +123,25 @@ def test_of_an_adapter_of_another_model_only_some_targets_are_named():
 def test_everything_excluded_says_so():
     with pytest.raises(ValueError, match="All modules were excluded"):
         find_targets(llama(), DoraConfig(target_modules=["q_proj"], exclude_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("exclude", "idle"),
+    [
+        (["down_porj", "v_proj", "lm_head"], "['down_porj']"),
+        ("down_proj", "['down_proj']"),  # a regular expression matches the whole path
+        (["down_proj", "lm_head"], None),
+        (".*down_proj", None),
+    ],
+)
+def test_an_exclusion_that_matches_nothing_is_said(exclude, idle):
+    config = DoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], exclude_modules=exclude)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        apply_dora(llama(), config)
+    said = [str(warning.message) for warning in caught if "`exclude_modules`" in str(warning.message)]
+    assert said == ([f"`exclude_modules` {idle} matches no module of the model: it excludes nothing"] if idle else [])
+    assert all(warning.filename == __file__ for warning in caught)
 
 
 def test_a_model_without_transformers_needs_no_head():

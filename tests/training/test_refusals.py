@@ -92,7 +92,7 @@ def test_what_the_parser_refuses(words, message, capsys):
         ({"push_to_hub": True}, "`--push_to_hub` needs --hub_model_id"),
         ({"use_liger": True}, "`--use_liger` needs a CUDA device"),
         ({"report_to": "wandb,nothing"}, "`--report_to` (nothing|wandb) is not installed or not known"),
-        ({"assistant_only_loss": True}, "`--assistant_only_loss` needs the column `messages`"),
+        ({"assistant_only_loss": True}, "`--assistant_only_loss` needs the column `messages` or `conversations`"),
         ({"init_adapter": "absent", "lora_r": None}, "`--init_adapter` absent is not a folder with an adapter_config"),
     ],
     ids=lambda value: "-".join(map(str, next(iter(value.items())))) if isinstance(value, dict) else None,

@@ -149,7 +149,8 @@ def _prepare_template(
     other = next(((row, kind) for row, kind in rows if kind and kind not in CHATS), None)
     if assistant_only_loss and other:
         raise ValueError(
-            f"`--assistant_only_loss` needs the column `messages` in every row; {other[0].place} has {other[1]}"
+            "`--assistant_only_loss` needs the column `messages` or `conversations` in every row; "
+            f"{other[0].place} has {other[1]}"
         )
     one_sided = sum(kind == "prompt + completion" and is_one_sided(row.values) for row, kind in rows)
     if one_sided:

@@ -64,7 +64,7 @@ class Data:
         0.05, "share of unusable rows above which the run stops before training; long rows do not count"
     )
     packing: bool = flag(False, "pack several rows into one sequence of cutoff_len tokens", "sample_packing")
-    assistant_only_loss: bool = flag(False, "learn the assistant's turns only (column `messages`)")
+    assistant_only_loss: bool = flag(False, "learn the assistant's turns only (column `messages` or `conversations`)")
 
 
 @dataclass

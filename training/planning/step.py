@@ -23,7 +23,7 @@ from dora_kernels.layers.dora_layer import DoraLayer
 from dora_kernels.layers.experts import DoraExperts
 from dora_kernels.layers.valueless import Undecided
 from dora_kernels.models.passed_head import close_head, open_head
-from dora_kernels.models.targets import unmatched_targets
+from dora_kernels.models.targets import unmatched
 from dora_kernels.ops.output import OutputUse
 
 from .attention import fused_attention
@@ -142,7 +142,7 @@ class CountedModel:
         self._examples = examples(kinds(model, targets))
         reduce(model, self._examples)
         if not isinstance(config.target_modules, str | None):
-            gone = unmatched_targets(model, config.target_modules)
+            gone = unmatched(model, config.target_modules)
             config = replace(config, target_modules=[name for name in config.target_modules if name not in gone])
         with fake_gpu(mode=self._mode), warnings.catch_warnings():
             warnings.simplefilter("ignore")
