@@ -53,6 +53,8 @@ def all_cases() -> Iterable[Case]:
                         yield Case(*dtypes, space, rank, *shape, tokens)
     yield from _options(DTYPES, (1, 16, 24, 384))
     yield from _nf4(DTYPES[:5], (1, 8, 16, 17, 24, 32, 33, 64, 384, 1024), ("plain", "nested", "parity"))
+    yield from _int4(DTYPES[:4], (16, 24, 32, 33, 64, 384))
+    yield from _fp8_and_fp4((24, 32, 33, 64, 384))
     for dtypes in DTYPES:
         yield from _mlps(dtypes, (1, 8, 16, 17, 24, 32, 33, 64, 100, 384, 1024))
         yield from _experts(dtypes, (1, 8, 16, 17, 24, 32, 33, 64, 100, 384, 1024))

@@ -10,7 +10,7 @@ class Gpu(NamedTuple):
 
     multiprocessors: int
     has_wgmma: bool  # four warps multiply from shared memory: registers then hold larger products
-    norm_holds_rank: bool  # a norm's 128 rows of B at rank 64 fit the registers beside W; elsewhere they spilled
+    products_spare_registers: bool  # operands (9.0) or results (10.0) lie elsewhere: more fits beside them
 
 
 GPUS = {

@@ -97,20 +97,25 @@ print(*seen)
 """
 
 # On all generations but Hopper the committed summary has one launch of each kernel and types: not these, which spilled.
-MLP = """
-import sys
-import torch
-from bench.counting.cases import Case
+ONE_CASE = """
+from bench.counting.cases import BF16, FP16, FP32, Case
 from bench.counting.compiled import broken_limits, compile_launch
 from bench.counting.launches import launches
 
-capability, rank = tuple(map(int, sys.argv[1].split("."))), int(sys.argv[2])
-found = launches([Case(torch.float16, torch.float32, "token", rank, mlp="silu")], capability)
-passes = [launch for launch in found if launch.name in ("glu_fwd", "glu_bwd")]
-assert len(passes) == 2
-for launch in passes:
-    print(*(f"{launch}: {limit}" for limit in broken_limits(compile_launch(launch, capability), capability)), sep="\\n")
+found = [launch for launch in launches([{case}], {capability}) if launch.name in {kernels}]
+assert {{launch.name for launch in found}} == {kernels}
+for launch in found:
+    for limit in broken_limits(compile_launch(launch, {capability}), {capability}):
+        print(launch, limit)
 """
+
+# On generations of which the committed summary has one launch of each kernel and types.
+SPILLED_ONCE = {
+    "a gated MLP in fp16": ((10, 0), 'Case(FP16, FP32, "token", 64, mlp="silu")', {"glu_fwd", "glu_bwd"}),
+    "and of a masked rank": ((12, 0), 'Case(FP16, FP32, "token", 100, mlp="silu")', {"glu_fwd", "glu_bwd"}),
+    "int4 with zeros": ((12, 0), 'Case(BF16, FP32, "weight", 32, int4="AWQ")', {"merge_scale"}),
+    "NF4 in fp32 at a masked rank": ((8, 6), 'Case(FP32, FP32, "weight", 17, nf4="plain")', {"merge_scale"}),
+}
 
 
 def run(*command, path=ROOT):
@@ -220,7 +225,8 @@ def test_the_summary_covers_one_generation_wholly_and_of_the_others_each_kernel_
     assert list(offline.summarised(found, (8, 0))) == [made("norm", "odd"), made("merge", "aligned")]
 
 
-@pytest.mark.parametrize("capability, rank", [("10.0", 64), ("12.0", 100)])
-def test_passes_of_a_gated_mlp_in_fp16(capability, rank):
-    result = run("-c", MLP, capability, str(rank))
+@pytest.mark.parametrize("what", SPILLED_ONCE)
+def test_what_spilled_once_spills_no_more(what):
+    capability, case, kernels = SPILLED_ONCE[what]
+    result = run("-c", ONE_CASE.format(capability=capability, case=case, kernels=kernels))
     assert (result.returncode, result.stdout.strip(), result.stderr) == (0, "", "")

@@ -39,15 +39,19 @@ class MergeConfig(NamedTuple):
     num_stages: int
 
 
-def merge_config(dot: Dot, in_features: int, straddles: bool = False, *, has_room: bool = False) -> MergeConfig:
+def merge_config(
+    dot: Dot, in_features: int, straddles: bool = False, *, has_room: bool = False, decodes_much: bool = False
+) -> MergeConfig:
     """By product, whether rows start at aligned addresses, and whether scales are read one by one. `has_room`: nothing
-    but the product takes many registers."""
+    but the product takes many registers. `decodes_much`: decoding takes so many that larger blocks spill."""
     if dot.acc == tl.float64:
         return MergeConfig(32, 32, num_warps=8, num_stages=2)
     if dot.is_16_bit:
         if in_features % 16 or straddles:
             # Each value read alone has an address of its own: larger blocks spill.
             return MergeConfig(64, 64, num_warps=8, num_stages=2)
+        if decodes_much and dot.one_block:
+            return MergeConfig(64, 64, num_warps=4, num_stages=2)
         # At high ranks time goes into reading A and B again for each block.
         block_n, num_warps = (64, 4) if dot.one_block else (256 if has_room and dot.in_pieces else 128, 8)
         return MergeConfig(block_n, 128, num_warps, num_stages=2)
@@ -65,9 +69,12 @@ def merge_launch(
 ) -> tuple[Dot, MergeConfig]:
     """How W' is merged, where n comes in so many partial sums."""
     K, R, dot = weight.shape[1], lora_A.shape[0], adapted_dot(weight, lora_A, lora_B, acc)
+    gpu, packed, whole = gpu_of(weight), isinstance(weight, Packed), R % 16 == 0
     # Decoding, adding partial sums, and ranks that are masked element by element leave none for larger blocks.
-    has_room = gpu_of(weight).has_wgmma and not isinstance(weight, Packed) and splits == 1 and R % 16 == 0
-    return dot, merge_config(dot, K, weight_format.straddles, has_room=has_room)
+    has_room = gpu.has_wgmma and not packed and splits == 1 and whole
+    wide = weight_format.dtype == tl.float32 and not whole
+    decodes_much = packed and not gpu.products_spare_registers and (weight_format.has_zeros or wide)
+    return dot, merge_config(dot, K, weight_format.straddles, has_room=has_room, decodes_much=decodes_much)
 
 
 @triton.jit(do_not_specialize=["salt"])

@@ -53,8 +53,8 @@ def weight_norm_config(
         block_n, block_k, num_warps = 32, 64, 8
         if dot.is_16_bit and aligned:
             block_n, block_k = 128, 128 if gpu.has_wgmma and not packed else 64
-    elif dot.is_16_bit and aligned and dot.block_r == 64:
-        block_n, block_k, num_warps, in_flight = 128, 64, 8, 2
+    elif dot.is_16_bit and aligned and (dot.block_r == 64 or (gpu.has_wgmma and not packed)):
+        block_n, block_k, num_warps, in_flight = 128, 64, 8, 3 if dot.block_r == 64 else 4
     elif dot.is_16_bit and aligned:
         block_n, block_k, num_warps, in_flight = 64, 64, 4, 4
     else:
@@ -214,7 +214,8 @@ def norm_launch(
 ) -> tuple[Dot, WeightNormConfig]:
     """How n is summed, in `acc`."""
     (N, K), gpu, packed = weight.shape, gpu_of(weight), isinstance(weight, Packed)
-    largest = 64 if gpu.norm_holds_rank and not packed and K % 16 == 0 else 32
+    # Of rank 64 elsewhere 128 rows of B spilled beside W.
+    largest = 64 if gpu.products_spare_registers and not packed and K % 16 == 0 else 32
     dot = adapted_dot(weight, lora_A, lora_B, acc, one_block_up_to=largest)
     return dot, weight_norm_config(N, K, dot, gpu, packed, weight_format.straddles)
 
