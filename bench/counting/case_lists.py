@@ -85,6 +85,7 @@ def _mlps(dtypes, ranks) -> Iterable[Case]:
         for rank in ranks:
             mlp = Case(*dtypes, space, rank, mlp="silu")
             yield mlp
+            yield mlp._replace(mlp="gelu_tanh", bias=True)
             yield mlp._replace(out_features=1001, in_features=333, tokens=77, mlp="gelu_tanh", bias=True)
         mlp = Case(*dtypes, space, ranks[0], mlp="silu", stacked=True)
         yield mlp

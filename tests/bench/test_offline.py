@@ -113,6 +113,8 @@ for launch in found:
 SPILLED_ONCE = {
     "a gated MLP in fp16": ((10, 0), 'Case(FP16, FP32, "token", 64, mlp="silu")', {"glu_fwd", "glu_bwd"}),
     "and of a masked rank": ((12, 0), 'Case(FP16, FP32, "token", 100, mlp="silu")', {"glu_fwd", "glu_bwd"}),
+    "and in bf16": ((12, 0), 'Case(BF16, FP32, "token", 100, mlp="silu")', {"glu_fwd", "glu_bwd"}),
+    "and with a bias": ((9, 0), 'Case(BF16, FP32, "token", 384, mlp="gelu_tanh", bias=True)', {"glu_fwd", "glu_bwd"}),
     "int4 with zeros": ((12, 0), 'Case(BF16, FP32, "weight", 32, int4="AWQ")', {"merge_scale"}),
     "NF4 in fp32 at a masked rank": ((8, 6), 'Case(FP32, FP32, "weight", 17, nf4="plain")', {"merge_scale"}),
 }

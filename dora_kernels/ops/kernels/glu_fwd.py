@@ -47,8 +47,11 @@ def cuts_both(dot: Dot, dtype: torch.dtype) -> bool:
     return dot.in_pieces and dtype == torch.float16 and (dot.block_r > 32 or not dot.one_block)
 
 
-def glu_fwd_config(dot: Dot, features: int, dtype: torch.dtype, *, has_room: bool) -> GluFwdConfig:
-    """By product, and whether rows start at aligned addresses. `has_room`: registers hold larger blocks."""
+def glu_fwd_config(
+    dot: Dot, features: int, dtype: torch.dtype, *, has_room: bool, has_bias: bool = False
+) -> GluFwdConfig:
+    """By product, and whether rows start at aligned addresses. `has_room`: registers hold larger blocks, without a bias
+    at least."""
     if dot.acc == tl.float64:
         return GluFwdConfig(16, 32, num_warps=8, num_stages=2)
     if dtype.itemsize == 4:
@@ -56,12 +59,14 @@ def glu_fwd_config(dot: Dot, features: int, dtype: torch.dtype, *, has_room: boo
     if features % 16:
         # Rows that start at odd addresses take a pointer an element.
         return GluFwdConfig(32, 64, num_warps=8, num_stages=1)
-    if cuts_both(dot, dtype) and not has_room:
+    if cuts_both(dot, dtype) and (has_bias or not has_room):
         return GluFwdConfig(32, 64, num_warps=8, num_stages=2)
+    if not dot.one_block and has_bias:
+        return GluFwdConfig(128, 32, num_warps=8, num_stages=2) if has_room else GluFwdConfig(32, 64, 4, num_stages=2)
     if not dot.one_block:
         # At high ranks time goes into reading h and B again for each block.
         return GluFwdConfig(128, 64, num_warps=8, num_stages=2)
-    return GluFwdConfig(64 if has_room else 32, 64, num_warps=4, num_stages=2)
+    return GluFwdConfig(64 if has_room and not has_bias else 32, 64, num_warps=4, num_stages=2)
 
 
 @triton.jit
@@ -105,8 +110,9 @@ def _glu_fwd_kernel(
     chunk = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
-    scale_gate, bias_gate = feature_vectors(scale_ptr, bias_ptr, offs_n, mask_n, GLU, ACC)
-    scale_up, bias_up = feature_vectors(scale_ptr + N, bias_ptr + N, offs_n, mask_n, GLU, ACC)
+    if DOT.one_block:
+        scale_gate, bias_gate = feature_vectors(scale_ptr, bias_ptr, offs_n, mask_n, GLU, ACC)
+        scale_up, bias_up = feature_vectors(scale_ptr + N, bias_ptr + N, offs_n, mask_n, GLU, ACC)
     stride_hm = R if GLU.one_h else 2 * R
     h_gate = Matrix(h_ptr, stride_hm, 1)
     h_up = h_gate if GLU.one_h else Matrix(h_ptr + R, stride_hm, 1)
@@ -139,6 +145,10 @@ def _glu_fwd_kernel(
             if not GLU.one_h:
                 h_block = tl.load(h_up_ptrs + first * stride_hm, mask=mask_h, other=0.0)
             up += scaling * lora_dot(h_up, b_up, h_block, offs_m, offs_n, mask_m, mask_n, R, DOT, b_up_block)
+        if not DOT.one_block:
+            # Not before: large products leave them no registers.
+            scale_gate, bias_gate = feature_vectors(scale_ptr, bias_ptr, offs_n, mask_n, GLU, ACC)
+            scale_up, bias_up = feature_vectors(scale_ptr + N, bias_ptr + N, offs_n, mask_n, GLU, ACC)
         gate = layer_output(gate, scale_gate, bias_gate, GLU)
         up = layer_output(up, scale_up, bias_up, GLU)
         # Rounded where a model stores it.
@@ -168,7 +178,7 @@ def glu_fwd(
     dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=largest_rank_block(N))
     glu = Glu(activation, factors is not None, bias is not None, h.shape[1] == R)
     gpu = gpu_of(gate)
-    config = glu_fwd_config(dot, N, gate.dtype, has_room=gpu.has_wgmma and bias is None)
+    config = glu_fwd_config(dot, N, gate.dtype, has_room=gpu.has_wgmma, has_bias=bias is not None)
     # With B and its pieces in registers fewer run at once.
     resident = 3 if factors is None else 2 if dot.one_block else 1
     chunks = token_chunks(M, triton.cdiv(N, config.block_n), resident, gpu)
