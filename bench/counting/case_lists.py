@@ -51,7 +51,7 @@ def all_cases() -> Iterable[Case]:
                 for tokens in (1, 512, 8192):
                     for rank in (1, 16, 24, 384):
                         yield Case(*dtypes, space, rank, *shape, tokens)
-    yield from _options(DTYPES, (1, 16, 24, 384))
+    yield from _options(DTYPES, (1, 16, 24, 100, 384))
     yield from _nf4(DTYPES[:5], (1, 8, 16, 17, 24, 32, 33, 64, 384, 1024), ("plain", "nested", "parity"))
     yield from _int4(DTYPES[:4], (16, 24, 32, 33, 64, 384))
     yield from _fp8_and_fp4((24, 32, 33, 64, 384))
@@ -62,14 +62,15 @@ def all_cases() -> Iterable[Case]:
 
 
 def roof_cases() -> Iterable[Case]:
-    """What the table of roofs shows: 4096 × 4096 at 8192 tokens, three ranks; 1024 output features, whose
-    inputs are split; packed weights."""
+    """What the table of roofs shows: 4096 × 4096 at 8192 tokens, three ranks; Llama-3-8B's other shapes; packed
+    weights."""
     for space in ("token", "weight"):
         for rank in (16, 64, 384):
             yield Case(BF16, FP32, space, rank, tokens=8192)
         for rank in (16, 64):
             yield Case(BF16, BF16, space, rank, tokens=8192)
-    yield Case(BF16, FP32, "weight", 16, 1024, 4096, 8192)
+    for shape in ((1024, 4096), (14336, 4096), (4096, 14336)):
+        yield Case(BF16, FP32, "weight", 16, *shape, 8192)
     for rank in (16, 64):
         yield Case(BF16, FP32, "weight", rank, tokens=8192, nf4="nested")
     for packed in ({"int4": "symmetric"}, {"fp8": "block"}, {"fp4": "NVFP4"}, {"fp4": "MXFP4"}):
