@@ -66,7 +66,7 @@ def kept_merge(
         return
     lora_A, lora_B = contiguous(lora_A), contiguous(lora_B)
     w, weight_format = weight_arguments(weight)
-    dot, config = merge_launch(weight, weight_format, lora_A, lora_B, norm_scale.scale.dtype)
+    dot, config = merge_launch(weight, weight_format, lora_A, lora_B, norm_scale.scale.dtype, out.dtype)
     dithered = stored_rounding(weight, rounding.mode) == "dithered"
     _kept_merge_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k),)](
         *w, lora_A, lora_B, out, norm_scale.scale, changed,

@@ -65,15 +65,16 @@ def merge_launch(
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     acc: torch.dtype,
+    dtype: torch.dtype,
     splits: int = 1,
 ) -> tuple[Dot, MergeConfig]:
-    """How W' is merged, where n comes in so many partial sums."""
+    """How W' is merged in `acc` and stored in `dtype`, where n comes in so many partial sums."""
     K, R, dot = weight.shape[1], lora_A.shape[0], adapted_dot(weight, lora_A, lora_B, acc)
     gpu, packed, whole = gpu_of(weight), isinstance(weight, Packed), R % 16 == 0
     # Decoding, adding partial sums, and ranks that are masked element by element leave none for larger blocks.
     has_room = gpu.has_wgmma and not packed and splits == 1 and whole
-    wide = weight_format.dtype == tl.float32 and not whole
-    decodes_much = packed and not gpu.products_spare_registers and (weight_format.has_zeros or wide)
+    wide_and_masked = dtype == torch.float32 and not whole
+    decodes_much = packed and not gpu.products_spare_registers and (weight_format.has_zeros or wide_and_masked)
     return dot, merge_config(dot, K, weight_format.straddles, has_room=has_room, decodes_much=decodes_much)
 
 
@@ -153,7 +154,7 @@ def merge(
     partial, splits = None, 1
     if not given:
         partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale)
-    dot, config = merge_launch(weight, weight_format, lora_A, lora_B, acc, splits)
+    dot, config = merge_launch(weight, weight_format, lora_A, lora_B, acc, dtype, splits)
     # At least one program a row, which keeps n and g, even for K = 0.
     _merge_scale_kernel[(triton.cdiv(N, config.block_n) * max(1, triton.cdiv(K, config.block_k)),)](
         *pointers, either(partial, norm_scale.scale), either(A_into, lora_A), *sizes,
