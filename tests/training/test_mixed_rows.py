@@ -20,7 +20,7 @@ def test_rows_of_several_kinds_are_all_read_and_counted(tmp_path, tokenizer):
     assert rows.said[0].endswith("column text (2 rows); column messages (1 rows); columns prompt, completion (1 rows)")
     decoded = [tokenizer.decode(row["input_ids"]) for row in rows.train]
     assert decoded[1:] == ["a<eos>", "bc<eos>", "d<eos>"] and "two red mugs" in decoded[0]
-    with pytest.raises(ValueError, match=r"`messages` in every row; a.jsonl, row 2 has text"):
+    with pytest.raises(ValueError, match=r"`messages` or `conversations` in every row; a.jsonl, row 2 has text"):
         load(tmp_path / "a.jsonl", tokenizer, assistant_only_loss=True)
 
 
