@@ -96,7 +96,6 @@ for _, made in sized_launches(cases, (9, 0)):
 print(*seen)
 """
 
-# On all generations but Hopper the committed summary has one launch of each kernel and types: not these, which spilled.
 ONE_CASE = """
 from bench.counting.cases import BF16, FP16, FP32, Case
 from bench.counting.compiled import broken_limits, compile_launch
@@ -109,7 +108,7 @@ for launch in found:
         print(launch, limit)
 """
 
-# On generations of which the committed summary has one launch of each kernel and types.
+# The committed summary has none of these: no call like them, or, but on Hopper, one launch of each kernel and types.
 SPILLED_ONCE = {
     "a gated MLP in fp16": ((10, 0), 'Case(FP16, FP32, "token", 64, mlp="silu")', {"glu_fwd", "glu_bwd"}),
     "and of a masked rank": ((12, 0), 'Case(FP16, FP32, "token", 100, mlp="silu")', {"glu_fwd", "glu_bwd"}),

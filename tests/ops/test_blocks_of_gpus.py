@@ -1,4 +1,5 @@
-"""Blocks depend on the GPU. The interpreter takes Hopper's; here every kernel runs in those of other generations."""
+"""Blocks depend on the GPU. The interpreter takes Hopper's; here layers, gated MLPs, experts and packed weights run in
+those of other generations."""
 
 import pytest
 import torch
