@@ -24,7 +24,7 @@ import dora_kernels as dk
 from dora_kernels.layers.experts import frozen_experts
 from dora_kernels.layers.support import why_not_class
 from dora_kernels.models.expert_targets import how_to_adapt
-from dora_kernels.models.targets import find_targets
+from dora_kernels.models.targets import find_targets, idle_exclusions
 
 from .planning.formats import weight_bytes
 from .planning.losses import LOSSES
@@ -99,6 +99,8 @@ def _notes(model: PreTrainedModel, dora: dk.DoraConfig) -> Iterator[str]:
     has_attention = hasattr(model.config, "num_attention_heads")
     if has_attention and (attention := model.config._attn_implementation) != "sdpa":
         yield f"attention is {attention}: its scores are counted"
+    if idle := idle_exclusions(model, dora):
+        yield idle
     if experts := frozen_experts(model):
         if dora.target_parameters:
             yield "experts have tokens × top_k rows in a layer, however the router shares them out"

@@ -28,7 +28,7 @@ from .hooks import add_hooks
 from .lost_state import batches_seen
 from .modules import check_model, check_not_sharded, dora_layers, listed, replace_module
 from .peft_names import misread_by_peft
-from .targets import check_patterns, find_saved, find_targets, is_all_linear, rank_and_alpha, unmatched
+from .targets import check_patterns, find_saved, find_targets, idle_exclusions, is_all_linear, rank_and_alpha
 
 
 def apply_dora(model: Model, config: DoraConfig) -> Model:
@@ -63,7 +63,8 @@ def adapt(model: Model, config: DoraConfig, *, to_train: bool = False) -> Model:
     targets, parameters = check_targets(model, config), check_parameters(model, config)
     if to_train:
         check_patterns(config, targets, parameters)
-        _warn_of_idle_exclusions(model, config)
+        if idle := idle_exclusions(model, config):
+            warnings.warn(idle, stacklevel=3)
         if config.merge_aware:
             _check_not_fp16(targets)
     saved = find_saved(model, config)
@@ -172,15 +173,6 @@ def _check_not_fp16(targets: dict[str, nn.Module]) -> None:
         raise ValueError(
             f"merge_aware cannot train layers that compute in fp16, where the gradient of the magnitude underflows in "
             f"weight space: {listed(in_fp16)}; load the base in bf16 or fp32"
-        )
-
-
-def _warn_of_idle_exclusions(model: nn.Module, config: DoraConfig) -> None:
-    # No error, as in PEFT: one config may serve several models.
-    if idle := unmatched(model, config.exclude_modules or []):
-        warnings.warn(
-            f"`exclude_modules` [{listed(map(repr, idle))}] matches no module of the model: it excludes nothing",
-            stacklevel=4,
         )
 
 

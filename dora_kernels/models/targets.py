@@ -73,6 +73,13 @@ def unmatched(model: nn.Module, entries: list[str] | str) -> list[str]:
     return [entry for single, entry in each if not any(matches(single, name) for name in names)]
 
 
+def idle_exclusions(model: nn.Module, config: DoraConfig) -> str:
+    """A sentence on the entries of `exclude_modules` that match nothing, or "". No error, as in PEFT: one config may
+    serve several models."""
+    idle = listed(map(repr, unmatched(model, config.exclude_modules or [])))
+    return f"`exclude_modules` [{idle}] matches no module of the model: it excludes nothing" if idle else ""
+
+
 def rank_and_alpha(config: DoraConfig, name: str, r: int | None = None) -> tuple[int, float]:
     """`r` and `lora_alpha` of the module called `name`. An `r` that is given stands for the config's own."""
     r = _lookup(config.rank_pattern, name, config.r if r is None else r)

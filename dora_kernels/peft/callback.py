@@ -91,5 +91,5 @@ def check_liger(args) -> None:
     if getattr(args, "use_liger_kernel", False) and harmful:
         raise ValueError(
             f"Liger's {' and '.join(harmful)} overwrite what DoRA layers keep for the magnitude's gradient: pass "
-            f"liger_kernel_config={dict.fromkeys(harmful, False)} to the trainer's arguments"
+            f"liger_kernel_config={config | dict.fromkeys(harmful, False)} to the trainer's arguments"
         )

@@ -145,7 +145,9 @@ def test_liger_kernels_that_overwrite_outputs_are_refused():
     with pytest.raises(ValueError, match=r"Liger's rope and swiglu and geglu overwrite .*'swiglu': False"):
         callback.on_train_begin(SimpleNamespace(use_liger_kernel=True, liger_kernel_config=None), None, None)
     off = {"rope": False, "geglu": False}
-    with pytest.raises(ValueError, match=r"Liger's swiglu overwrite"):
+    with pytest.raises(
+        ValueError, match=r"Liger's swiglu overwrite .*={'rope': False, 'geglu': False, 'swiglu': False}"
+    ):
         callback.on_train_begin(SimpleNamespace(use_liger_kernel=True, liger_kernel_config=off), None, None)
     check_liger(SimpleNamespace(use_liger_kernel=True, liger_kernel_config=off | {"swiglu": False}))
     check_liger(SimpleNamespace(use_liger_kernel=False, liger_kernel_config=None))

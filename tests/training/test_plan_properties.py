@@ -91,5 +91,7 @@ def test_what_differs_from_what_one_expects_is_said():
     stacks = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     planned = planned_model(OTHERS["mixtral"], dk.DoraConfig(target_parameters=stacks))
     assert planned.notes == ["experts have tokens × top_k rows in a layer, however the router shares them out"]
+    (idle,) = planned_model(LlamaConfig(**SIZES), dk.DoraConfig(exclude_modules=["lm_haed"])).notes
+    assert idle == "`exclude_modules` ['lm_haed'] matches no module of the model: it excludes nothing"
     eager = Gemma2Config(**SIZES)
     assert "attention is eager: its scores are counted" in planned_model(eager).notes
