@@ -13,7 +13,8 @@ class Multiprocessor(NamedTuple):
 
     Pipes: CUDA C++ Best Practices Guide, "Throughput of Native Arithmetic Instructions"; for 10.0 and 12.0 as its
     versions 13.0 and 13.4 are quoted by public repositories. Limits: CUDA C++ Programming Guide, "Compute
-    Capabilities". Tensor cores: data sheets divided by multiprocessors, clock and 2.
+    Capabilities". Tensor cores: data sheets divided by multiprocessors, clock and 2. Tensor memory: four times the 57
+    bytes a cycle that one warp read on a B300 (the repository ademeure/QuickRunCUDA); published figures disagree.
     """
 
     fp32: int
@@ -27,6 +28,7 @@ class Multiprocessor(NamedTuple):
     xu: int = 16  # conversions, reciprocals and roots
     shuffles: int = 32
     bytes: int = 128  # of shared memory and L1
+    tensor_memory: int = 0  # bytes, read; writes are taken to be no faster
 
 
 MULTIPROCESSORS = {
@@ -34,7 +36,7 @@ MULTIPROCESSORS = {
     (8, 6): Multiprocessor(128, 64, 64, 2, 256, 102_400, 48, 16),
     (8, 9): Multiprocessor(128, 64, 64, 2, 256, 102_400, 48, 24),
     (9, 0): Multiprocessor(128, 64, 64, 64, 2048, 233_472, 64, 32),
-    (10, 0): Multiprocessor(128, 64, 64, 64, 4096, 233_472, 64, 32),
+    (10, 0): Multiprocessor(128, 64, 64, 64, 4096, 233_472, 64, 32, tensor_memory=228),
     (12, 0): Multiprocessor(128, 64, 64, 2, 256, 102_400, 48, 24),
 }
 """By compute capability."""

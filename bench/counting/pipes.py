@@ -22,7 +22,8 @@ OPCODES = {
     "xu": "MUFU F2F F2I I2F FRND POPC FLO BREV",
     "uniform": "UIADD3 UIMAD UISETP ULEA ULOP3 UMOV USEL USGXT USHF UPLOP3 UP2UR UPRMT UBMSK UFLO UPOPC UF2FP UI2F "
     "UFSETP UFMUL UFADD UFFMA UVIMNMX UVIADD UVIRTCOUNT ULDC LDCU R2UR S2UR UCLEA UR2UP",
-    "lsu": "LDG STG LDS STS LDGSTS LDSM STSM LDL STL SHFL LDTM STTM ATOMS ATOMG RED UBLKCP",
+    "lsu": "LDG STG LDS STS LDGSTS LDSM STSM LDL STL SHFL ATOMS ATOMG RED UBLKCP",
+    "tmem": "LDTM STTM",
     "tensor": "HMMA HGMMA UTCHMMA UTCQMMA UTCBAR UTCATOMSWS UTCCP",
     "other": "LDC BAR BRA BRX BSSY BSYNC BREAK CALL RET EXIT NOP NANOSLEEP WARPSYNC DEPBAR LDGDEPBAR ARRIVES MEMBAR "
     "FENCE CCTL ERRBAR YIELD S2R WARPGROUP SYNCS ELECT REDUX BMOV ACQBULK UCGABAR_WAIT UCGABAR_ARV CREDUX LEPC BPT",
@@ -36,7 +37,7 @@ def cycles(counts: Mapping[str, float], warps: int, sm: Multiprocessor) -> dict[
     Raises:
         ValueError: an opcode whose pipe is not known.
     """
-    taken = dict.fromkeys(("issue", "alu", "fp32", "imad", "fp64", "xu", "lsu", "tensor"), 0.0)
+    taken = dict.fromkeys(("issue", "alu", "fp32", "imad", "fp64", "xu", "lsu", "tmem", "tensor"), 0.0)
     for opcode, count in counts.items():
         pipe = pipe_of(opcode)
         taken["issue"] += count / FOUR
@@ -44,6 +45,8 @@ def cycles(counts: Mapping[str, float], warps: int, sm: Multiprocessor) -> dict[
             taken["tensor"] += count * multiply_adds(opcode) / (sm.tensor / 2 if "TF32" in opcode else sm.tensor)
         elif pipe == "lsu":
             taken["lsu"] += count * WARP / (sm.shuffles if opcode.startswith("SHFL") else sm.bytes / lane_bytes(opcode))
+        elif pipe == "tmem":
+            taken["tmem"] += count * tensor_memory_bytes(opcode) / sm.tensor_memory
         elif pipe in taken:
             taken[pipe] += count * WARP / getattr(sm, pipe)
     # Integer products run on half of the pipe that fp32 has to itself, or on all of it where it is half as wide.
@@ -71,7 +74,13 @@ def multiply_adds(opcode: str) -> int:
 
 def lane_bytes(opcode: str) -> int:
     """Bytes of the path that one thread takes: at least a register's, whatever it moves."""
-    if repeated := re.search(r"^(?:LDSM|STSM)\..*\.(\d)$|^(?:LDTM|STTM)\.x(\d+)", opcode):
-        return 4 * int(repeated[1] or repeated[2])
+    if repeated := re.search(r"^(?:LDSM|STSM)\..*\.(\d)$", opcode):
+        return 4 * int(repeated[1])
     width = re.search(r"\.(128|64)\b", opcode)
     return int(width[1]) // 8 if width else 4
+
+
+def tensor_memory_bytes(opcode: str) -> int:
+    """Of one warp: rows · bytes of an element · columns."""
+    rows, bits, columns = re.match(r"\w{4}(?:\.(\d+)dp(\d+)bit\w*)?(?:\.x(\d+))?", opcode).groups()
+    return int(rows or WARP) * int(bits or 32) // 8 * int(columns or 1)

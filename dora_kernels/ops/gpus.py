@@ -10,14 +10,19 @@ class Gpu(NamedTuple):
 
     multiprocessors: int
     has_wgmma: bool  # four warps multiply from shared memory: registers then hold larger products
-    products_spare_registers: bool  # operands (9.0) or results (10.0) lie elsewhere: more fits beside them
+    has_tensor_memory: bool  # products add up there, and pass through registers for each block of the rank
+
+    @property
+    def products_spare_registers(self) -> bool:
+        """Whether operands or results of products lie elsewhere: more fits beside them."""
+        return self.has_wgmma or self.has_tensor_memory
 
 
 GPUS = {
     (8, 0): Gpu(108, False, False),
     (8, 6): Gpu(84, False, False),
     (8, 9): Gpu(128, False, False),
-    (9, 0): Gpu(132, True, True),
+    (9, 0): Gpu(132, True, False),
     (10, 0): Gpu(148, False, True),
     (12, 0): Gpu(170, False, False),
 }

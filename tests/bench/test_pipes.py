@@ -3,7 +3,7 @@
 import pytest
 
 from bench.counting.gpus import MULTIPROCESSORS, ROOFS
-from bench.counting.pipes import cycles, lane_bytes, multiply_adds, pipe_of
+from bench.counting.pipes import cycles, lane_bytes, multiply_adds, pipe_of, tensor_memory_bytes
 
 AMPERE, HOPPER = MULTIPROCESSORS[8, 0], MULTIPROCESSORS[9, 0]
 
@@ -19,6 +19,7 @@ def test_cycles_of_a_program():
             "xu": 4 * 32 / 16,
             "lsu": 4 * (2 * 32 / 32 + 3 * 32 * 16 / 128 + 32 * 4 / 128),
             "fp64": 0,
+            "tmem": 0,
             "tensor": 0,
         }
     )
@@ -51,6 +52,16 @@ def test_tensor_cores_have_the_data_sheets_rate():
 def test_widths():
     widths = {"LDG.E.128": 16, "LDG.E.64": 8, "LDG.E": 4, "LDG.E.U8": 4, "LDSM.16.M88.4": 16, "LDSM.16.M88": 4}
     assert {opcode: lane_bytes(opcode) for opcode in widths} == widths
+
+
+def test_tensor_memory():
+    """Some instructions serve half of a warp's threads; a B200 moves 228 bytes a cycle."""
+    assert tensor_memory_bytes("LDTM.x32") == 32 * 4 * 32
+    assert tensor_memory_bytes("STTM.16dp32bit_t16_t31.x64") == 16 * 4 * 64
+    assert tensor_memory_bytes("LDTM.16dp256bit.x8") == 16 * 32 * 8
+    assert tensor_memory_bytes("STTM") == 32 * 4
+    taken = cycles({"LDTM.x32": 57}, 4, ROOFS["b200"].multiprocessor)
+    assert taken["tmem"] == 4 * 32 * 4 * 32 / 4 and taken["lsu"] == 0
 
 
 def test_an_unknown_instruction_is_refused():

@@ -70,6 +70,7 @@ def test_each_roof(compiled):
             "tensor": 2048 / 2048 * per_program,
             "xu": 0,
             "fp64": 0,
+            "tmem": 0,
             "launch": 3e-6,
         }
     )

@@ -4,11 +4,11 @@ those of other generations."""
 import pytest
 import torch
 
-from dora_kernels.ops import gpus
+from dora_kernels.ops import gpus, kernels
 from dora_kernels.ops.base_weights import weight_of
 from dora_kernels.ops.dora_mlp import dora_mlp
 from dora_kernels.ops.gpus import GPUS
-from dora_kernels.ops.types import Rounding
+from dora_kernels.ops.types import Adapted, Rounding
 from tests.support import experts
 from tests.support.buffers import guard_launches
 from tests.support.int4 import linear_awq, linear_compressed
@@ -16,6 +16,8 @@ from tests.support.mlp import make_mlp, parts, solved
 from tests.support.nf4 import linear_4bit
 from tests.support.oracle import errors, make_problem, solve
 from tests.support.packed import compare
+from tests.support.twin_problems import factors_of
+from tests.support.twins import compare as compare_dense
 from tests.tolerances import TWIN
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -36,7 +38,7 @@ def beside_the_reference(solution, dtype):
     assert max(measured.values()) <= TWIN[dtype], measured
 
 
-@pytest.mark.parametrize("rank", [16, 24, 40])
+@pytest.mark.parametrize("rank", [16, 24, 40, 72])
 @pytest.mark.parametrize(("dtype", "space"), [(BF16, "token"), (BF16, "weight"), (FP16, "token"), (FP32, "weight")])
 def test_a_layer(dtype, space, rank):
     """More output features than a block has, several blocks of inputs, and a last block that is not full."""
@@ -44,7 +46,7 @@ def test_a_layer(dtype, space, rank):
     beside_the_reference(lambda impl: solve(problem, impl=impl, space=space), dtype)
 
 
-@pytest.mark.parametrize("rank", [24, 40])
+@pytest.mark.parametrize("rank", [24, 40, 72])
 @pytest.mark.parametrize(("dtype", "space"), [(BF16, "token"), (BF16, "weight"), (FP16, "token"), (FP32, "weight")])
 def test_a_gated_mlp(dtype, space, rank):
     x, grad_y, *members = make_mlp(21, 48, 144, rank, dtype, FP32)
@@ -54,6 +56,17 @@ def test_a_gated_mlp(dtype, space, rank):
         return solved(y, x, parts(*members), grad_y)
 
     beside_the_reference(solution, dtype)
+
+
+@pytest.mark.parametrize("rank", [24, 40, 72])
+def test_layers_in_one_launch(rank):
+    """To the bits of each layer's own."""
+    problems = [make_problem(1, features, 208, rank, BF16, FP32) for features in (144, 40)]
+    layers = [Adapted(*factors_of(each), each.scaling, Rounding("dithered", 3)) for each in problems]
+    merged, norm_scale = kernels.stacked_merge(layers, dtype=BF16)
+    own, own_scales = zip(*(kernels.merge(*each[:5], dtype=BF16, rounding=each.rounding) for each in layers))
+    assert torch.equal(merged, torch.cat(own)) and torch.equal(norm_scale.norm, torch.cat([n for n, _ in own_scales]))
+    compare_dense("stacked_merge", layers, dtype=BF16)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
@@ -70,7 +83,7 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("rank", [16, 17])
+@pytest.mark.parametrize("rank", [16, 17, 72])
 @pytest.mark.parametrize("layer", PACKED.values(), ids=PACKED)
 def test_a_packed_weight(layer, rank):
     torch.manual_seed(0)

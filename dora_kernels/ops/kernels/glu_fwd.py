@@ -14,7 +14,7 @@ from ..types import GluFactors
 from .activations import activation
 from .blocks import Matrix, addresses
 from .chunks import token_chunks
-from .launch import ALL_REGISTERS, acc_dtype, contiguous, contiguous_rows, dot_of
+from .launch import ALL_REGISTERS, acc_dtype, contiguous, contiguous_rows, dot_of, rank_blocks
 from .lora_dot import Dot, lora_dot, right_rank_block
 
 
@@ -175,9 +175,10 @@ def glu_fwd(
     if factors is not None:
         R, h, lora_B = factors.rank, contiguous(factors.h), [contiguous(B) for B in factors.lora_B]
         scale, scaling = factors.scale, factors.scaling
-    dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=largest_rank_block(N))
-    glu = Glu(activation, factors is not None, bias is not None, h.shape[1] == R)
     gpu = gpu_of(gate)
+    blocks = rank_blocks(gpu, N % 16 == 0, largest_rank_block(N))
+    dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, **blocks)
+    glu = Glu(activation, factors is not None, bias is not None, h.shape[1] == R)
     config = glu_fwd_config(dot, N, gate.dtype, has_room=gpu.has_wgmma, has_bias=bias is not None)
     # With B and its pieces in registers fewer run at once.
     resident = 3 if factors is None else 2 if dot.one_block else 1

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gpus import Gpu
 from . import rounding
 from .lora_dot import Dot
 
@@ -17,11 +18,17 @@ TRITON_DTYPES = {
 
 
 def dot_of(
-    rank: int, *factors: torch.dtype, acc: torch.dtype, onto: torch.dtype = torch.float32, one_block_up_to: int = 32
+    rank: int,
+    *factors: torch.dtype,
+    acc: torch.dtype,
+    onto: torch.dtype = torch.float32,
+    one_block_up_to: int = 32,
+    walked_by: int = 16,
 ) -> Dot:
     """For a product of `factors` over the rank, accumulated in `acc` and added to values that were rounded to `onto`.
 
-    One block holds ranks up to `one_block_up_to` where the tensor cores multiply 16-bit numbers.
+    Where the tensor cores multiply 16-bit numbers one block holds ranks up to `one_block_up_to`, and higher ranks are
+    walked in blocks of `walked_by`.
 
     16-bit tensor cores where both factors are the same 16-bit type, and, in bf16 pieces, where `onto` has 16 bits: its
     own rounding is 2⁶ times the pieces' error or more. Elsewhere fp32 at full precision through three tf32 products
@@ -35,16 +42,25 @@ def dot_of(
         precision = tl.float32, TRITON_DTYPES[factors[0] if same else torch.bfloat16], "ieee"
     else:
         precision = tl.float32, tl.float32, "tf32x3"
-    largest = one_block_up_to if precision[1].primitive_bitwidth == 16 else 32
-    block_r = rank_block_size(rank, acc.itemsize, largest)
+    sizes = (one_block_up_to, walked_by) if precision[1].primitive_bitwidth == 16 else ()
+    block_r = rank_block_size(rank, acc.itemsize, *sizes)
     return Dot(*precision, block_r, rank <= block_r, in_pieces)
 
 
-def rank_block_size(rank: int, itemsize: int, largest: int = 32) -> int:
+def rank_block_size(rank: int, itemsize: int, largest: int = 32, walked_by: int = 16) -> int:
     """The rank is walked in blocks of this size: at least 16, which a dot needs; padded lanes are masked, not read.
-    A rank that no block holds is walked in blocks of 16."""
+    A rank that no block holds is walked in blocks of `walked_by`."""
     size = max(16, triton.next_power_of_2(rank))
-    return size if size <= largest and itemsize < 8 else 16
+    return 16 if itemsize == 8 else size if size <= largest else walked_by
+
+
+def rank_blocks(gpu: Gpu, aligned: bool, largest: int | None = None) -> dict[str, int]:
+    """Options of `dot_of`. Each block of the rank takes the sums out of tensor memory and back, which takes longer than
+    its products: there blocks are as large as registers allow. `aligned`: rows start at aligned addresses; else
+    registers hold an address for each value."""
+    sums_elsewhere = gpu.has_tensor_memory and aligned
+    largest = largest or (64 if sums_elsewhere else 32)
+    return {"one_block_up_to": largest, "walked_by": largest if sums_elsewhere else 16}
 
 
 def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:

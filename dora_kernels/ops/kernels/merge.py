@@ -16,7 +16,7 @@ from ..types import NormScale, Rounding
 from .base_weight import Format, WeightMemory, adapted_block, adapted_dot, weight_arguments
 from .blocks import Matrix, addresses
 from .cast import cast_strips
-from .launch import ALL_REGISTERS, contiguous, either, signed32
+from .launch import ALL_REGISTERS, contiguous, either, rank_blocks, signed32
 from .lora_dot import Dot, rank_block
 from .rounding import round_to
 from .weight_norm import empty_norm_scale, launch_weight_norm, norm_and_scale, sum_splits
@@ -52,9 +52,11 @@ def merge_config(
             return MergeConfig(64, 64, num_warps=8, num_stages=2)
         if decodes_much and dot.one_block:
             return MergeConfig(64, 64, num_warps=4, num_stages=2)
-        # At high ranks time goes into reading A and B again for each block.
-        block_n, num_warps = (64, 4) if dot.one_block else (256 if has_room and dot.in_pieces else 128, 8)
-        return MergeConfig(block_n, 128, num_warps, num_stages=2)
+        if dot.one_block and dot.block_r <= 32:
+            return MergeConfig(64, 128, num_warps=4, num_stages=2)
+        # At high ranks time goes into reading A and B again for each block. Two blocks of rank 64 at once spilled.
+        stages = 1 if dot.block_r == 64 else 2
+        return MergeConfig(256 if has_room and dot.in_pieces else 128, 128, num_warps=8, num_stages=stages)
     # With twice the rank in registers half the rows, or fp32 weights spill.
     return MergeConfig(64 if dot.block_r == 16 else 32, 64, num_warps=8, num_stages=2)
 
@@ -69,8 +71,9 @@ def merge_launch(
     splits: int = 1,
 ) -> tuple[Dot, MergeConfig]:
     """How W' is merged in `acc` and stored in `dtype`, where n comes in so many partial sums."""
-    K, R, dot = weight.shape[1], lora_A.shape[0], adapted_dot(weight, lora_A, lora_B, acc)
-    gpu, packed, whole = gpu_of(weight), isinstance(weight, Packed), R % 16 == 0
+    (_, K), R, gpu = weight.shape, lora_A.shape[0], gpu_of(weight)
+    dot = adapted_dot(weight, lora_A, lora_B, acc, **rank_blocks(gpu, K % 16 == 0))
+    packed, whole = isinstance(weight, Packed), R % 16 == 0
     # Decoding, adding partial sums, and ranks that are masked element by element leave none for larger blocks.
     has_room = gpu.has_wgmma and not packed and splits == 1 and whole
     wide_and_masked = dtype == torch.float32 and not whole

@@ -6,9 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gpus import gpu_of
 from ..types import Rounding
 from .blocks import Matrix, addresses
-from .launch import ALL_REGISTERS, contiguous, contiguous_rows, dot_of, signed32
+from .launch import ALL_REGISTERS, contiguous, contiguous_rows, dot_of, rank_blocks, signed32
 from .lora_dot import Dot, lora_dot, rank_block
 from .rounding import round_to
 
@@ -31,7 +32,7 @@ def rescale_fwd_config(dot: Dot, out_features: int, stored_itemsize: int, has_un
             # Each value read alone has an address of its own: larger blocks spill.
             return RescaleFwdConfig(64 if dot.one_block else 32, 64, num_warps=8, num_stages=2)
         # At high ranks time goes into reading h and B again for each block.
-        block_m, num_warps = (64, 4) if dot.one_block else (128, 8)
+        block_m, num_warps = (64, 4) if dot.one_block and dot.block_r <= 32 else (128, 8)
         return RescaleFwdConfig(block_m, 64 if has_undropped else 128, num_warps, num_stages=2)
     # fp32 values take twice the registers: 64 tokens of them spill at ranks that 16 does not divide.
     block_m = 32 if stored_itemsize == 4 or not dot.one_block else 64
@@ -104,7 +105,8 @@ def rescale_fwd(
     if out.numel() == 0:
         return out
     dtype = mag_norm_scale.dtype
-    dot = dot_of(R, h.dtype, lora_B.dtype, acc=dtype, onto=base_out.dtype)
+    blocks = rank_blocks(gpu_of(base_out), N % 16 == 0)
+    dot = dot_of(R, h.dtype, lora_B.dtype, acc=dtype, onto=base_out.dtype, **blocks)
     config = rescale_fwd_config(dot, N, base_out.element_size(), undropped is not None)
     other = base_out if undropped is None else undropped
     any_bias = contiguous(bias if base_bias is None else base_bias)

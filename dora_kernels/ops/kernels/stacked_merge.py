@@ -15,7 +15,7 @@ from ..types import Adapted, NormScale
 from .base_weight import Format, adapted_block, adapted_dot
 from .blocks import Matrix, addresses
 from .cast import cast_strips
-from .launch import ALL_REGISTERS, either
+from .launch import ALL_REGISTERS, either, rank_blocks
 from .lora_dot import rank_block
 from .merge import merge_config
 from .rounding import round_to
@@ -98,9 +98,10 @@ def stacked_merge(
     if not given:
         partial = launch_stacked_norm(layers, norm_scale, stack, norm_dot, norm_config)
         splits = norm_config.splits
-    dot = adapted_dot(first.weight, first.lora_A, first.lora_B, norm.dtype)
+    gpu = gpu_of(first.weight)
+    dot = adapted_dot(first.weight, first.lora_A, first.lora_B, norm.dtype, **rank_blocks(gpu, K % 16 == 0))
     # Adding partial sums, and ranks that are masked element by element, leave none for larger blocks.
-    has_room = gpu_of(first.weight).has_wgmma and splits == 1 and R % 16 == 0
+    has_room = gpu.has_wgmma and splits == 1 and R % 16 == 0
     config = merge_config(dot, K, has_room=has_room)
     rows = sum(triton.cdiv(each, config.block_n) for each in stack.features)
     stack = Stack(

@@ -12,7 +12,7 @@ from ..types import NEAREST, NormScale, Rounding
 from .base_weight import Format, WeightMemory, adapted_block, adapted_dot, weight_arguments
 from .blocks import Matrix
 from .cast import cast_strips
-from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, either, signed32
+from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, either, rank_blocks, signed32
 from .lora_dot import Dot, rank_block
 
 # Squares of fp32 numbers leave fp32's range below 1e-19 and above 1e19: where the plain sum has left [2⁻⁸⁰, 2¹²⁰] a
@@ -53,7 +53,7 @@ def weight_norm_config(
         block_n, block_k, num_warps = 32, 64, 8
         if dot.is_16_bit and aligned:
             block_n, block_k = 128, 128 if gpu.has_wgmma and not packed else 64
-    elif dot.is_16_bit and aligned and (dot.block_r == 64 or (gpu.has_wgmma and not packed)):
+    elif dot.is_16_bit and aligned and gpu.products_spare_registers and not packed:
         block_n, block_k, num_warps, in_flight = 128, 64, 8, 3 if dot.block_r == 64 else 4
     elif dot.is_16_bit and aligned:
         block_n, block_k, num_warps, in_flight = 64, 64, 4, 4
@@ -215,8 +215,9 @@ def norm_launch(
     """How n is summed, in `acc`."""
     (N, K), gpu, packed = weight.shape, gpu_of(weight), isinstance(weight, Packed)
     # Of rank 64 elsewhere 128 rows of B spilled beside W.
-    largest = 64 if gpu.products_spare_registers and not packed and K % 16 == 0 else 32
-    dot = adapted_dot(weight, lora_A, lora_B, acc, one_block_up_to=largest)
+    aligned = K % 16 == 0
+    largest = 64 if gpu.products_spare_registers and not packed and aligned else 32
+    dot = adapted_dot(weight, lora_A, lora_B, acc, **rank_blocks(gpu, aligned, largest))
     return dot, weight_norm_config(N, K, dot, gpu, packed, weight_format.straddles)
 
 
