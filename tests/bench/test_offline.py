@@ -114,6 +114,8 @@ SPILLED_ONCE = {
     "and of a masked rank": ((12, 0), 'Case(FP16, FP32, "token", 100, mlp="silu")', {"glu_fwd", "glu_bwd"}),
     "and in bf16": ((12, 0), 'Case(BF16, FP32, "token", 100, mlp="silu")', {"glu_fwd", "glu_bwd"}),
     "and with a bias": ((9, 0), 'Case(BF16, FP32, "token", 384, mlp="gelu_tanh", bias=True)', {"glu_fwd", "glu_bwd"}),
+    "large blocks of the rank, of both factors' pieces": ((10, 0), 'Case(FP16, FP32, "token", 128)', {"rescale_fwd"}),
+    "and of a masked rank's": ((10, 0), 'Case(BF16, FP32, "token", 100, mlp="silu")', {"glu_fwd"}),
     "int4 with zeros": ((12, 0), 'Case(BF16, FP32, "weight", 32, int4="AWQ")', {"merge_scale"}),
     "NF4 in fp32 at a masked rank": ((8, 6), 'Case(FP32, FP32, "weight", 17, nf4="plain")', {"merge_scale"}),
     "and rounded first": ((12, 0), 'Case(FP32, FP32, "weight", 17, 1024, nf4="parity")', {"merge_scale"}),

@@ -176,7 +176,9 @@ def glu_fwd(
         R, h, lora_B = factors.rank, contiguous(factors.h), [contiguous(B) for B in factors.lora_B]
         scale, scaling = factors.scale, factors.scaling
     gpu = gpu_of(gate)
-    blocks = rank_blocks(gpu, N % 16 == 0, largest_rank_block(N))
+    # A bias, and pieces of both factors, take smaller blocks of tokens, whose sums stay in registers.
+    has_room = N % 16 == 0 and bias is None and gate.dtype == torch.bfloat16
+    blocks = rank_blocks(gpu, R, has_room, largest_rank_block(N))
     dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, **blocks)
     glu = Glu(activation, factors is not None, bias is not None, h.shape[1] == R)
     config = glu_fwd_config(dot, N, gate.dtype, has_room=gpu.has_wgmma, has_bias=bias is not None)

@@ -54,13 +54,13 @@ def rank_block_size(rank: int, itemsize: int, largest: int = 32, walked_by: int 
     return 16 if itemsize == 8 else size if size <= largest else walked_by
 
 
-def rank_blocks(gpu: Gpu, aligned: bool, largest: int | None = None) -> dict[str, int]:
+def rank_blocks(gpu: Gpu, rank: int, has_room: bool, largest: int | None = None) -> dict[str, int]:
     """Options of `dot_of`. Each block of the rank takes the sums out of tensor memory and back, which takes longer than
-    its products: there blocks are as large as registers allow. `aligned`: rows start at aligned addresses; else
-    registers hold an address for each value."""
-    sums_elsewhere = gpu.has_tensor_memory and aligned
-    largest = largest or (64 if sums_elsewhere else 32)
-    return {"one_block_up_to": largest, "walked_by": largest if sums_elsewhere else 16}
+    its products: there blocks are large, where registers have room for them. Ranks that 16 does not divide, and rows
+    that start at odd addresses, take an address for each value and leave none."""
+    are_large = gpu.has_tensor_memory and has_room and rank % 16 == 0
+    largest = largest or (64 if are_large else 32)
+    return {"one_block_up_to": largest, "walked_by": largest if are_large else 16}
 
 
 def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:

@@ -72,7 +72,7 @@ def merge_launch(
 ) -> tuple[Dot, MergeConfig]:
     """How W' is merged in `acc` and stored in `dtype`, where n comes in so many partial sums."""
     (_, K), R, gpu = weight.shape, lora_A.shape[0], gpu_of(weight)
-    dot = adapted_dot(weight, lora_A, lora_B, acc, **rank_blocks(gpu, K % 16 == 0))
+    dot = adapted_dot(weight, lora_A, lora_B, acc, **rank_blocks(gpu, R, K % 16 == 0))
     packed, whole = isinstance(weight, Packed), R % 16 == 0
     # Decoding, adding partial sums, and ranks that are masked element by element leave none for larger blocks.
     has_room = gpu.has_wgmma and not packed and splits == 1 and whole

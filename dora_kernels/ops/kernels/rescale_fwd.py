@@ -31,9 +31,9 @@ def rescale_fwd_config(dot: Dot, out_features: int, stored_itemsize: int, has_un
         if out_features % 16:
             # Each value read alone has an address of its own: larger blocks spill.
             return RescaleFwdConfig(64 if dot.one_block else 32, 64, num_warps=8, num_stages=2)
-        # At high ranks time goes into reading h and B again for each block.
+        # At high ranks time goes into reading h and B again for each block. Two blocks of rank 64 at once spilled.
         block_m, num_warps = (64, 4) if dot.one_block and dot.block_r <= 32 else (128, 8)
-        return RescaleFwdConfig(block_m, 64 if has_undropped else 128, num_warps, num_stages=2)
+        return RescaleFwdConfig(block_m, 64 if has_undropped else 128, num_warps, 1 if dot.block_r == 64 else 2)
     # fp32 values take twice the registers: 64 tokens of them spill at ranks that 16 does not divide.
     block_m = 32 if stored_itemsize == 4 or not dot.one_block else 64
     return RescaleFwdConfig(block_m, 64, num_warps=8, num_stages=2)
@@ -105,7 +105,8 @@ def rescale_fwd(
     if out.numel() == 0:
         return out
     dtype = mag_norm_scale.dtype
-    blocks = rank_blocks(gpu_of(base_out), N % 16 == 0)
+    # Pieces of both factors leave no registers.
+    blocks = rank_blocks(gpu_of(base_out), R, N % 16 == 0 and h.dtype == torch.bfloat16)
     dot = dot_of(R, h.dtype, lora_B.dtype, acc=dtype, onto=base_out.dtype, **blocks)
     config = rescale_fwd_config(dot, N, base_out.element_size(), undropped is not None)
     other = base_out if undropped is None else undropped

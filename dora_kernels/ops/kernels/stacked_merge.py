@@ -99,7 +99,7 @@ def stacked_merge(
         partial = launch_stacked_norm(layers, norm_scale, stack, norm_dot, norm_config)
         splits = norm_config.splits
     gpu = gpu_of(first.weight)
-    dot = adapted_dot(first.weight, first.lora_A, first.lora_B, norm.dtype, **rank_blocks(gpu, K % 16 == 0))
+    dot = adapted_dot(first.weight, first.lora_A, first.lora_B, norm.dtype, **rank_blocks(gpu, R, K % 16 == 0))
     # Adding partial sums, and ranks that are masked element by element, leave none for larger blocks.
     has_room = gpu.has_wgmma and splits == 1 and R % 16 == 0
     config = merge_config(dot, K, has_room=has_room)

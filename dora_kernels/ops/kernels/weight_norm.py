@@ -217,7 +217,7 @@ def norm_launch(
     # Of rank 64 elsewhere 128 rows of B spilled beside W.
     aligned = K % 16 == 0
     largest = 64 if gpu.products_spare_registers and not packed and aligned else 32
-    dot = adapted_dot(weight, lora_A, lora_B, acc, **rank_blocks(gpu, aligned, largest))
+    dot = adapted_dot(weight, lora_A, lora_B, acc, **rank_blocks(gpu, len(lora_A), aligned, largest))
     return dot, weight_norm_config(N, K, dot, gpu, packed, weight_format.straddles)
 
 
