@@ -22,7 +22,7 @@ from .types import Rounding
 
 try:
     require("triton>=3.6")
-    from . import kernels
+    from . import custom_operator, kernels
 except ImportError as error:  # No Triton for this platform, or an old one: the reference runs, and says why.
     kernels, _IMPORT_ERROR = None, str(error)
 
@@ -37,7 +37,9 @@ class Plan(NamedTuple):
 
 def implementation(impl: str) -> ModuleType:
     """The module of operations behind `impl` "triton" or "reference": the same names, arguments and returns."""
-    return kernels if impl == "triton" else reference
+    if impl != "triton":
+        return reference
+    return custom_operator if torch.compiler.is_compiling() else kernels
 
 
 def on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
