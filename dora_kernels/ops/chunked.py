@@ -7,8 +7,11 @@ import torch
 CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32: the L2 caches of two cores, and few enough chunks that Python costs little
 
 
-def row_chunks(rows: int, columns: int) -> Iterator[slice]:
-    """Slices that cover `rows` rows, each of about `CHUNK_ELEMENTS` elements and at least one row.
+GPU_CHUNK_ELEMENTS = 1 << 25  # 128 MiB of fp32, of which a pass takes longer than its launch
+
+
+def row_chunks(rows: int, columns: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
+    """Slices that cover `rows` rows, each of about `elements` elements and at least one row.
 
     One slice of all in compiled code, which would hold a copy of the loop's body for each chunk, and for each number of
     tokens a graph of its own.
@@ -16,7 +19,7 @@ def row_chunks(rows: int, columns: int) -> Iterator[slice]:
     if torch.compiler.is_compiling():
         yield slice(0, rows)
         return
-    step = _rows_per_chunk(columns)
+    step = _rows_per_chunk(columns, elements)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -24,12 +27,12 @@ def row_chunks(rows: int, columns: int) -> Iterator[slice]:
 def chunk_buffer(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Memory for the largest of `row_chunks(rows, columns)`, to be written over in each turn: it stays in cache."""
     if not torch.compiler.is_compiling():
-        rows = min(rows, _rows_per_chunk(columns))
+        rows = min(rows, _rows_per_chunk(columns, CHUNK_ELEMENTS))
     return torch.empty(rows, columns, dtype=dtype, device=device)
 
 
-def _rows_per_chunk(columns: int) -> int:
-    return max(1, CHUNK_ELEMENTS // max(1, columns))
+def _rows_per_chunk(columns: int, elements: int) -> int:
+    return max(1, elements // max(1, columns))
 
 
 def mm_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

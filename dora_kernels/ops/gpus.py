@@ -33,10 +33,14 @@ DEFAULT_GPU = GPUS[9, 0]
 
 
 def gpu_of(tensor: torch.Tensor) -> Gpu:
-    """The data of the tensor's GPU; an unknown one, or the interpreter, gets `DEFAULT_GPU`."""
+    """The data of the tensor's GPU. One that is not in the table gets those of the last of its major version; one of an
+    unknown version, and the interpreter, `DEFAULT_GPU`."""
     if not tensor.is_cuda:
         return DEFAULT_GPU
-    return GPUS.get(torch.cuda.get_device_capability(tensor.device), DEFAULT_GPU)
+    capability = torch.cuda.get_device_capability(tensor.device)
+    if capability in GPUS:
+        return GPUS[capability]
+    return next((gpu for known, gpu in reversed(GPUS.items()) if known[0] == capability[0]), DEFAULT_GPU)
 
 
 MIN_CAPABILITY = (8, 0)

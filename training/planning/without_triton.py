@@ -36,8 +36,6 @@ def kernels() -> ModuleType:
     language.constexpr = Constant
     triton.language = language
     triton.jit = lambda function=None, **options: Kernel() if function else lambda function: Kernel()
-    triton.cdiv = lambda numerator, denominator: -(-numerator // denominator)
-    triton.next_power_of_2 = lambda number: 1 << (number - 1).bit_length()
     with mock.patch.dict(sys.modules, {"triton": triton, "triton.language": language}):
         found = importlib.import_module("dora_kernels.ops.kernels")
         of_engine = {name: module for name, module in sys.modules.items() if name.startswith("dora_kernels.")}

@@ -12,7 +12,7 @@ from .blocks import Matrix, addresses, offsets_2d
 from .fp4 import fp4_block
 from .fp8 import fp8_block
 from .int4 import int4_block
-from .launch import TRITON_DTYPES, dot_of
+from .launch import TRITON_DTYPES, cdiv, dot_of
 from .lora_dot import Dot, lora_dot
 
 
@@ -226,7 +226,7 @@ def decode(weight: Packed, dtype: torch.dtype) -> torch.Tensor:
     w, weight_format = weight_arguments(weight)
     decoded = torch.empty(N, K, dtype=dtype, device=weight.device)
     block_n, block_k = 32, 128
-    _decode_kernel[(triton.cdiv(N, block_n), triton.cdiv(K, block_k))](
+    _decode_kernel[(cdiv(N, block_n), cdiv(K, block_k))](
         *w, decoded, N, K, weight_format, block_n, block_k, num_warps=4
     )
     return decoded

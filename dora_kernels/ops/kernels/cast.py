@@ -6,7 +6,7 @@ import triton.language as tl
 
 from ..types import Rounding
 from .blocks import Matrix, addresses
-from .launch import TRITON_DTYPES, acc_dtype, signed32
+from .launch import TRITON_DTYPES, acc_dtype, cdiv, signed32
 from .rounding import round_to
 
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 128
@@ -67,7 +67,7 @@ def scaled_cast(
     out = torch.empty(rows, columns, dtype=dtype, device=factor.device)
     if out.numel() == 0:
         return out
-    grid = (triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(columns, BLOCK_COLUMNS))
+    grid = (cdiv(rows, BLOCK_ROWS), cdiv(columns, BLOCK_COLUMNS))
     _scaled_cast_kernel[grid](
         factor, factor if scale is None else scale, out,
         scaling, rows, columns, signed32(rounding.salt),

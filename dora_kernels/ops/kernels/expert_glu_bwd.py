@@ -10,7 +10,7 @@ from .blocks import Matrix, addresses
 from .expert_glu_fwd import gate_and_up
 from .expert_tiles import most_tiles, rows_of_tile
 from .glu_bwd import glu_bwd_config
-from .launch import ALL_REGISTERS, contiguous, dot_of
+from .launch import ALL_REGISTERS, cdiv, contiguous, dot_of, next_power_of_2
 
 
 @triton.jit
@@ -66,11 +66,11 @@ def expert_glu_bwd(
         return grads
     dot = dot_of(R, h.dtype, lora_B.dtype, acc=mag_norm_scale.dtype, onto=base_out.dtype)
     config = glu_bwd_config(dot, N, base_out.dtype, has_room=gpu_of(base_out).has_wgmma)
-    _expert_glu_bwd_kernel[(most_tiles(S, E, config.block_m) * triton.cdiv(N, config.block_n),)](
+    _expert_glu_bwd_kernel[(most_tiles(S, E, config.block_m) * cdiv(N, config.block_n),)](
         grad_a, base_out, h, lora_B, mag_norm_scale, ends, grads,
         scaling, N, R, E,
         *grad_a.stride(),
-        activation, dot, config, triton.next_power_of_2(E),
+        activation, dot, config, next_power_of_2(E),
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
     )  # fmt: skip
     return grads

@@ -12,7 +12,7 @@ from .activations import activation
 from .blocks import Matrix, addresses
 from .expert_tiles import most_tiles, rows_of_tile
 from .glu_fwd import glu_fwd_config
-from .launch import ALL_REGISTERS, contiguous, dot_of
+from .launch import ALL_REGISTERS, cdiv, contiguous, dot_of, next_power_of_2
 from .lora_dot import lora_dot, rank_block
 
 
@@ -81,10 +81,10 @@ def expert_glu_fwd(
         return a
     dot = dot_of(R, h.dtype, lora_B.dtype, acc=mag_norm_scale.dtype, onto=base_out.dtype)
     config = glu_fwd_config(dot, N, base_out.dtype, has_room=gpu_of(base_out).has_wgmma)
-    _expert_glu_fwd_kernel[(most_tiles(S, E, config.block_m) * triton.cdiv(N, config.block_n),)](
+    _expert_glu_fwd_kernel[(most_tiles(S, E, config.block_m) * cdiv(N, config.block_n),)](
         base_out, h, lora_B, mag_norm_scale, ends, a,
         scaling, N, R, E,
-        activation, dot, config, triton.next_power_of_2(E),
+        activation, dot, config, next_power_of_2(E),
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
     )  # fmt: skip
     return a

@@ -8,7 +8,7 @@ from ..gpus import gpu_of
 from ..types import NormScale
 from .base_weight import Format, WeightMemory, adapted_dot
 from .blocks import Matrix
-from .launch import ALL_REGISTERS, acc_dtype, contiguous
+from .launch import ALL_REGISTERS, acc_dtype, cdiv, contiguous
 from .weight_norm import WeightNormConfig, norm_and_scale, sums_of_squares, weight_norm_config
 
 
@@ -63,7 +63,7 @@ def expert_norm(
     config = weight_norm_config(N, K, dot, gpu_of(weight))
     # Not by `_replace`, which torch 2.11 cannot trace. The experts are programs enough.
     config = WeightNormConfig(config.block_n, config.block_k, 1, config.num_warps, config.num_stages, config.in_flight)
-    _expert_norm_kernel[(triton.cdiv(N, config.block_n), E)](
+    _expert_norm_kernel[(cdiv(N, config.block_n), E)](
         weight, *weight.stride(), lora_A, lora_B, magnitude, norm if ends is None else ends, norm, scale,
         scaling, N, K, R,
         ends is not None, Format(), dot, config,

@@ -7,7 +7,7 @@ import triton.language as tl
 from ..types import Rounding
 from .blocks import Matrix, addresses
 from .expert_tiles import most_tiles, rows_of_tile
-from .launch import ALL_REGISTERS, contiguous, dot_of, signed32
+from .launch import ALL_REGISTERS, cdiv, contiguous, dot_of, next_power_of_2, signed32
 from .lora_dot import lora_dot, rank_block
 from .rescale_fwd import rescale_fwd_config
 from .rounding import round_to
@@ -69,11 +69,11 @@ def expert_rescale_fwd(
         return out
     dot = dot_of(R, h.dtype, lora_B.dtype, acc=mag_norm_scale.dtype, onto=base_out.dtype)
     config = rescale_fwd_config(dot, N, base_out.element_size(), False)
-    _expert_rescale_fwd_kernel[(most_tiles(S, E, config.block_m) * triton.cdiv(N, config.block_n),)](
+    _expert_rescale_fwd_kernel[(most_tiles(S, E, config.block_m) * cdiv(N, config.block_n),)](
         base_out, h, lora_B, mag_norm_scale, mag_norm_scale if bias is None else bias, ends, out,
         scaling, N, R, E, signed32(rounding.salt),
         *base_out.stride(),
-        bias is not None, rounding.mode == "dithered", dot, config, triton.next_power_of_2(E),
+        bias is not None, rounding.mode == "dithered", dot, config, next_power_of_2(E),
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
     )  # fmt: skip
     return out

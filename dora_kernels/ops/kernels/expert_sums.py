@@ -9,7 +9,7 @@ import triton.language as tl
 from ..types import NormScale
 from .blocks import Matrix, addresses
 from .expert_tiles import most_tiles, rows_of_tile, tiles_of_expert
-from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, dot_of, either, signed32
+from .launch import ALL_REGISTERS, TRITON_DTYPES, cdiv, contiguous, dot_of, either, next_power_of_2, signed32
 from .rounding import round_to
 from .weight_norm import TINY_FP32, TINY_FP64
 
@@ -161,12 +161,12 @@ def launch_sums(
     block_m, block_n = (32, 64) if acc.itemsize < 8 else (16, 32)
     num_warps = 8 if grad.element_size() == 4 or N % 16 else 4
     unused = ends  # stands for pointers that the kernel never follows
-    _expert_sums_kernel[(triton.cdiv(N, block_n), tiles, triton.cdiv(R, dot.block_r))](
+    _expert_sums_kernel[(cdiv(N, block_n), tiles, cdiv(R, dot.block_r))](
         grad, either(saved, unused), either(h, unused), either(scale, unused), ends,
         either(correlation, unused), either(product, unused), either(grad_base, unused),
         N, R, E, signed32(salt),
         *grad.stride(), *((0, 0) if saved is None else saved.stride()),
-        needs, dithered, dot, block_m, block_n, triton.next_power_of_2(E), TILE,
+        needs, dithered, dot, block_m, block_n, next_power_of_2(E), TILE,
         num_warps=num_warps, num_stages=2, **ALL_REGISTERS,
     )  # fmt: skip
     return Partials(correlation, product)
@@ -190,11 +190,11 @@ def launch_finish(
     R = 1 if partials.product is None else partials.product.shape[2]
     norm, scale = (None, None) if norm_scale is None else norm_scale
     block_n, block_r, unused = 32, dot_of(R, acc, acc=acc).block_r, ends
-    _expert_sums_finish_kernel[(triton.cdiv(N, block_n), E)](
+    _expert_sums_finish_kernel[(cdiv(N, block_n), E)](
         either(partials.correlation, unused), either(partials.product, unused), either(lora_B, unused),
         either(norm, unused), either(scale, unused), ends, either(grad_magnitude, unused), either(out, unused),
         scaling, N, R, E, *((0, 0) if out is None else out.stride()[1:]),
         TRITON_DTYPES[acc], norm_scale is not None, lora_B is not None and grad_magnitude is not None,
-        grad_magnitude is not None, out is not None, block_n, block_r, triton.next_power_of_2(E), TILE,
+        grad_magnitude is not None, out is not None, block_n, block_r, next_power_of_2(E), TILE,
         num_warps=4, **ALL_REGISTERS,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from .activations import activation, derivative
 from .blocks import Matrix, addresses
 from .chunks import token_chunks
 from .glu_fwd import Glu, cuts_both, feature_vectors, largest_rank_block, layer_output
-from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, signed32
+from .launch import ALL_REGISTERS, TRITON_DTYPES, cdiv, contiguous, contiguous_rows, dot_of, signed32
 from .lora_dot import Dot, lora_dot, right_rank_block
 from .rescale_bwd import Finish, _rescale_bwd_finish_kernel, finish_ranks
 
@@ -173,14 +173,14 @@ def glu_bwd(
     dot = dot_of(R, h.dtype, lora_B[0].dtype, acc=acc, onto=gate.dtype, one_block_up_to=largest_rank_block(N))
     gpu = gpu_of(gate)
     config = glu_bwd_config(dot, N, gate.dtype, has_room=gpu.has_wgmma)
-    chunks = token_chunks(M, triton.cdiv(N, config.block_n), 1, gpu)
+    chunks = token_chunks(M, cdiv(N, config.block_n), 1, gpu)
     correlation = torch.empty(chunks, 2 * N, dtype=acc, **options)
     # At higher ranks its accumulator would spill, and cuBLAS computes it.
     fused_product = dot.one_block and (R <= 32 or gpu.has_wgmma)
     product = torch.empty(chunks, 2 * N, R, dtype=acc, **options) if fused_product else correlation
-    _glu_bwd_kernel[(triton.cdiv(N, config.block_n), chunks)](
+    _glu_bwd_kernel[(cdiv(N, config.block_n), chunks)](
         grad_a, gate, up, h, *lora_B, scale, scale if bias is None else bias, grads, correlation, product,
-        factors.scaling, M, N, R, triton.cdiv(triton.cdiv(M, config.block_m), chunks) * config.block_m,
+        factors.scaling, M, N, R, cdiv(cdiv(M, config.block_m), chunks) * config.block_m,
         *grad_a.stride(), gate.stride(0), up.stride(0),
         glu, fused_product, dot, dot_of(R, gate.dtype, h.dtype, acc=acc), config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,
@@ -194,7 +194,7 @@ def glu_bwd(
         TRITON_DTYPES[acc], from_base=False, needs_magnitude=True, needs_B=True, needs_bias=False, block_n=block_n,
         block_r=finish_ranks(dot), holds_scale=in_token_space, cast_mode=roundings[0].mode, casts_g=not in_token_space,
     )  # fmt: skip
-    _rescale_bwd_finish_kernel[(triton.cdiv(N, block_n), 2)](
+    _rescale_bwd_finish_kernel[(cdiv(N, block_n), 2)](
         correlation, product, correlation, *lora_B, norm, scale, grad_magnitude, grad_B, grad_B, scaled_B,
         # One layer that holds both is rounded as one.
         factors.scaling, N, R, chunks, product.shape[0], N if len(salts) == 1 else 0, salts[0], salts[-1],

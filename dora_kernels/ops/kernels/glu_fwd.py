@@ -14,7 +14,7 @@ from ..types import GluFactors
 from .activations import activation
 from .blocks import Matrix, addresses
 from .chunks import token_chunks
-from .launch import ALL_REGISTERS, acc_dtype, contiguous, contiguous_rows, dot_of, rank_blocks
+from .launch import ALL_REGISTERS, acc_dtype, cdiv, contiguous, contiguous_rows, dot_of, rank_blocks
 from .lora_dot import Dot, lora_dot, right_rank_block
 
 
@@ -184,10 +184,10 @@ def glu_fwd(
     config = glu_fwd_config(dot, N, gate.dtype, has_room=gpu.has_wgmma, has_bias=bias is not None)
     # With B and its pieces in registers fewer run at once.
     resident = 3 if factors is None else 2 if dot.one_block else 1
-    chunks = token_chunks(M, triton.cdiv(N, config.block_n), resident, gpu)
-    _glu_fwd_kernel[(triton.cdiv(N, config.block_n), chunks)](
+    chunks = token_chunks(M, cdiv(N, config.block_n), resident, gpu)
+    _glu_fwd_kernel[(cdiv(N, config.block_n), chunks)](
         gate, up, h, *lora_B, scale, unused if bias is None else bias, a,
-        scaling, M, N, R, triton.cdiv(triton.cdiv(M, config.block_m), chunks) * config.block_m,
+        scaling, M, N, R, cdiv(cdiv(M, config.block_m), chunks) * config.block_m,
         gate.stride(0), up.stride(0),
         glu, dot, config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,

@@ -12,7 +12,7 @@ from ..types import NormScale, Rounding
 from .base_weight import WeightMemory, adapted_block, weight_arguments
 from .blocks import Matrix, addresses
 from .kept_norm import has_changed
-from .launch import ALL_REGISTERS, contiguous, signed32
+from .launch import ALL_REGISTERS, cdiv, contiguous, signed32
 from .lora_dot import rank_block
 from .merge import merge_launch
 from .rounding import round_to
@@ -68,7 +68,7 @@ def kept_merge(
     w, weight_format = weight_arguments(weight)
     dot, config = merge_launch(weight, weight_format, lora_A, lora_B, norm_scale.scale.dtype, out.dtype)
     dithered = stored_rounding(weight, rounding.mode) == "dithered"
-    _kept_merge_kernel[(triton.cdiv(N, config.block_n) * triton.cdiv(K, config.block_k),)](
+    _kept_merge_kernel[(cdiv(N, config.block_n) * cdiv(K, config.block_k),)](
         *w, lora_A, lora_B, out, norm_scale.scale, changed,
         scaling, N, K, R, signed32(rounding.salt), dithered, weight_format, dot, config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,

@@ -12,7 +12,7 @@ from ..base_weights import Packed
 from ..types import KeptNorm, NormScale
 from .base_weight import WeightMemory, weight_arguments
 from .blocks import Matrix
-from .launch import ALL_REGISTERS, contiguous
+from .launch import ALL_REGISTERS, cdiv, contiguous
 from .weight_norm import empty_norm_scale, norm_and_scale, norm_launch, split_width, sums_of_squares
 
 PROGRAMS = tl.constexpr(256)
@@ -118,7 +118,7 @@ def kept_norm(
     _compare_factors_kernel[(PROGRAMS.value,)](*bits, changed, N, K, R, 2048, num_warps=4)
     w, weight_format = weight_arguments(weight)
     dot, config = norm_launch(weight, weight_format, lora_A, lora_B, norm.dtype)
-    _kept_norm_kernel[(triton.cdiv(N, config.block_n),)](
+    _kept_norm_kernel[(cdiv(N, config.block_n),)](
         *w, *factors, norm, scale, *kept.norm_scale, changed,
         scaling, N, K, R, split_width(K, config), weight_format, dot, config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,

@@ -50,7 +50,7 @@ def dot_of(
 def rank_block_size(rank: int, itemsize: int, largest: int = 32, walked_by: int = 16) -> int:
     """The rank is walked in blocks of this size: at least 16, which a dot needs; padded lanes are masked, not read.
     A rank that no block holds is walked in blocks of `walked_by`."""
-    size = max(16, triton.next_power_of_2(rank))
+    size = max(16, next_power_of_2(rank))
     return 16 if itemsize == 8 else size if size <= largest else walked_by
 
 
@@ -61,6 +61,16 @@ def rank_blocks(gpu: Gpu, rank: int, has_room: bool, largest: int | None = None)
     are_large = gpu.has_tensor_memory and has_room and rank % 16 == 0
     largest = largest or (64 if are_large else 32)
     return {"one_block_up_to": largest, "walked_by": largest if are_large else 16}
+
+
+def cdiv(numerator: int, denominator: int) -> int:
+    """Rounded up. Triton's own takes microseconds outside a kernel, a fifth of what a launch takes of the host."""
+    return -(-numerator // denominator)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is `number` or more, for the same reason."""
+    return 1 << (number - 1).bit_length()
 
 
 def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:

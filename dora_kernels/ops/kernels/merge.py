@@ -16,7 +16,7 @@ from ..types import NormScale, Rounding
 from .base_weight import Format, WeightMemory, adapted_block, adapted_dot, weight_arguments
 from .blocks import Matrix, addresses
 from .cast import cast_strips
-from .launch import ALL_REGISTERS, contiguous, either, rank_blocks, signed32
+from .launch import ALL_REGISTERS, cdiv, contiguous, either, rank_blocks, signed32
 from .lora_dot import Dot, rank_block
 from .rounding import round_to
 from .weight_norm import empty_norm_scale, launch_weight_norm, norm_and_scale, sum_splits
@@ -159,7 +159,7 @@ def merge(
         partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale)
     dot, config = merge_launch(weight, weight_format, lora_A, lora_B, acc, dtype, splits)
     # At least one program a row, which keeps n and g, even for K = 0.
-    _merge_scale_kernel[(triton.cdiv(N, config.block_n) * max(1, triton.cdiv(K, config.block_k)),)](
+    _merge_scale_kernel[(cdiv(N, config.block_n) * max(1, cdiv(K, config.block_k)),)](
         *pointers, either(partial, norm_scale.scale), either(A_into, lora_A), *sizes,
         Store(splits, dithered, None if A_into is None else rounding.mode), weight_format, dot, config,
         num_warps=config.num_warps, num_stages=config.num_stages, **ALL_REGISTERS,

@@ -11,7 +11,7 @@ from ..gpus import Gpu, gpu_of
 from ..types import NormScale, Rounding
 from .blocks import Matrix, addresses
 from .chunks import token_chunks
-from .launch import ALL_REGISTERS, TRITON_DTYPES, contiguous, contiguous_rows, dot_of, either, signed32
+from .launch import ALL_REGISTERS, TRITON_DTYPES, cdiv, contiguous, contiguous_rows, dot_of, either, signed32
 from .lora_dot import Dot
 from .rounding import round_to
 from .weight_norm import TINY_FP32, TINY_FP64
@@ -37,7 +37,7 @@ def rescale_bwd_config(
     """By shape, types and architecture, and whether dyᵀh takes registers. Not by dZ, which takes them too: whether x
     trains would change the order of summation."""
     block_m, block_n = (32, 64) if itemsize < 8 else (16, 32)
-    chunks = token_chunks(tokens, triton.cdiv(out_features, block_n), 3 if has_product else 4, gpu)
+    chunks = token_chunks(tokens, cdiv(out_features, block_n), 3 if has_product else 4, gpu)
     # Wider values, or rows that start at odd addresses, which take a pointer an element: more threads, or they spill.
     num_warps = 8 if stored_itemsize == 4 or out_features % 16 else 4
     return RescaleBwdConfig(block_m, block_n, chunks, num_warps, num_stages=2)
@@ -250,10 +250,10 @@ def rescale_bwd(
     needs = Needs(needs_magnitude, fused_product, needs_bias, needs_base)
     unused = scale  # stands for pointers the kernel never follows
     if any(needs):
-        _rescale_bwd_kernel[(triton.cdiv(N, config.block_n), config.chunks)](
+        _rescale_bwd_kernel[(cdiv(N, config.block_n), config.chunks)](
             grad_y, either(saved, unused), either(base_bias, unused), either(h, unused), scale,
             either(correlation, unused), either(product, unused), either(bias, unused), either(grad_base, unused),
-            scale_shift, M, N, R, triton.cdiv(triton.cdiv(M, config.block_m), config.chunks) * config.block_m,
+            scale_shift, M, N, R, cdiv(cdiv(M, config.block_m), config.chunks) * config.block_m,
             signed32(rounding.salt),
             *grad_y.stride(), *((0, 0) if saved is None else saved.stride()), 0 if h is None else h.stride(0),
             needs, needs_magnitude and base_bias is not None, rounding.mode == "dithered", dot,
@@ -268,7 +268,7 @@ def rescale_bwd(
             TRITON_DTYPES[dtype], from_base, needs_magnitude, needs_B, needs_bias, block_n, finish_ranks(dot),
             cast_mode=None if B_into is None else rounding.mode, casts_g=B_has_g,
         )  # fmt: skip
-        _rescale_bwd_finish_kernel[(triton.cdiv(N, block_n), 1)](
+        _rescale_bwd_finish_kernel[(cdiv(N, block_n), 1)](
             either(correlation, unused), either(product, unused), either(bias, unused), lora_B, lora_B, norm, scale,
             either(grad_magnitude, unused), either(grad_B, unused), either(grad_bias, unused), either(B_into, unused),
             scaling, N, R, config.chunks, product.shape[0] if needs_product else 0, 0, salt, salt,

@@ -9,7 +9,7 @@ import triton.language as tl
 from ..gpus import gpu_of
 from ..types import Rounding
 from .blocks import Matrix, addresses
-from .launch import ALL_REGISTERS, contiguous, contiguous_rows, dot_of, rank_blocks, signed32
+from .launch import ALL_REGISTERS, cdiv, contiguous, contiguous_rows, dot_of, rank_blocks, signed32
 from .lora_dot import Dot, lora_dot, rank_block
 from .rounding import round_to
 
@@ -111,7 +111,7 @@ def rescale_fwd(
     config = rescale_fwd_config(dot, N, base_out.element_size(), undropped is not None)
     other = base_out if undropped is None else undropped
     any_bias = contiguous(bias if base_bias is None else base_bias)
-    _rescale_fwd_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
+    _rescale_fwd_kernel[(cdiv(M, config.block_m) * cdiv(N, config.block_n),)](
         base_out, h, lora_B, mag_norm_scale, mag_norm_scale if any_bias is None else any_bias, other, out,
         scaling, M, N, R, signed32(rounding.salt),
         *base_out.stride(), h.stride(0), *other.stride(), *out.stride(),

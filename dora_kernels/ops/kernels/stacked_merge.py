@@ -15,7 +15,7 @@ from ..types import Adapted, NormScale
 from .base_weight import Format, adapted_block, adapted_dot
 from .blocks import Matrix, addresses
 from .cast import cast_strips
-from .launch import ALL_REGISTERS, either, rank_blocks
+from .launch import ALL_REGISTERS, cdiv, either, rank_blocks
 from .lora_dot import rank_block
 from .merge import merge_config
 from .rounding import round_to
@@ -103,7 +103,7 @@ def stacked_merge(
     # Adding partial sums, and ranks that are masked element by element, leave none for larger blocks.
     has_room = gpu.has_wgmma and splits == 1 and R % 16 == 0
     config = merge_config(dot, K, has_room=has_room)
-    rows = sum(triton.cdiv(each, config.block_n) for each in stack.features)
+    rows = sum(cdiv(each, config.block_n) for each in stack.features)
     stack = Stack(
         *stack.features,
         *stack.splits,
@@ -111,7 +111,7 @@ def stacked_merge(
         dithered=stored_rounding(first.weight, first.rounding.mode) == "dithered",
     )
     # At least one program a row, which keeps n and g, even for K = 0.
-    _stacked_merge_kernel[(rows * max(1, triton.cdiv(K, config.block_k)),)](
+    _stacked_merge_kernel[(rows * max(1, cdiv(K, config.block_k)),)](
         *factors_of(layers)[:9], merged, norm, scale, either(partial, scale), either(A_into, scale),
         first.scaling, K, R, *salts_of(layers),
         stack, splits, Format(), dot, config,

@@ -16,7 +16,7 @@ from ..types import Adapted, NormScale
 from .base_weight import Format, WeightMemory
 from .blocks import Matrix
 from .cast import cast_strips
-from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, either, signed32
+from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, cdiv, contiguous, either, signed32
 from .lora_dot import Dot
 from .weight_norm import (
     WeightNormConfig,
@@ -221,7 +221,7 @@ def launch_stacked_norm(
     shape = 3 * config.splits + 1, len(scale)
     partial = torch.empty(shape, dtype=scale.dtype, device=scale.device) if config.splits > 1 else None
     pointers = factors_of(layers)
-    programs = sum(triton.cdiv(each, config.block_n) * splits for each, splits in zip(stack.features, stack.splits))
+    programs = sum(cdiv(each, config.block_n) * splits for each, splits in zip(stack.features, stack.splits))
     mode = None if cast_A is None else layers[0].rounding.mode
     _stacked_norm_kernel[(programs,)](
         *pointers, *norm_scale, either(partial, scale), either(cast_A, scale),
@@ -248,7 +248,7 @@ def stacked_norm(
     partial = launch_stacked_norm(layers, norm_scale, stack, dot, config, A_into)
     if partial is not None:
         block_n = 128
-        _stacked_norm_finish_kernel[(triton.cdiv(len(norm_scale.norm), block_n),)](
+        _stacked_norm_finish_kernel[(cdiv(len(norm_scale.norm), block_n),)](
             partial, *norm_scale, stack, TRITON_DTYPES[partial.dtype], config.splits, block_n, num_warps=4
         )
     return norm_scale

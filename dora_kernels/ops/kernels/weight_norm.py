@@ -12,7 +12,7 @@ from ..types import NEAREST, NormScale, Rounding
 from .base_weight import Format, WeightMemory, adapted_block, adapted_dot, weight_arguments
 from .blocks import Matrix
 from .cast import cast_strips
-from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, contiguous, either, rank_blocks, signed32
+from .launch import ALL_REGISTERS, TRITON_DTYPES, acc_dtype, cdiv, contiguous, either, rank_blocks, signed32
 from .lora_dot import Dot, rank_block
 
 # Squares of fp32 numbers leave fp32's range below 1e-19 and above 1e19: where the plain sum has left [2⁻⁸⁰, 2¹²⁰] a
@@ -62,7 +62,7 @@ def weight_norm_config(
         # threads, and fewer blocks in flight, or they spill.
         small = dot.block_r == 16 and aligned
         block_n, block_k, num_warps, in_flight = 16, 128, 4 if small else 8, 4 if small else 3
-    programs = max(1, triton.cdiv(out_features, block_n))
+    programs = max(1, cdiv(out_features, block_n))
     # Eight warps a multiprocessor, and no wave that is nearly empty. A split of fewer than four blocks of K would be
     # all launch overhead.
     wanted, most = 8 // num_warps * gpu.multiprocessors // programs, in_features // (4 * block_k)
@@ -223,7 +223,7 @@ def norm_launch(
 
 def split_width(in_features: int, config: WeightNormConfig) -> int:
     """Input features that a program squares."""
-    return triton.cdiv(triton.cdiv(in_features, config.block_k), config.splits) * config.block_k
+    return cdiv(cdiv(in_features, config.block_k), config.splits) * config.block_k
 
 
 def launch_weight_norm(
@@ -245,7 +245,7 @@ def launch_weight_norm(
     dot, config = norm_launch(weight, weight_format, lora_A, lora_B, norm.dtype)
     splits = config.splits
     partial = torch.empty(3 * splits, N, dtype=norm.dtype, device=weight.device) if splits > 1 else None
-    _weight_norm_kernel[(triton.cdiv(N, config.block_n), splits)](
+    _weight_norm_kernel[(cdiv(N, config.block_n), splits)](
         *w, lora_A, lora_B, magnitude, norm, scale, either(partial, norm), either(cast_A, lora_A),
         scaling, N, K, R, split_width(K, config), signed32(rounding.salt),
         None if cast_A is None else rounding.mode,
@@ -287,7 +287,7 @@ def weight_norm(
     partial, splits = launch_weight_norm(weight, lora_A, lora_B, magnitude, scaling, norm_scale, cast_A, rounding)
     if partial is not None:
         block_n = 128
-        _weight_norm_finish_kernel[(triton.cdiv(N, block_n),)](
+        _weight_norm_finish_kernel[(cdiv(N, block_n),)](
             partial, magnitude, *norm_scale, N, TRITON_DTYPES[partial.dtype], splits, block_n, num_warps=4
         )
     return norm_scale, cast_A
