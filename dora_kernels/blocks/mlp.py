@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from ..layers.frozen import Freezable
+from ..layers.settings import settings
 from ..layers.support import why_wrapped
 from ..ops.checkpointing import is_selective
 from ..ops.dispatch import Plan
@@ -37,6 +38,7 @@ class FusedMlp(nn.Module):
     model_forward: Callable  # the class's own, as it was recognised
     other_forwards: tuple[tuple[type[nn.Module], Callable], ...]  # those of the classes of `MlpBlock.others`
     dora_block: MlpBlock
+    dora_settings: dict[str, dict[str, object]]  # by the paths of the module itself and of the others in it
 
     def forward(self, *args, **kwargs) -> torch.Tensor:
         # A wrapper made while the module was fused may call this after it was given back.
@@ -67,6 +69,8 @@ class FusedMlp(nn.Module):
             return "a hook of all modules would not see its layers"
         if self.model_class.forward is not self.model_forward:
             return "its class got another forward"
+        if changed := self._changed_settings():
+            return f"`{changed}` is another than it was"
         if any(kind.forward is not forward for kind, forward in self.other_forwards):
             return "the class of a module in it got another forward"
         if is_selective():
@@ -84,6 +88,15 @@ class FusedMlp(nn.Module):
         if len({self.get_submodule(name).block_options for name in (block.gate, block.up, block.down) if name}) > 1:
             return "its layers differ in the space or the implementation that they ask for"
         return why_not_mlp(device, *found) or tuple(found)
+
+    def _changed_settings(self) -> str | None:
+        """The name of one that was set since the module became a block: it may say what its own forward computes."""
+        for path, own in self.dora_settings.items():
+            module = self.get_submodule(path)
+            for name, value in own.items():
+                if getattr(module, name, None) != value:
+                    return f"{path}.{name}".strip(".")
+        return None
 
     def block_plans(self, tokens: int) -> dict[str, Plan] | str:
         """What a call with `tokens` rows would run for each layer in the present mode, or why they run alone."""
@@ -117,6 +130,9 @@ def _holds_dora(module: nn.Module) -> bool:
 
 def fuse_mlp(module: nn.Module, block: MlpBlock) -> None:
     """Makes a gated MLP's module one whose calls are one function, in place."""
+    module.dora_settings = {
+        path: settings(module.get_submodule(path)) for path in ("", *(name for name, _ in block.others))
+    }
     module.dora_block = block
     module.__class__ = _class_of(type(module), tuple(kind for _, kind in block.others))
 
@@ -124,7 +140,7 @@ def fuse_mlp(module: nn.Module, block: MlpBlock) -> None:
 def unfuse_mlp(module: FusedMlp) -> None:
     """Gives the module its class back."""
     module.__class__ = _unfused(type(module))
-    del module.dora_block
+    del module.dora_block, module.dora_settings
 
 
 def _class_of(model_class, kinds):

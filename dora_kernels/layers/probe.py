@@ -22,6 +22,7 @@ from .blocks_seen import Blocks, BlocksSeen, Siblings
 from .dataflow import Dataflow
 from .gated_mlp_seen import GatedMlp
 from .probe_inputs import inputs_of
+from .settings import have_same_settings, settings
 from .valueless import Undecided, linear_layers, path_of_first, repeats, signature, valueless, watched_layers
 
 SECONDS = 5.0
@@ -50,12 +51,17 @@ def probe(model: nn.Module) -> Probe:
     A layer of PEFT's or of ours counts as the layer below it. Of modules that repeat in a list the first runs,
     and what was seen there holds for all. What a fused kernel of a GPU reads is not seen.
     """
-    built = (repr(getattr(model, "config", None)), signature(model))
+    built = (repr(getattr(model, "config", None)), signature(model), _all_settings(model))
     if built not in SEEN:
         if len(SEEN) == 64:
             SEEN.clear()
         SEEN[built] = _probe(model)
     return SEEN[built]
+
+
+def _all_settings(model: nn.Module) -> str:
+    """Classes' own among them, which may be set between two models."""
+    return repr([settings(module) for module in model.modules()])
 
 
 def _probe(model: nn.Module) -> Probe:
@@ -82,11 +88,22 @@ def _probe(model: nn.Module) -> Probe:
         stopped = _in_one_line(error)
     seen = {path: path_of_first(path, like) for path in layers}
     first_modules = {path: path_of_first(path, like) for path, _ in model.named_modules()}
+    # Layers that repeat differ in whole numbers, such as their own. An MLP that its settings set apart is no repeat.
+    others = {
+        path: f"has other settings than {first}, which was looked at"
+        for path, first in first_modules.items()
+        if first in found.mlps and not have_same_settings(model.get_submodule(path), model.get_submodule(first))
+    }
+    mlps, siblings, not_blocks = (
+        {path: of[first] for path, first in first_modules.items() if first in of} for of in found
+    )
     return Probe(
         {path: watch.reads[first] for path, first in seen.items() if first in watch.reads},
         frozenset(path for path, first in seen.items() if first in written),
         stopped,
-        *({path: of[first] for path, first in first_modules.items() if first in of} for of in found),
+        {path: mlp for path, mlp in mlps.items() if path not in others},
+        siblings,
+        not_blocks | others,
     )
 
 

@@ -10,8 +10,8 @@ CHUNK_ELEMENTS = 1 << 19  # 2 MiB of fp32: the L2 caches of two cores, and few e
 GPU_CHUNK_ELEMENTS = 1 << 25  # 128 MiB of fp32, of which a pass takes longer than its launch
 
 
-def row_chunks(rows: int, columns: int, elements: int = CHUNK_ELEMENTS) -> Iterator[slice]:
-    """Slices that cover `rows` rows, each of about `elements` elements and at least one row.
+def row_chunks(rows: int, columns: int, elements: int | None = None) -> Iterator[slice]:
+    """Slices that cover `rows` rows, each of about `elements` elements (`CHUNK_ELEMENTS`) and at least one row.
 
     One slice of all in compiled code, which would hold a copy of the loop's body for each chunk, and for each number of
     tokens a graph of its own.
@@ -19,7 +19,7 @@ def row_chunks(rows: int, columns: int, elements: int = CHUNK_ELEMENTS) -> Itera
     if torch.compiler.is_compiling():
         yield slice(0, rows)
         return
-    step = _rows_per_chunk(columns, elements)
+    step = _rows_per_chunk(columns, elements or CHUNK_ELEMENTS)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -1,10 +1,10 @@
 """The kernels in a compiled graph: one operator, which no compiler looks into.
 
-Inductor writes the source of a kernel that it traces anew. It would lose the tuples that our kernels take, and their
-launch options. Of this operator it calls what runs without it.
+Inductor would write the source of each kernel anew, without the named tuples that it takes and without its launch
+options. An operator it calls as it is: the launchers run as they do without a graph.
 
-The functions are those of `kernels` that a compiled layer calls. A compiler traces them: they note a call as text, its
-tensors, and its numbers beside. The text names tensors that are written over, too.
+The functions have the names of `kernels`. Dynamo traces them: each notes its call as text, and tensors and numbers
+beside. Tensors that are written over stand apart, as PyTorch asks of an operator.
 """
 
 from collections.abc import Sequence

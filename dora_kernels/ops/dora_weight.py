@@ -10,7 +10,7 @@ import torch
 
 from . import dispatch
 from .base_weights import Weight, dense, readable
-from .chunked import CHUNK_ELEMENTS, GPU_CHUNK_ELEMENTS, mm_fp32, row_chunks
+from .chunked import GPU_CHUNK_ELEMENTS, mm_fp32, row_chunks
 from .served import served_weight
 from .types import Rounding
 
@@ -52,7 +52,7 @@ class DoraWeightFunction(torch.autograd.Function):
                 ops = dispatch.implementation(ctx.impl)
                 base = dense(weight if ctx.quantized is None else ctx.quantized, grad_merged.dtype, ops)
                 sums = ctx.scaling * (lora_B.to(scale.dtype) * product).sum(1)
-                for rows in row_chunks(*base.shape, GPU_CHUNK_ELEMENTS if base.is_cuda else CHUNK_ELEMENTS):
+                for rows in row_chunks(*base.shape, GPU_CHUNK_ELEMENTS if base.is_cuda else None):
                     sums[rows] += (grad_merged[rows].to(scale.dtype) * base[rows].to(scale.dtype)).sum(1)
                 # V is zero there: no gradient passes, as in `dora_linear`.
                 zero = norm < torch.finfo(norm.dtype).tiny

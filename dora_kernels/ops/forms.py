@@ -78,7 +78,7 @@ def token_backward_without_A(
     needs_h = asked.lora_A is not None or needs_input
     (grad_magnitude, grad_B, grad_bias, grad_base), B = rescale_backward_and_B(
         ops, call, grad_y, saved, asked, needs_B=needs_h, with_g=not through_base,
-        needs_base=needs_base, scale_shift=1.0 if peft_dropout else 0.0,
+        needs_base=needs_base, shifts_scale=peft_dropout,
     )  # fmt: skip
     grad_x = grad_dropped = grad_h = None
     if needs_h:
@@ -207,7 +207,7 @@ def rescale_backward_and_B(ops, call, grad_y, saved, asked, *, needs_B, with_g=T
     return found, scaled_B(ops, call, grad_y, saved, with_g) if needs_B and not has_sums else B
 
 
-def rescale_backward(ops, call, grad_y, saved, asked, needs_base=False, scale_shift=0.0, B_into=None, B_has_g=True):
+def rescale_backward(ops, call, grad_y, saved, asked, needs_base=False, shifts_scale=False, B_into=None, B_has_g=True):
     """dm, dB, db and dZ of one pass over dy, None where one is not asked for."""
     from_base = saved.base_out is not None
     return ops.rescale_bwd(
@@ -216,7 +216,7 @@ def rescale_backward(ops, call, grad_y, saved, asked, needs_base=False, scale_sh
         saved_is="base" if from_base else "output",
         base_bias=saved.base_bias,
         magnitude_dtype=asked.magnitude, B_dtype=asked.lora_B, bias_dtype=asked.bias,
-        needs_base=needs_base, scale_shift=scale_shift, B_into=B_into, B_has_g=B_has_g, rounding=call.rounding,
+        needs_base=needs_base, shifts_scale=shifts_scale, B_into=B_into, B_has_g=B_has_g, rounding=call.rounding,
     )  # fmt: skip
 
 

@@ -132,3 +132,23 @@ def test_function_transforms_are_refused(transform):
     with pytest.raises(RuntimeError, match=r"autograd\.Function"):
         transform(p)
     assert solve(p)["y"].isfinite().all(), "a refused transform leaves nothing behind"
+
+
+@pytest.mark.parametrize("space", ["token", "weight"])
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+def test_several_layers_of_any_size(impl, space):
+    """A float of a module or of a default argument would be a symbol of the first layer's graph alone."""
+    layers = [problem(space=space, R=R)[0] for R in (16, 8)]
+    for layer in layers:
+        layer.impl = impl
+    first, second = layers
+    x = torch.randn(6, first.in_features, dtype=torch.bfloat16, requires_grad=True)
+
+    def call(x):
+        return second(torch.cat([first(x)] * 2, dim=1)[:, : second.in_features])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    leaves = [x, first.lora_A, second.magnitude]
+    expected, found = ([y := each(x), *torch.autograd.grad(y.sum(), leaves)] for each in (call, compiled))
+    assert all(map(torch.equal, expected, found))

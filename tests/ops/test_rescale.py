@@ -62,7 +62,7 @@ def test_rescale_bwd_alone(needed, rank, saved_is):
     saved = base_out if needed == "magnitude_dtype" else None
     h = h if needed == "B_dtype" or (needed == "magnitude_dtype" and saved_is == "base") else None
     arguments = (problem.grad_y, saved, h, lora_B, norm_scale_of(problem), problem.scaling)
-    compare("rescale_bwd", *arguments, saved_is=saved_is, scale_shift=1.0, **needs, **ROUNDED)
+    compare("rescale_bwd", *arguments, saved_is=saved_is, shifts_scale=True, **needs, **ROUNDED)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -59,7 +59,7 @@ def scaled_cast(
     dtype: torch.dtype,
     *,
     scale: torch.Tensor | None = None,
-    scaling: float = 1.0,
+    scaling: float | None = None,
     rounding: Rounding,
 ) -> torch.Tensor:
     """Twin of `reference.scaled_cast`."""
@@ -70,7 +70,7 @@ def scaled_cast(
     grid = (cdiv(rows, BLOCK_ROWS), cdiv(columns, BLOCK_COLUMNS))
     _scaled_cast_kernel[grid](
         factor, factor if scale is None else scale, out,
-        scaling, rows, columns, signed32(rounding.salt),
+        1.0 if scaling is None else scaling, rows, columns, signed32(rounding.salt),
         *factor.stride(),
         TRITON_DTYPES[acc_dtype(factor.dtype, dtype)], scale is not None, rounding.mode == "dithered",
         BLOCK_ROWS, BLOCK_COLUMNS,

@@ -9,7 +9,7 @@ from ..types import NormScale
 from .base_weight import Format, WeightMemory, adapted_dot
 from .blocks import Matrix
 from .launch import ALL_REGISTERS, acc_dtype, cdiv, contiguous
-from .weight_norm import WeightNormConfig, norm_and_scale, sums_of_squares, weight_norm_config
+from .weight_norm import norm_and_scale, sums_of_squares, weight_norm_config
 
 
 @triton.jit
@@ -60,9 +60,8 @@ def expert_norm(
     scale = torch.empty_like(norm)
     # The factors of one expert say how the product is computed.
     dot = adapted_dot(weight[0], lora_A[0], lora_B[0], acc)
-    config = weight_norm_config(N, K, dot, gpu_of(weight))
-    # Not by `_replace`, which torch 2.11 cannot trace. The experts are programs enough.
-    config = WeightNormConfig(config.block_n, config.block_k, 1, config.num_warps, config.num_stages, config.in_flight)
+    # The experts are programs enough.
+    config = weight_norm_config(N, K, dot, gpu_of(weight))._replace(splits=1)
     _expert_norm_kernel[(cdiv(N, config.block_n), E)](
         weight, *weight.stride(), lora_A, lora_B, magnitude, norm if ends is None else ends, norm, scale,
         scaling, N, K, R,

@@ -79,8 +79,8 @@ def acc_dtype(*dtypes: torch.dtype) -> torch.dtype:
 
 
 def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    """The tensor itself where it is contiguous: `.contiguous()` alone adds a clone to a compiled graph."""
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
+    """The tensor itself where it is contiguous, or None."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def contiguous_rows(matrix: torch.Tensor) -> torch.Tensor:

@@ -218,7 +218,7 @@ def rescale_bwd(
     B_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
     needs_base: bool,
-    scale_shift: float = 0.0,
+    shifts_scale: bool = False,
     B_into: torch.Tensor | None = None,
     B_has_g: bool = True,
     rounding: Rounding,
@@ -253,7 +253,7 @@ def rescale_bwd(
         _rescale_bwd_kernel[(cdiv(N, config.block_n), config.chunks)](
             grad_y, either(saved, unused), either(base_bias, unused), either(h, unused), scale,
             either(correlation, unused), either(product, unused), either(bias, unused), either(grad_base, unused),
-            scale_shift, M, N, R, cdiv(cdiv(M, config.block_m), config.chunks) * config.block_m,
+            float(shifts_scale), M, N, R, cdiv(cdiv(M, config.block_m), config.chunks) * config.block_m,
             signed32(rounding.salt),
             *grad_y.stride(), *((0, 0) if saved is None else saved.stride()), 0 if h is None else h.stride(0),
             needs, needs_magnitude and base_bias is not None, rounding.mode == "dithered", dot,

@@ -20,7 +20,6 @@ from .lora_dot import rank_block
 from .merge import merge_config
 from .rounding import round_to
 from .stacked_norm import (
-    Stack,
     added_splits,
     dense_weight,
     empty_stacked_norms,
@@ -104,9 +103,7 @@ def stacked_merge(
     has_room = gpu.has_wgmma and splits == 1 and R % 16 == 0
     config = merge_config(dot, K, has_room=has_room)
     rows = sum(cdiv(each, config.block_n) for each in stack.features)
-    stack = Stack(
-        *stack.features,
-        *stack.splits,
+    stack = stack._replace(
         cast_mode=None if A_into is None else first.rounding.mode,
         dithered=stored_rounding(first.weight, first.rounding.mode) == "dithered",
     )

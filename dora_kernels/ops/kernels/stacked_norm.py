@@ -198,11 +198,7 @@ def stack_of(layers: Sequence[Adapted], acc: torch.dtype) -> tuple[Stack, Dot, W
     missing = 3 - len(layers)
     splits = [config.splits for config in configs]
     stack = Stack(*features, *[0] * missing, *splits, *[1] * missing)
-    # Not by `_replace`, which torch 2.11 cannot trace; so below.
-    most = WeightNormConfig(
-        config.block_n, config.block_k, max(splits), config.num_warps, config.num_stages, config.in_flight
-    )
-    return stack, dot, most
+    return stack, dot, config._replace(splits=max(splits))
 
 
 def launch_stacked_norm(

@@ -11,10 +11,15 @@ def scaled_cast(
     dtype: torch.dtype,
     *,
     scale: torch.Tensor | None = None,
-    scaling: float = 1.0,
+    scaling: float | None = None,
     rounding: Rounding,
 ) -> torch.Tensor:
-    """`scaling` · `scale` ⊙ `factor` [rows, columns] as `dtype`, `scale` [rows] or 1; in fp32, rounded once."""
+    """`scaling` · `scale` ⊙ `factor` [rows, columns] as `dtype`; in fp32, rounded once. `scale` [rows] comes with a
+    `scaling`."""
     acc_dtype = torch.float64 if torch.float64 in (factor.dtype, dtype) else torch.float32
-    product = factor.to(acc_dtype) * (scaling if scale is None else (scale.to(acc_dtype) * scaling)[:, None])
+    product = factor.to(acc_dtype)
+    if scale is not None:
+        product = product * (scale.to(acc_dtype) * scaling)[:, None]
+    elif scaling is not None:
+        product = product * scaling
     return round_to(product, dtype, rounding)

@@ -22,7 +22,7 @@ def rescale_bwd(
     B_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
     needs_base: bool,
-    scale_shift: float = 0.0,
+    shifts_scale: bool = False,
     B_into: torch.Tensor | None = None,
     B_has_g: bool = True,
     rounding: Rounding,
@@ -31,7 +31,7 @@ def rescale_bwd(
 
     `saved` [M, N] is the output without its bias (`saved_is` "output": dm = Σ dy ⊙ y / (g n)) or z = x Wᵀ ("base":
     dm = (Σ dy ⊙ z + s rowsum(B ⊙ dyᵀh)) / n), to which `base_bias` [N] was added where it is given.
-    dZ = dy ⊙ (g − `scale_shift`), the shift being 1 under PEFT's dropout.
+    dZ = dy ⊙ g, or dy ⊙ (g − 1) with `shifts_scale`, under PEFT's dropout.
 
     `B_into` [N, R] takes s g ⊙ B, or s B without `B_has_g`, in its dtype, as `scaled_cast` rounds it, wherever a sum
     over tokens is asked for.
@@ -49,7 +49,8 @@ def rescale_bwd(
     product = torch.zeros(lora_B.shape[1], columns, **options) if needs_B or from_base else None
     correlation = torch.zeros(columns, **options) if needs_magnitude else None
     grad_bias = torch.zeros(columns, **options) if needs_bias else None
-    base_scale = scale - scale_shift
+    # No number that is an argument: `torch.compile(dynamic=True)` would make a symbol of it, as in `scale_of`.
+    base_scale = scale - 1.0 if shifts_scale else scale
     for rows in row_chunks(*shape):
         grad = grad_y[rows].to(acc_dtype)
         if product is not None:

@@ -8,9 +8,6 @@ from ..types import NEAREST, NormScale, Rounding
 from .base_weight import weight_rows
 from .rounding import round_to
 
-MIN_RATIO = 2.0**-40
-"""|m| / n is held at or above this, so that m can be trained away from 0: see `scale_of`."""
-
 
 def accumulate_dtype(*tensors: torch.Tensor | Packed) -> torch.dtype:
     """fp64 where an input is fp64, else fp32."""
@@ -24,8 +21,9 @@ def scale_of(magnitude: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
     feature is its bias alone and no gradient passes; a NaN norm stays NaN.
     """
     magnitude = magnitude.to(norm.dtype)
-    # clamp_min keeps a NaN ratio NaN.
-    ratio = (magnitude.abs() / norm).clamp_min(MIN_RATIO)
+    # clamp_min keeps a NaN ratio NaN. A literal: `torch.compile(dynamic=True)` makes a symbol of a module's number in
+    # the first function that reads it, and fails in the second.
+    ratio = (magnitude.abs() / norm).clamp_min(2.0**-40)
     signed = torch.where(magnitude < 0, -ratio, ratio)
     return torch.where(norm < torch.finfo(norm.dtype).tiny, torch.zeros_like(signed), signed)
 

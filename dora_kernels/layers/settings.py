@@ -1,0 +1,76 @@
+"""What a module's forward may read besides its parameters: plain attributes, its own and its class's."""
+
+import copy
+from functools import cache
+from types import CodeType, FunctionType
+
+import torch
+from torch import nn
+
+from .valueless import watched_layers
+
+PLAIN = (bool, int, float, str, type(None), torch.dtype)
+CONTAINERS = (tuple, list, dict, set, frozenset)
+NO_SETTINGS = {"training", "name_or_path", *vars(nn.Module())}
+
+
+def settings(module: nn.Module) -> dict[str, object]:
+    """The values by name, containers copied. A whole number that no method names is none: it may be the layer's own."""
+    named = names_read(type(module))
+    found = {}
+    for name in sorted({*vars(module), *named} - NO_SETTINGS):
+        value = getattr(module, name, None)
+        if type(value) is int and name not in named:
+            continue
+        if isinstance(value, PLAIN):
+            found[name] = value
+        elif type(value) in CONTAINERS and not _holds_tensors(value):
+            found[name] = copy.deepcopy(value)
+    return found
+
+
+def have_same_settings(one: nn.Module, other: nn.Module) -> bool:
+    """Of the parts that are around their layers, by path; buffers by value too."""
+    parts, others = (_around_layers(module) for module in (one, other))
+    return parts.keys() == others.keys() and all(
+        settings(part) == settings(others[path]) and _same_buffers(part, others[path]) for path, part in parts.items()
+    )
+
+
+def _around_layers(module: nn.Module) -> dict[str, nn.Module]:
+    layers = watched_layers(module)
+    return {
+        path: part
+        for path, part in module.named_modules()
+        if not any(f"{path}.".startswith(f"{layer}.") for layer in layers)
+    }
+
+
+def _same_buffers(one: nn.Module, other: nn.Module) -> bool:
+    pairs = [(buffer, other._buffers.get(name)) for name, buffer in one._buffers.items()]
+    return all(
+        a is b or (a is not None and b is not None and (a.is_meta or b.is_meta or torch.equal(a, b))) for a, b in pairs
+    )
+
+
+def _holds_tensors(value) -> bool:
+    parts = (*value, *value.values()) if isinstance(value, dict) else value
+    return any(_holds_tensors(part) if type(part) in CONTAINERS else not isinstance(part, PLAIN) for part in parts)
+
+
+@cache
+def names_read(kind: type[nn.Module]) -> frozenset[str]:
+    """The names of attributes in the code of a class's methods, its constructor left out."""
+    methods = [
+        method
+        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
+        for name, method in vars(base).items()
+        if isinstance(method, FunctionType) and name != "__init__"
+    ]
+    return frozenset(name for method in methods for name in _names(method.__code__))
+
+
+def _names(code: CodeType) -> set[str]:
+    # A text may name an attribute, as of `getattr`.
+    inner = [_names(part) for part in code.co_consts if isinstance(part, CodeType)]
+    return {*code.co_names, *(part for part in code.co_consts if isinstance(part, str))}.union(*inner)
