@@ -69,8 +69,6 @@ class FusedMlp(nn.Module):
             return "a hook of all modules would not see its layers"
         if self.model_class.forward is not self.model_forward:
             return "its class got another forward"
-        if changed := self._changed_settings():
-            return f"`{changed}` is another than it was"
         if any(kind.forward is not forward for kind, forward in self.other_forwards):
             return "the class of a module in it got another forward"
         if is_selective():
@@ -79,6 +77,8 @@ class FusedMlp(nn.Module):
             module = self.get_submodule(name)
             if type(module) is not kind or why_wrapped(module, kept=True):
                 return f"{name} is another than it was"
+        if changed := self._changed_settings():
+            return f"`{changed}` is another than it was"
         for name in (block.gate, block.up, block.down):
             layer = None if name is None else self.get_submodule(name)
             member = layer if layer is None else as_member(layer, dtype)

@@ -15,12 +15,15 @@ NO_SETTINGS = {"training", "name_or_path", *vars(nn.Module())}
 
 
 def settings(module: nn.Module) -> dict[str, object]:
-    """The values by name, containers copied. A whole number that no method names is none: it may be the layer's own."""
+    """The values by name, containers copied.
+
+    A whole number that no method names is none, as it may be the layer's own, nor is what is private and not named.
+    """
     named = names_read(type(module))
     found = {}
     for name in sorted({*vars(module), *named} - NO_SETTINGS):
         value = getattr(module, name, None)
-        if type(value) is int and name not in named:
+        if name not in named and (type(value) is int or name.startswith("_")):
             continue
         if isinstance(value, PLAIN):
             found[name] = value
