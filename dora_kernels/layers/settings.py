@@ -19,10 +19,10 @@ def settings(module: nn.Module) -> dict[str, object]:
 
     A whole number that no method names is none, as it may be the layer's own, nor is what is private and not named.
     """
-    named = names_read(type(module))
+    named, of_class = names_read(type(module)), _of_class(type(module))
     found = {}
-    for name in sorted({*vars(module), *named} - NO_SETTINGS):
-        value = getattr(module, name, None)
+    for name in sorted({*vars(module), *(named & of_class.keys())} - NO_SETTINGS):
+        value = vars(module).get(name, of_class.get(name))
         if name not in named and (type(value) is int or name.startswith("_")):
             continue
         if isinstance(value, PLAIN):
@@ -33,27 +33,17 @@ def settings(module: nn.Module) -> dict[str, object]:
 
 
 def have_same_settings(one: nn.Module, other: nn.Module) -> bool:
-    """Of the parts that are around their layers, by path; buffers by value too."""
-    parts, others = (_around_layers(module) for module in (one, other))
-    return parts.keys() == others.keys() and all(
-        settings(part) == settings(others[path]) and _same_buffers(part, others[path]) for path, part in parts.items()
-    )
+    """Of the parts that are around their layers, by path."""
+    return _settings_around_layers(one) == _settings_around_layers(other)
 
 
-def _around_layers(module: nn.Module) -> dict[str, nn.Module]:
+def _settings_around_layers(module: nn.Module) -> dict[str, dict[str, object]]:
     layers = watched_layers(module)
     return {
-        path: part
+        path: settings(part)
         for path, part in module.named_modules()
         if not any(f"{path}.".startswith(f"{layer}.") for layer in layers)
     }
-
-
-def _same_buffers(one: nn.Module, other: nn.Module) -> bool:
-    pairs = [(buffer, other._buffers.get(name)) for name, buffer in one._buffers.items()]
-    return all(
-        a is b or (a is not None and b is not None and (a.is_meta or b.is_meta or torch.equal(a, b))) for a, b in pairs
-    )
 
 
 def _holds_tensors(value) -> bool:
@@ -61,12 +51,21 @@ def _holds_tensors(value) -> bool:
     return any(_holds_tensors(part) if type(part) in CONTAINERS else not isinstance(part, PLAIN) for part in parts)
 
 
+def _of_class(kind: type[nn.Module]) -> dict[str, object]:
+    """The attributes of a class and those that it inherits, up to PyTorch's. A property is not asked for its value."""
+    return {name: value for base in reversed(_own_classes(kind)) for name, value in vars(base).items()}
+
+
+def _own_classes(kind: type[nn.Module]) -> tuple[type, ...]:
+    return kind.__mro__[: kind.__mro__.index(nn.Module)]
+
+
 @cache
 def names_read(kind: type[nn.Module]) -> frozenset[str]:
     """The names of attributes in the code of a class's methods, its constructor left out."""
     methods = [
         method
-        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]
+        for base in _own_classes(kind)
         for name, method in vars(base).items()
         if isinstance(method, FunctionType) and name != "__init__"
     ]

@@ -89,6 +89,7 @@ def signature(module: nn.Module) -> tuple:
             type(part),
             type(part).forward,  # a library may have given the class another
             tuple((name, tuple(p.shape)) for name, p in part._parameters.items() if p is not None),
+            tuple((name, tuple(b.shape)) for name, b in part._buffers.items() if b is not None),
             tuple((k, v) for k, v in vars(part).items() if type(v) in PLAIN and k not in NO_SETTINGS),
             tuple((k, getattr(v, "__code__", v)) for k, v in vars(part).items() if isinstance(v, FUNCTIONS)),
         )
