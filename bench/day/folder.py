@@ -85,7 +85,8 @@ class Folder:
         cache.mkdir(parents=True, exist_ok=True)
         if (self.path / KERNELS).exists():
             with tarfile.open(self.path / KERNELS) as archive:
-                archive.extractall(cache, filter="data")
+                # Python has the filter since 3.10.12 and 3.11.4. The archive is this day's own.
+                archive.extractall(cache, **{"filter": "data"} if hasattr(tarfile, "data_filter") else {})
 
 
 def cache_of(rehearsed: bool) -> Path:
