@@ -85,8 +85,8 @@ class Folder:
         cache.mkdir(parents=True, exist_ok=True)
         if (self.path / KERNELS).exists():
             with tarfile.open(self.path / KERNELS) as archive:
-                # Python has the filter since 3.10.12 and 3.11.4. The archive is this day's own.
-                archive.extractall(cache, **{"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+                archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2 has none
+                archive.extractall(cache)
 
 
 def cache_of(rehearsed: bool) -> Path:

@@ -46,7 +46,8 @@ def copied_tree(folder: Path) -> Path:
 def unpacked(sdist: Path, folder: Path) -> Path:
     """The root of the source tree in an sdist."""
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2 has none
+        archive.extractall(folder)
     (tree,) = folder.iterdir()
     return tree
 
