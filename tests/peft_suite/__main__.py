@@ -41,7 +41,7 @@ def source_distribution(folder: Path) -> Path:
         subprocess.run([*download, f"peft=={version('peft')}"], check=True)
         with tarfile.open(folder / f"{name}.tar.gz") as archive:
             archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.2 has none
-        archive.extractall(folder)
+            archive.extractall(folder)
         tests = (folder / name / "tests").rename(folder / name / "peft_tests")
         # The distribution leaves it out, and the tests import one another.
         (tests / "__init__.py").touch()
